@@ -1,0 +1,49 @@
+"""What every test starts from and must leave behind: no torchrun, no process group, no files in the repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+ROOT = Path(__file__).parent.parent
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _environment() -> dict[str, str]:
+    # pytest's own, and what torch's compiler notes for its workers when an optimizer first touches it.
+    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not k.startswith("TORCHINDUCTOR_")}
+
+
+def _files() -> set[str]:
+    return {name for name in os.listdir(ROOT) if not name.startswith((".", "__pycache__"))}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Hide torchrun's environment from a test, and fail one that leaks."""
+    # Not the fixture `monkeypatch`: this one must look after that one has put everything back.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _TORCHRUN:
+            patch.delenv(name, raising=False)
+        environment, files, folder = _environment(), _files(), Path.cwd()
+        yield
+        leaks = []
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            leaks.append("a process group")
+        now = _environment()
+        if changed := sorted(name for name in environment | now if environment.get(name) != now.get(name)):
+            leaks.append(f"environment variables: {', '.join(changed)}")
+            os.environ.clear()
+            os.environ.update(environment)
+        if Path.cwd() != folder:
+            leaks.append(f"the working directory: {Path.cwd()}")
+            os.chdir(folder)
+        if new := _files() - files:
+            leaks.append(f"files in the repository: {', '.join(sorted(new))}")
+    if leaks:
+        pytest.fail(f"the test leaves behind {'; '.join(leaks)}")
