@@ -1,0 +1,164 @@
+"""A config and the user's objects, made into the parts of an engine.
+
+All that can be wrong is found here, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Dataset
+
+import schedulers
+from engine.data import CollateFn, build_loader
+from engine.distributed import World
+from engine.engine import Parts, Schedule
+from engine.errors import EngineError
+from engine.log import log
+from engine.optimizers import build_optimizer
+from engine.parallel import wrap_model
+from engine.range_test.passive import PassiveRecorder
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+__all__ = ["build_parts", "build_schedule"]
+
+OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
+ScheduleLike = Schedule | Callable[[Optimizer], Schedule]
+
+
+def build_parts(
+    config: EngineConfig,
+    world: World,
+    module: nn.Module,
+    *,
+    optimizer: OptimizerLike | None,
+    model_parameters: Iterable[Any] | None,
+    training_data: Dataset[Any] | None,
+    lr_scheduler: ScheduleLike | None,
+    collate_fn: CollateFn | None,
+) -> Parts:
+    """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
+    module.to(world.device)
+    chosen = _choose_optimizer(config, module, optimizer, model_parameters)
+    if chosen is not None:
+        _check_parameters(chosen, module)
+    schedule = _choose_schedule(config, chosen, lr_scheduler)
+    recorder = None
+    if isinstance(schedule, schedulers.LRRangeTest):
+        recorder = PassiveRecorder(
+            world,
+            config.redline.range_test.output_dir,
+            schedule.step_rate,
+            {
+                "config": config.document(),
+                "train_batch_size": config.train_batch_size,
+                "world_size": world.size,
+                "optimizer": type(chosen).__name__,
+                "group_ratios": tuple(float(lr / schedule.min_lrs[0]) for lr in schedule.min_lrs),
+            },
+        )
+    loader = None
+    if training_data is not None:
+        loader = build_loader(
+            training_data,
+            world,
+            micro_batch=config.train_micro_batch_size_per_gpu,
+            collate_fn=collate_fn,
+            drop_last=config.dataloader_drop_last,
+        )
+    parallel = wrap_model(module, world, find_unused_parameters=config.redline.find_unused_parameters)
+    return Parts(config, world, module, parallel, chosen, schedule, loader, recorder)
+
+
+def _choose_optimizer(
+    config: EngineConfig, module: nn.Module, given: OptimizerLike | None, parameters: Iterable[Any] | None
+) -> Optimizer | None:
+    """The script's optimizer if it gave one, else the config's."""
+    if parameters is None:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if given is not None:
+        if config.optimizer is not None:
+            log.warning("optimizer: the script's own is used; the config's %s is not", config.optimizer.type)
+        optimizer = given if isinstance(given, Optimizer) else given(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
+        return optimizer
+    if config.optimizer is None:
+        return None
+    return build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters)
+
+
+def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
+    """Refuse parameters that the engine would neither clear nor clip nor share between processes."""
+    own = {id(parameter) for parameter in module.parameters()}
+    strange = sum(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"])
+    if strange:
+        raise EngineError(
+            f"optimizer: {strange} of its parameters are not the model's; make them part of the model, for example of "
+            "a module that holds the network and the weights of the loss"
+        )
+
+
+def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: ScheduleLike | None) -> Schedule | None:
+    """The script's schedule if it gave one, else the config's."""
+    if given is not None:
+        if config.scheduler is not None:
+            log.warning("lr_scheduler: the script's own is used; the config's %s is not", config.scheduler.type)
+        if hasattr(given, "step") and not isinstance(given, type):
+            scheduled = getattr(given, "optimizer", None)
+            if isinstance(scheduled, Optimizer) and scheduled is not optimizer:
+                raise EngineError(
+                    "lr_scheduler: it moves another optimizer than the engine's; give initialize that optimizer, too, "
+                    "or a function of the optimizer that makes the schedule"
+                )
+            return given  # type: ignore[return-value]
+        if optimizer is None:
+            raise EngineError("lr_scheduler: a function of the optimizer was given, but there is no optimizer")
+        return given(optimizer)
+    if config.scheduler is not None and optimizer is None:
+        raise EngineError(
+            f'scheduler {config.scheduler.type}: there is no optimizer to schedule; give the config an "optimizer" '
+            "section, or initialize one"
+        )
+    schedule = None if optimizer is None else build_schedule(config, optimizer)
+    if isinstance(schedule, schedulers.Schedule):
+        _say_what_surprises(schedule)
+    return schedule
+
+
+def build_schedule(config: EngineConfig, optimizer: Optimizer) -> Schedule | None:
+    """The config's schedule on an optimizer; None for a fixed learning rate.
+
+    Raises:
+        EngineError: the schedule refuses its arguments.
+    """
+    if config.scheduler is None:
+        return None
+    name, arguments = config.scheduler.type, config.scheduler.arguments()
+    cls: Any = schedulers.resolve(name)
+    if issubclass(cls, ReduceLROnPlateau):
+        raise EngineError(f"scheduler {name}: it wants a metric at each step, which a config cannot give; use another")
+    if issubclass(cls, schedulers.Schedule) and config.redline.schedules == "corrected":
+        arguments["corrected"] = True
+    try:
+        schedule: Schedule = cls(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"scheduler {name}: {error}") from error
+    return schedule
+
+
+def _say_what_surprises(schedule: schedulers.Schedule) -> None:
+    """One line for each thing that DeepSpeed's schedules do and their users do not expect."""
+    name = type(schedule).__name__
+    for quirk in schedule.quirks:
+        log.info('%s: %s, as in DeepSpeed; "redline": {"schedules": "corrected"} does otherwise', name, quirk)
+    bounds = [*getattr(schedule, "min_lrs", ()), *getattr(schedule, "max_lrs", ())]
+    unused = [float(lr) for lr in schedule.base_lrs if bounds and lr not in bounds]
+    if unused:
+        log.info("%s sets the learning rate; the optimizer's own %g is not used", name, unused[0])

@@ -1,0 +1,271 @@
+"""The command `redline`: what can be done without writing a script.
+
+Exit codes: 0 done, 1 the input is at fault or a range test shows no usable descent (the message says why),
+2 the command line is at fault, 3 (validate only) the config is valid DeepSpeed but asks for what is not supported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, EngineError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except EngineError as error:
+        # Every process reads the same config and finds the same mistakes.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"redline{_rank()}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"redline: {error.filename or 'file'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("redline: interrupted", file=sys.stderr)
+        return 130
+
+
+def _rank() -> str:
+    """Which of several processes speaks: a file may be missing on one host only."""
+    return f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from engine.config import origins, validate
+
+    reports = [validate(Path(name), world_size=options.world_size, policy=options.schema) for name in options.configs]
+    if options.json:
+        values = [report.to_json() for report in reports]
+        for value, report in zip(values, reports):
+            if options.effective and report.config is not None:
+                value["origins"] = origins(report.config)
+        print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
+    else:
+        width, color = _terminal()
+        print("\n\n".join(report.to_text(color, width=width, whole=options.effective) for report in reports))
+    codes = {report.exit_code for report in reports}
+    return 1 if 1 in codes else max(codes)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from engine.config.explain import explain
+    from engine.config.table import paint_nothing, paint_on_terminal
+
+    width, color = _terminal()
+    print(explain(options.key, width, paint_on_terminal if color else paint_nothing))
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from engine.config import differences, validate
+    from engine.config.table import rows_as_text
+
+    configs = []
+    for name in (options.first, options.second):
+        report = validate(name, world_size=options.world_size)
+        if report.config is None:
+            raise ConfigError(report.errors, report.source)
+        configs.append(report.config)
+    rows = [
+        (path, "-" if one is None else str(one), "-" if other is None else str(other))
+        for path, one, other in differences(*configs)
+    ]
+    if not rows:
+        print("no difference")
+        return 0
+    width, _ = _terminal()
+    print("\n".join(rows_as_text(rows, ("key", options.first, options.second), width)))
+    return 0
+
+
+def _terminal() -> tuple[int | None, bool]:
+    """The width of the terminal, None for a pipe or a file; and whether it wants color."""
+    if not sys.stdout.isatty():
+        return None, False
+    return shutil.get_terminal_size().columns, "NO_COLOR" not in os.environ
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from engine.config import build_schema
+
+    print(json.dumps(build_schema(), indent=2))
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from engine.config import load_config
+    from engine.preview import trace_schedule
+
+    trace = trace_schedule(load_config(Path(options.config)), options.steps)
+    print(trace.to_text())
+    if options.csv:
+        print(f"Written to {trace.save_csv(Path(options.csv))}")
+    print(f"Written to {trace.save_picture(Path(options.out or Path(options.config).stem + '_schedule.png'))}")
+    return 0
+
+
+def _range_test(options: argparse.Namespace) -> int:
+    import torch
+
+    from engine.range_test import run_range_test
+    from engine.range_test.report import write_report
+    from engine.range_test.task import load_task
+    from engine.start import initialize
+
+    torch.manual_seed(options.seed)
+    task = load_task(options.task)
+    engine = initialize(task.model, Path(options.config))
+    engine.recorder = None  # of a passive test: this one keeps its own record
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found out before the test
+    result = run_range_test(
+        engine,
+        task.data,
+        task.loss,
+        validation=task.validation,
+        rates=options.rates,
+        min_lr=options.min_lr,
+        step_size=options.step_size,
+        steps=options.steps,
+        baseline=options.baseline,
+        train_steps=options.train_steps,
+        progress=False if options.quiet else None,
+    )
+    if engine.global_rank == 0:
+        print(write_report(result, options.out))
+    return 0 if result.has_suggestion else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from engine.range_test import RangeTestResult
+    from engine.range_test.report import write_report
+
+    result = RangeTestResult.load(options.directory)
+    if options.train_steps:
+        result = result.planned_for(options.train_steps)
+    print(write_report(result, options.directory))
+    return 0 if result.has_suggestion else 1
+
+
+# -- the command line ----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="redline",
+        description="Train PyTorch models from DeepSpeed's JSON, and find their learning rate.",
+        epilog="A first look:  redline validate config.json;  redline plot config.json --steps 4000;\n"
+        "redline range-test task.py:digits --config config.json --out range_test",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    validate = _add(commands, "validate", _validate, "say what a config asks for, and everything that is wrong with it",
+        "Exit code: 0 runs as written, 1 invalid, 2 wrong command line, 3 valid DeepSpeed that asks for what is "
+        "not supported here.\n\nexamples:\n  redline validate ds_config.json\n"
+        "  redline validate ds_config.json --world-size 8 --json")  # fmt: skip
+    validate.add_argument("configs", nargs="+", metavar="CONFIG", help="config files, DeepSpeed's JSON")
+    validate.add_argument("--world-size", type=_positive, metavar="N", help="check batch sizes for N processes")
+    validate.add_argument("--schema", metavar="POLICY.json", help="a JSON Schema with rules of your own to check, too")
+    validate.add_argument("--json", action="store_true", help="print one JSON object (a list for several files)")
+    validate.add_argument("--effective", action="store_true",
+        help="print every value of the config in force, too, with its origin")  # fmt: skip
+
+    explain = _add(commands, "explain", _explain, "say what a key means, what it takes, and what becomes of it",
+        "KEY is a path, its last part, or a pattern; a section lists what is in it. Without KEY: all at the top.\n\n"
+        "examples:\n  redline explain zero_optimization.stage\n  redline explain cycle_min_lr\n"
+        "  redline explain 'zero_optimization.offload*'")  # fmt: skip
+    explain.add_argument("key", nargs="?", default="", metavar="KEY")
+
+    diff = _add(commands, "diff", _diff, "compare two configs as they are in force",
+        "Defaults count, spelling and comments do not: two files that train alike have no difference.\n\n"
+        "example:\n  redline diff ds_config.json range_test/one_cycle.json")  # fmt: skip
+    diff.add_argument("first", metavar="A")
+    diff.add_argument("second", metavar="B")
+    diff.add_argument("--world-size", type=_positive, metavar="N", help="infer batch sizes for N processes")
+
+    _add(commands, "schema", _schema, "print the JSON Schema of configs, for editors",
+        'Save it and name it in a config as "$schema"; editors then complete keys and underline mistakes.\n\n'
+        "example:\n  redline schema > schema.json")  # fmt: skip
+
+    plot = _add(commands, "plot", _plot, "draw the learning rate and momentum of a config before any training",
+        "The charts appear in the terminal and as a picture.\n\n"
+        "example:\n  redline plot configs/one_cycle.json --steps 5000")  # fmt: skip
+    plot.add_argument("config", metavar="CONFIG")
+    plot.add_argument("--steps", type=_positive, metavar="N", help="updates to show; default the schedule's length")
+    plot.add_argument("--out", metavar="FILE", help="PNG, SVG or PDF; default CONFIG's name with _schedule.png")
+    plot.add_argument("--csv", metavar="FILE", help="write the numbers, too")
+
+    test = _add(commands, "range-test", _range_test, "find the learning rate of a model",
+        "TASK is file.py:function, a function that returns model, data, loss and, if you like, validation data:\n\n"
+        "  def digits():\n"
+        "      return model, train_dataset, torch.nn.CrossEntropyLoss(), validation_dataset\n\n"
+        "data: a dataset, a tuple of tensors, or a loader. loss: a criterion, or loss(model, batch).\n"
+        "Each rate is one run from the same weights: in STEP_SIZE updates the learning rate grows by\n"
+        "rate x MIN_LR. Out come a picture, the numbers, and a config with a OneCycle to train with.\n\n"
+        "examples:\n  redline range-test task.py:digits --config config.json --rates 5,50 --out range_test\n"
+        "  torchrun --nproc-per-node 2 -m engine range-test task.py:digits --config config.json")  # fmt: skip
+    test.add_argument("task", metavar="TASK", help="file.py:function")
+    test.add_argument("--config", required=True, metavar="C", help="the config to test with, DeepSpeed's JSON")
+    test.add_argument("--out", default="range_test", metavar="DIR", help="folder to write to (default: %(default)s)")
+    test.add_argument("--rates", type=_rates, metavar="R,R,...", help="growth rates, one run each (default: 5,50,500)")
+    test.add_argument("--min-lr", type=float, metavar="LR", help="first learning rate (default: the config's, or 1e-4)")
+    test.add_argument("--step-size", type=_positive, metavar="N", help="updates (default: the config's, or STEPS / 20)")
+    test.add_argument("--steps", type=_positive, default=200, metavar="N", help="updates of a run (default: 200)")
+    test.add_argument("--baseline", type=_baseline, default=True, metavar="LR|none",
+        help="fixed learning rate to run beside (default: the optimizer's)")  # fmt: skip
+    test.add_argument("--train-steps", type=_positive, metavar="N",
+        help="updates of the training you plan, for its step sizes (default: 10 x STEPS)")  # fmt: skip
+    test.add_argument("--seed", type=int, default=0, help="of torch's random numbers (default: %(default)s)")
+    test.add_argument("--quiet", action="store_true", help="no progress")
+
+    report = _add(commands, "report", _report, "read a finished range test again and renew its files",
+        "example:\n  redline report range_test --train-steps 5000")  # fmt: skip
+    report.add_argument("directory", metavar="DIR", help="the folder that range-test wrote")
+    report.add_argument("--train-steps", type=_positive, metavar="N", help="suggest for a training of N updates")
+    return parser
+
+
+def _add(commands: Any, name: str, run: Any, help: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f'got "{text}"; expected an integer >= 1')
+    return int(text)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'got "{text}"; expected numbers with commas, such as 5,50') from None
+
+
+def _baseline(text: str) -> float | bool:
+    try:
+        return False if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'got "{text}"; expected a learning rate or none') from None

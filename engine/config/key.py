@@ -1,0 +1,81 @@
+"""One key of the config: what becomes of it, and when it changes nothing.
+
+The keys themselves are in `support`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Final, Literal
+
+from pydantic import TypeAdapter
+
+from engine.config.section import Section, adapter_of
+
+__all__ = ["HONOURED", "NO_EFFECT", "REFUSED", "SECTION", "SECTION_OR_SWITCH", "Key", "Status"]
+
+HONOURED: Final = "honoured"
+NO_EFFECT: Final = "no effect"
+REFUSED: Final = "refused"
+Status = Literal["honoured", "no effect", "refused"]
+
+SECTION = dict[str, Any] | Literal[False]
+SECTION_OR_SWITCH = dict[str, Any] | bool
+
+_OFF = (False, None, "auto", "none")  # and 0, which equals False: what a switch says when it is off
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key.
+
+    Attributes:
+        name: the key, or the path of one within a section.
+        status: honoured, no effect or refused.
+        note: why, and for a refused key what to use instead.
+        default: DeepSpeed's.
+        type: the values that DeepSpeed takes, null apart; for a section those beside an object; a key that is
+            honoured has its type in its model, one within a section in the section's.
+        section: the model of a section, as "module:Class" in `engine.config.sections`.
+        switch: for a section, the key inside it that switches it on; without one it has no effect of its own.
+        on: whether the section is on when it is there without its switch.
+        off: other values than the default that change nothing.
+        meaning: one sentence; where there is a model, that has it.
+    """
+
+    name: str
+    status: Status
+    note: str = ""
+    default: Any = None
+    type: Any = None
+    section: str = ""
+    switch: str | None = None
+    on: bool = False
+    off: tuple[Any, ...] = ()
+    meaning: str = ""
+
+    def is_off(self, value: Any) -> bool:
+        """Whether a value of the right type changes nothing: null, the default, or a section that is off."""
+        if isinstance(value, dict) and self.switch is not None:
+            return not value or value.get(self.switch, self.on) in _OFF
+        return value is None or value in (self.default, *self.off) or (self.is_section and value is False)
+
+    @property
+    def is_section(self) -> bool:
+        return self.type is SECTION or self.type is SECTION_OR_SWITCH
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """Judge of the type."""
+        return adapter_of(self.type | None)
+
+    @cached_property
+    def model(self) -> type[Section] | None:
+        """The section's model, read on first use; None where there is none."""
+        if not self.section:
+            return None
+        module, _, name = self.section.partition(":")
+        model: type[Section] = getattr(import_module(f"engine.config.sections.{module}"), name)
+        return model

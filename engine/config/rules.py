@@ -1,0 +1,78 @@
+"""Rules across sections: what cannot be obeyed together though each part is sound.
+
+A rule says which keys it reads, by their routes; it counts only if all of them are sound by themselves. Rules
+within one section are in its model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.config.optimizer import OptimizerConfig
+from engine.config.parser import Route
+from engine.config.root import EngineConfig
+from engine.config.scheduler import OneCycleParams, SchedulerConfig, WarmupLRParams
+from engine.config.section import Section
+from engine.config.words import shown
+
+__all__ = ["conflicts"]
+
+Conflict = tuple[tuple[Route, ...], str]  # the routes that are read, the first where it is said; the message
+
+
+def conflicts(config: EngineConfig, sections: Mapping[str, Section], scalars: Mapping[str, Any]) -> Iterator[Conflict]:
+    """All that does not go together in a config: its honoured part, its other sections, its other keys."""
+    if config.optimizer is not None and config.scheduler is not None:
+        yield from _schedule(config.optimizer, config.scheduler)
+    yield from _precision(sections)
+    yield from _zero(sections, scalars)
+
+
+def _schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> Iterator[Conflict]:
+    params, types = scheduler.params, (("optimizer", "type"), ("scheduler", "type"))
+    if isinstance(params, OneCycleParams) and params.cycle_momentum:
+        asked = [key for key in ("cycle_momentum", "cycle_min_mom", "cycle_max_mom") if key in params.model_fields_set]
+        if asked and not (optimizer.takes("betas") or optimizer.takes("momentum")):
+            message = f"{optimizer.type} has no momentum to cycle; set cycle_momentum to false and leave its bounds out"
+            yield (("scheduler", "params", asked[0]), *types), message
+    if isinstance(params, WarmupLRParams) and params.warmup_max_lr is None:
+        rate, start = getattr(optimizer.params, "lr", None), params.warmup_min_lr
+        if isinstance(rate, float) and max(start if isinstance(start, tuple) else (start,)) > rate:
+            reads = tuple(("scheduler", "params", key) for key in ("warmup_min_lr", "warmup_max_lr"))
+            yield (
+                (*reads, ("optimizer", "params", "lr"), *types),
+                f"got {shown(start)}; expected at most optimizer.params.lr, which is {rate:g}: warmup_max_lr is null",
+            )
+
+
+def _precision(sections: Mapping[str, Section]) -> Iterator[Conflict]:
+    for name in ("bf16", "bfloat16"):
+        if _get(sections, name, "enabled") and _get(sections, "fp16", "enabled"):
+            reads = ((name, "enabled"), ("fp16", "enabled"))
+            yield reads, "got true beside fp16.enabled: true; a run has one number format; set one of the two to false"
+    shares = _get(sections, "zero_optimization", "stage", 0) > 0
+    for name, key in (
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+    ):
+        if _get(sections, name, key) and not shares:
+            reads = ((name, key), ("zero_optimization", "stage"))
+            yield reads, "got true; expected false, or zero_optimization.stage 1, 2 or 3"
+
+
+def _zero(sections: Mapping[str, Section], scalars: Mapping[str, Any]) -> Iterator[Conflict]:
+    if scalars.get("gradient_allreduce_op") != "sum":
+        return
+    route = ("gradient_allreduce_op",)
+    if _get(sections, "zero_optimization", "stage") == 3:
+        yield (route, ("zero_optimization", "stage")), 'got "sum"; expected "mean" with zero_optimization.stage 3'
+    if _get(sections, "zero_optimization", "zenflow") is not None:
+        yield (route, ("zero_optimization", "zenflow")), 'got "sum"; expected "mean" with zero_optimization.zenflow'
+    if _get(sections, "compile", "deepcompile"):
+        yield (route, ("compile", "deepcompile")), 'got "sum"; expected "mean" with compile.deepcompile'
+
+
+def _get(sections: Mapping[str, Section], name: str, key: str, default: Any = None) -> Any:
+    return getattr(sections[name], key) if name in sections else default

@@ -1,0 +1,216 @@
+"""What becomes of every key of DeepSpeed: the one table of statuses.
+
+Each key of DeepSpeed 0.19.8's documentation and parser (`deepspeed/runtime/config.py`, `constants.py` and
+the section classes they call) is honoured, has no effect here (why), or is refused (why, and the nearest
+thing that works). A refused key refuses nothing while its value switches nothing on. A key within a section
+shares the section's row unless it has its own. Types, ranges and defaults are the models' in `sections`.
+
+To build what is refused: change its status here, and give a section a field in `root.EngineConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from engine.config.key import HONOURED, NO_EFFECT, REFUSED, SECTION, SECTION_OR_SWITCH, Key, Status
+from engine.config.section import Integer
+from engine.config.sections import precision, zero  # noqa: F401  most configs have them: not on first use
+
+__all__ = ["HONOURED", "INSIDE", "KEYS", "NO_EFFECT", "REFUSED", "Key", "row_of"]
+
+
+def _harmless(name: str, kind: Any, default: Any, meaning: str, why: str) -> Key:
+    return Key(name, NO_EFFECT, why, default, kind, meaning=meaning)
+
+
+def _unread(name: str, section: str, why: str) -> Key:
+    return Key(name, NO_EFFECT, why, None, SECTION, section)
+
+
+def _refused(name: str, kind: Any, default: Any, meaning: str, why: str) -> Key:
+    return Key(name, REFUSED, why, default, kind, meaning=meaning)
+
+
+def _later(name: str, section: str, instead: str, switch: str = "enabled", on: bool = False) -> Key:
+    return Key(name, REFUSED, f"not built yet; {instead}", None, SECTION, section, switch, on)
+
+
+def _removed(name: str, meaning: str, instead: str, kind: Any = SECTION) -> Key:
+    default = None if kind is SECTION else False
+    why = f"DeepSpeed has removed it, and refuses a config that has it; {instead}"
+    return Key(name, REFUSED, why, default, kind, "", "enabled", on=True, meaning=meaning)
+
+
+_LEAVE_OUT = "leave it out"
+_RECORD = "print with steps_per_print, or write to it from your script"
+_FP32 = "leave it out to train in fp32"
+_SAVE = "save with torch.save from your script"
+_SAME_MEAN = "DDP divides while it reduces; the mean is the same but for rounding"
+_FORMAT = Literal["fp16", "bf16", "fp32"]
+
+_TABLE = (
+    # Honoured: see root.py
+    Key("train_batch_size", HONOURED, "samples per optimizer step"),
+    Key("train_micro_batch_size_per_gpu", HONOURED, "samples per process and backward pass"),
+    Key("gradient_accumulation_steps", HONOURED, "micro-batches per optimizer step", 1),
+    Key("optimizer", HONOURED, "torch's optimizers, with DeepSpeed's names and defaults"),
+    Key("scheduler", HONOURED, "DeepSpeed's five schedules, step by step the same; torch's; registered ones"),
+    Key("gradient_clipping", HONOURED, "norm of all gradients together; 0 for none", 1.0),
+    Key("steps_per_print", HONOURED, "progress on rank 0"),
+    Key("dataloader_drop_last", HONOURED, "for a loader that initialize builds", False),
+    Key("redline", HONOURED, "Redline's own options"),
+    # Communication
+    _harmless("prescale_gradients", bool, False,
+              "Divide gradients by the number of processes before they are summed.", _SAME_MEAN),
+    _harmless("gradient_predivide_factor", float, 1.0,
+              "Divide gradients by this before they are summed, and by the rest after.", _SAME_MEAN),
+    _harmless("disable_allgather", bool, False,
+              "Gather parameters by broadcasts.", "chose a collective of an older ZeRO"),
+    _harmless("allgather_size", Integer, 500_000_000,
+              "Elements that are gathered at a time.", "sized a buffer of an older ZeRO"),
+    _harmless("seq_parallel_communication_data_type", _FORMAT, "fp32",
+              "Number format of sequence parallelism's communication.", "there is no sequence parallelism"),
+    _harmless("use_data_before_expert_parallelism", bool, False,
+              "Order of the process groups of expert and data parallelism.", "there is no expert parallelism"),
+    _harmless("fp32_allreduce", bool, False,
+              "Reduce gradients in fp32.", "an older DeepSpeed's; gradients are reduced in fp32 as it is"),
+    _refused("communication_data_type", _FORMAT, "fp32",
+             "Number format in which gradients are reduced; null takes the training's.",
+             f"gradients are reduced in fp32; {_LEAVE_OUT}"),
+    _refused("gradient_allreduce_op", Literal["mean", "sum"], "mean",
+             "Whether gradients of processes are averaged or summed.", "only the mean is built; scale the loss"),
+    _refused("managed_gradient_accumulation", bool, True,
+             "Let the engine count micro-batches and step at the last.", "call step() after every micro-batch"),
+    _refused("sequence_parallel_size", Integer, 1,
+             "Processes that share one sample's tokens.", f"there is no sequence parallelism; {_LEAVE_OUT}"),
+    # Precision
+    _later("fp16", "precision:FP16Config", _FP32),
+    _later("bf16", "precision:BF16Config", _FP32),
+    _later("bfloat16", "precision:BF16Config", f"an older spelling of bf16; {_FP32}"),
+    _later("torch_autocast", "precision:TorchAutocastConfig", "use torch.autocast in your model's forward"),
+    _unread("data_types", "precision:DataTypesConfig", "all is fp32"),
+    # Memory and parallelism
+    Key("zero_optimization", REFUSED, "not built yet; use stage 0, which is DDP", False, SECTION_OR_SWITCH,
+        "zero:ZeroConfig", "stage"),
+    _harmless("zero_allow_untested_optimizer", bool, False,
+              "Let ZeRO run with any optimizer.", "every optimizer may be used"),
+    _harmless("zero_force_ds_cpu_optimizer", bool, True,
+              "Insist on DeepSpeed's own optimizer with offload.",
+              "there is no offload, and so no optimizer on the CPU"),
+    _unread("aio", "memory:AioConfig", "only NVMe offload reads it"),
+    _unread("activation_checkpointing", "memory:ActivationCheckpointingConfig",
+            "models call torch.utils.checkpoint themselves"),
+    _unread("pipeline", "parallelism:PipelineConfig", "only DeepSpeed's PipelineModule reads it"),
+    _later("tensor_parallel", "parallelism:TensorParallelConfig",
+           "shard the model with torch.distributed.tensor.parallel first", "autotp_size"),
+    _later("expert_parallel", "parallelism:ExpertParallelConfig", _LEAVE_OUT),
+    _later("hybrid_engine", "parallelism:HybridEngineConfig", "generate with the bare model between steps"),
+    _later("compile", "tuning:CompileConfig", "give initialize a model that torch.compile has made", "deepcompile"),
+    _later("weight_quantization", "tuning:WeightQuantizationConfig", "quantize the model before initialize", on=True),
+    # Data
+    _later("data_efficiency", "data_efficiency:DataEfficiencyConfig", "give your own data loader"),
+    # Records
+    _later("tensorboard", "records:TensorBoardConfig", _RECORD),
+    _later("wandb", "records:WandbConfig", _RECORD),
+    _later("csv_monitor", "records:CsvMonitorConfig", _RECORD),
+    _later("comet", "records:CometConfig", _RECORD),
+    _later("flops_profiler", "records:FlopsProfilerConfig", "use torch.profiler"),
+    _later("comms_logger", "records:CommsLoggerConfig", "use torch.profiler"),
+    _unread("timers", "records:TimersConfig", "nothing is timed; use torch.profiler"),
+    _harmless("wall_clock_breakdown", bool, False,
+              "Print the time of forward, backward and step.", "nothing is timed; use torch.profiler"),
+    _harmless("memory_breakdown", bool, False,
+              "Print memory in use.", "no memory is reported; use torch.cuda.memory_summary"),
+    _harmless("dump_state", bool, False,
+              "Print the config at the start.", "redline validate prints the config in force"),
+    _harmless("log_level", str, None, "Level of DeepSpeed's logger.", "set the level of the Python logger"),
+    _harmless("vocabulary_size", Integer, None,
+              "Tokens of the vocabulary.", "DeepSpeed only warns when it is no multiple of 8"),
+    _harmless("disable_python_gc", bool, False,
+              "Switch Python's garbage collection off while training.", "Python's garbage collector is left alone"),
+    # Checkpoints and tuning
+    _unread("checkpoint", "storage:CheckpointConfig", f"no checkpoints are written yet; {_SAVE}"),
+    Key("datastates_ckpt", REFUSED, f"not built yet; {_SAVE}", None, SECTION, "", "enabled", on=True,
+        meaning="Checkpoints written while training goes on."),
+    _later("autotuning", "tuning:AutotuningConfig",
+           "find the learning rate with redline range-test; try batch sizes by hand"),
+    # What DeepSpeed 0.19.8 has removed
+    _removed("amp", "NVIDIA's Apex AMP.", _FP32),
+    _removed("nebula", "Checkpoints by Azure's Nebula.", _SAVE),
+    _removed("compression_training",
+             "Quantization and pruning while training.", "quantize or prune the model before initialize"),
+    _removed("quantize_training",
+             "Weights in fewer bits as training goes on.", "use torch.ao.quantization on the model"),
+    _removed("eigenvalue", "Curvature of layers, for quantize_training.", _LEAVE_OUT),
+    _removed("sparse_attention",
+             "Attention over parts of a sequence.", "use torch.nn.attention.flex_attention in your model"),
+    _removed("elasticity",
+             "Batch sizes that fit several numbers of processes.",
+             "give the batch sizes themselves; torchrun restarts on another number of processes"),
+    _removed("curriculum_learning", "Short sequences first; now in data_efficiency.", "give your own data loader"),
+    _removed("progressive_layer_drop", "Drop layers at random while training.", "drop layers in your model's forward"),
+    _removed("sparse_gradients",
+             "Reduce gradients of embeddings as sparse tensors.", "build the embedding with sparse=True", bool),
+    _removed("graph_harvesting", "Run the model as a CUDA graph.", "use torch.compile", bool),
+)  # fmt: skip
+
+_OWN_SIZES = "torch sizes its own buckets"
+_OWN_ORDER = "torch orders its own communication"
+_NO_OFFLOAD = f"there is no offload; {_LEAVE_OUT}"
+_NO_QUANTIZED = f"there is no quantized communication; {_LEAVE_OUT}"
+_FP32_STATE = f"weights and moments are kept in fp32; {_LEAVE_OUT}"
+_GONE = f"DeepSpeed has removed it, and refuses a config that has it; {_LEAVE_OUT}"
+
+
+def _own(section: str, status: Status, note: str, *names: str) -> tuple[Key, ...]:
+    return tuple(Key(f"{section}.{name}", status, note) for name in names)
+
+
+_INSIDE = (
+    *_own("optimizer", NO_EFFECT, "chose an older kernel of DeepSpeed's fp16 Adam", "legacy_fusion"),
+    *_own("optimizer.params", NO_EFFECT, "gradients are always set to None, which saves memory", "set_grad_none"),
+    *_own("optimizer.params", NO_EFFECT, "the moments have the parameters' type", "fp32_optimizer_states"),
+    # Precision
+    *_own("fp16", REFUSED, "cast the inputs in your model's forward", "auto_cast"),
+    *_own("fp16", REFUSED, _FP32_STATE, "fp16_master_weights_and_grads"),
+    *_own("bf16", NO_EFFECT, "gradients add up as backward makes them", "immediate_grad_update"),
+    *_own("bf16", REFUSED, _FP32_STATE, "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    *(Key(f"data_types.{name}", REFUSED, f"all is fp32; {_LEAVE_OUT}", off=("fp32", "float32", "float"))
+      for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype")),
+    # ZeRO
+    *_own("zero_optimization", NO_EFFECT, _OWN_SIZES, "contiguous_gradients", "reduce_bucket_size",
+          "allgather_bucket_size", "sub_group_size", "parameter_alignment", "stage3_prefetch_bucket_size",
+          "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
+          "stage3_model_persistence_threshold", "stage3_module_granularity_threshold"),
+    *_own("zero_optimization", NO_EFFECT, _OWN_ORDER, "reduce_scatter", "use_multi_rank_bucket_allreduce",
+          "allgather_partitions", "overlap_comm", "round_robin_gradients", "stage3_use_all_reduce_for_fetch_params",
+          "stage3_allgather_sequential", "legacy_stage1", "leaf_module"),
+    *_own("zero_optimization", NO_EFFECT, "only DeepSpeed's own code reads it", "compute_grad_norm",
+          "load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint", "memory_efficient_linear",
+          "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+          "save_muon_momentum_buffer_in_memory", "cpu_offload_use_pin_memory"),
+    *_own("zero_optimization", NO_EFFECT, "see redline.find_unused_parameters", "ignore_unused_parameters"),
+    *(Key(f"zero_optimization.{name}", REFUSED, _NO_OFFLOAD, switch="device")
+      for name in ("offload_param", "offload_optimizer")),
+    *_own("zero_optimization", REFUSED, _NO_OFFLOAD, "zenflow"),
+    *(Key(f"zero_optimization.{name}", REFUSED, _NO_OFFLOAD, False) for name in ("cpu_offload", "cpu_offload_param")),
+    *(Key(f"zero_optimization.zero_quantized_{name}", REFUSED, _NO_QUANTIZED, False)
+      for name in ("weights", "nontrainable_weights", "gradients")),
+    Key("zero_optimization.zero_hpz_partition_size", REFUSED, f"there is no second copy; {_LEAVE_OUT}", 1),
+    Key("zero_optimization.mics_shard_size", REFUSED, _GONE, -1),
+    Key("zero_optimization.mics_hierarchical_params_gather", REFUSED, _GONE, False),
+    Key("zero_optimization.zeropp_loco_param", REFUSED, _GONE),
+    # Checkpoints
+    Key("checkpoint.load_universal", REFUSED, f"DeepSpeed's universal format is not read; {_LEAVE_OUT}", False),
+    Key("checkpoint.use_node_local_storage", REFUSED, f"not built yet; {_SAVE}", False),
+)  # fmt: skip
+
+KEYS = {key.name: key for key in _TABLE}
+INSIDE = {key.name: key for key in _INSIDE}  # those within a section that differ from it
+
+
+def row_of(path: str) -> Key | None:
+    """The row that a path is under: its own, else that of what it is in."""
+    while path not in INSIDE and path not in KEYS and "." in path:
+        path = path.rpartition(".")[0]
+    return INSIDE.get(path) or KEYS.get(path)

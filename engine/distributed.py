@@ -1,0 +1,141 @@
+"""Which process this is, on which device, and how processes agree on a number.
+
+torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE) makes the process group; without it there is one
+process and no group at all. There is no launcher here: torchrun is the launcher, on one host or many.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import EngineError
+
+__all__ = ["World", "join_world", "release_at_exit"]
+
+T = TypeVar("T")
+
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()  # of the process group
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes that train together, seen from one of them.
+
+    Attributes:
+        rank: this process, 0 to size - 1.
+        local_rank: this process among those of its host.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, as a new tensor; a collective where size > 1."""
+        if self.size == 1:
+            return value
+        total = self.sum(value)
+        return total / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, as a new tensor; a collective where size > 1."""
+        total = value.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """A value of every process, by rank; a collective where size > 1, for small things that can be pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def join_world(device: torch.device | str | None = None) -> World:
+    """Join the process group that torchrun (or the caller) laid out, or stay alone.
+
+    Args:
+        device: where to compute; None takes CUDA's device of the local rank where there is one, else
+            the CPU.
+
+    Raises:
+        EngineError: the environment is half there, or there are fewer GPUs than processes on the host.
+    """
+    environment = _environment()
+    if dist.is_available() and dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local_rank = environment[1] if environment else rank
+    elif environment:
+        rank, local_rank, size = environment
+    else:
+        rank, local_rank, size = 0, 0, 1
+
+    chosen = torch.device(device) if device is not None else _device_of(local_rank)
+    if chosen.type == "cuda":
+        if chosen.index is None:
+            chosen = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
+        torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        # Both backends: numbers about the run travel on the CPU, gradients on the device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        atexit.register(_leave)
+    return World(rank, local_rank, size, chosen)
+
+
+def _environment() -> tuple[int, int, int] | None:
+    """Rank, local rank and world size as torchrun sets them, or None without torchrun."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if size > 1:
+            _ = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return rank, int(os.environ.get("LOCAL_RANK", "0")), size
+    except (KeyError, ValueError):
+        given = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+        raise EngineError(
+            f"environment: got {given}; expected all of them as torchrun sets them, or neither RANK nor WORLD_SIZE "
+            "for a single process; start with `torchrun --nproc-per-node N script.py`"
+        ) from None
+
+
+def _device_of(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise EngineError(
+            f"LOCAL_RANK {local_rank}: this host has {count} GPU(s); start at most {count} processes on it, or "
+            'compute on the CPU with initialize(..., device="cpu")'
+        )
+    return torch.device("cuda", local_rank)
+
+
+def release_at_exit(parallel: Any) -> None:
+    """See to it that a DistributedDataParallel does not outlive the process group that `join_world` made."""
+    _holders.add(parallel)
+
+
+def _leave() -> None:
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # A gloo group that DDP still holds while the interpreter goes down ends the process with "terminate called
+    # without an active exception", now and then, when another process has gone first.
+    for holder in list(_holders):
+        holder.reducer = holder.logger = holder.process_group = None
+    gc.collect()

@@ -1,0 +1,15 @@
+"""The learning rate range test: run it, record it, read it, show it.
+
+runner      short runs at growing rates on a live engine, which is then as it was before
+recorder    what any run notes of itself; `passive` keeps that of a run whose config says LRRangeTest
+analysis    curves to a suggestion, pure numbers
+result      a test as a value, on disk, and as a config; `picture` and `report` show it
+task        model, data and loss in the forms people have them
+snapshot    the state that a test puts back
+"""
+
+from engine.range_test.analysis import Curve, Refusal, Suggestion
+from engine.range_test.result import RangeTestResult
+from engine.range_test.runner import run_range_test
+
+__all__ = ["Curve", "RangeTestResult", "Refusal", "Suggestion", "run_range_test"]

@@ -1,0 +1,100 @@
+"""The record of a run: for every update its rate and loss, with validation losses along the way.
+
+Taking a note costs microseconds and never waits for the device. On several processes the losses are
+averaged as they come, by an all-reduce of one number that the step does not wait for, so that reading
+the record later concerns rank zero alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.distributed import World
+from engine.range_test.analysis import Curve
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Notes of one run, kept on the device until they are read.
+
+    Args:
+        world: the processes whose losses are averaged.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._steps: list[int] = []
+        self._lrs: list[Any] = []
+        self._losses: list[float] = []  # read from the device so far
+        self._unread: list[Tensor] = []
+        self._validation: list[tuple[int, Tensor | float]] = []
+        self._sending: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def record(self, step: int, lr: float | Tensor, loss: Tensor) -> None:
+        """Note an update.
+
+        Args:
+            step: its index, from 0.
+            lr: the rate it ran at (first parameter group).
+            loss: scalar, detached; this process's mean over the update's micro-batches.
+        """
+        self._steps.append(step)
+        self._lrs.append(lr.detach().clone() if isinstance(lr, Tensor) else lr)
+        self._unread.append(self._shared(loss))
+
+    def record_validation(self, step: int, loss: Tensor | float) -> None:
+        """Note a validation loss.
+
+        Args:
+            step: number of updates the model has had.
+            loss: this process's.
+        """
+        value = torch.as_tensor(loss, dtype=torch.float32, device=self._world.device).detach()
+        self._validation.append((step, self._shared(value)))
+
+    def last_loss(self) -> float:
+        """The newest update's loss over all processes; waits for the device."""
+        self._read()
+        return self._losses[-1]
+
+    def curve(self, name: str, rate: float | None) -> Curve:
+        """All notes, read from the device.
+
+        Args:
+            name: of the run, for the picture.
+            rate: its `lr_range_test_step_rate`; None for a fixed learning rate.
+        """
+        self._read()
+        return Curve(
+            name=name,
+            rate=rate,
+            steps=tuple(self._steps),
+            lrs=tuple(float(lr) for lr in self._lrs),
+            losses=tuple(self._losses),
+            validation=tuple((step, float(loss) / self._world.size) for step, loss in self._validation),
+        )
+
+    def _shared(self, loss: Tensor) -> Tensor:
+        """The sum over the processes, on its way."""
+        if self._world.size == 1:
+            return loss
+        total = loss.float().clone()
+        self._sending.append(dist.all_reduce(total, async_op=True))
+        return total
+
+    def _read(self) -> None:
+        for work in self._sending:
+            work.wait()
+        self._sending.clear()
+        if self._unread:
+            sums = torch.stack([loss.reshape(()) for loss in self._unread]).float() / self._world.size
+            self._losses.extend(sums.tolist())
+            self._unread.clear()

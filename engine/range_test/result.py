@@ -1,0 +1,223 @@
+"""What a range test found: its curves, what they were measured with, and what they suggest.
+
+Owns the form in which a test is kept (`range_test.json`, `range_test.csv`) and the config it suggests.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.engine import Engine
+from engine.errors import RangeTestError
+from engine.range_test.analysis import Curve, Refusal, Suggestion, suggest
+
+__all__ = ["RangeTestResult"]
+
+JSON_NAME = "range_test.json"
+CSV_NAME = "range_test.csv"
+CONFIG_NAME = "one_cycle.json"
+
+CSV_COLUMNS = ("run", "step", "lr", "loss", "validation_loss")
+
+
+@dataclass(frozen=True)
+class RangeTestResult:
+    """The outcome of a range test as a value; nothing is drawn or written unless asked.
+
+    Attributes:
+        curves: one per run, the fixed learning rate's among them.
+        config: the config that the test ran with, as it was given; the suggestion is written into a copy.
+        train_batch_size: samples of one update at which the curves were measured.
+        world_size: processes that took part.
+        optimizer: class name.
+        train_steps: updates of the planned training.
+        group_ratios: learning rate of each parameter group as a multiple of the first one's, which the curves show.
+    """
+
+    curves: tuple[Curve, ...]
+    config: dict[str, Any]
+    train_batch_size: int
+    world_size: int
+    optimizer: str
+    train_steps: int
+    group_ratios: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def of(
+        cls, engine: Engine, curves: Sequence[Curve], *, train_steps: int, group_ratios: Sequence[float]
+    ) -> RangeTestResult:
+        """The result of these curves, measured with this engine."""
+        return cls(
+            curves=tuple(curves),
+            config=engine.config.document(),
+            train_batch_size=engine.train_batch_size(),
+            world_size=engine.world_size,
+            optimizer=type(engine.optimizer).__name__,
+            train_steps=train_steps,
+            group_ratios=tuple(group_ratios),
+        )
+
+    @cached_property
+    def suggestion(self) -> Suggestion | Refusal:
+        """The boundaries for a 1Cycle schedule with their reasons, or why there are none."""
+        return suggest(self.curves, train_steps=self.train_steps)
+
+    @property
+    def has_suggestion(self) -> bool:
+        """Whether there is a schedule to train with."""
+        return isinstance(self.suggestion, Suggestion)
+
+    def to_config(self) -> dict[str, Any]:
+        """The test's config with the suggested ``OneCycle`` as its schedule, ready to train with.
+
+        Under ``_range_test`` it says where each number comes from; engines skip that key.
+
+        Raises:
+            RangeTestError: there is no suggestion; the message says why and what to do.
+        """
+        answer = self.suggestion
+        if isinstance(answer, Refusal):
+            raise RangeTestError(f"no schedule can be suggested. {answer.reason} {answer.remedy}")
+        params: dict[str, Any] = answer.params()
+        if any(ratio != 1 for ratio in self.group_ratios):
+            for key in ("cycle_min_lr", "cycle_max_lr"):
+                params[key] = [float(f"{params[key] * ratio:.6g}") for ratio in self.group_ratios]
+        config = copy.deepcopy(self.config)
+        config["scheduler"] = {"type": "OneCycle", "params": params}
+        config["_range_test"] = {
+            "reasons": answer.reasons,
+            "notes": list(answer.notes),
+            "train_batch_size": self.train_batch_size,
+            "train_steps": self.train_steps,
+        }
+        return config
+
+    def planned_for(self, train_steps: int) -> RangeTestResult:
+        """The same curves, read for a training of another length."""
+        return replace(self, train_steps=train_steps)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the curves into a PNG, SVG or PDF file; needs matplotlib (``pip install 'redline[plot]'``)."""
+        from engine.range_test.picture import draw_range_test
+
+        return draw_range_test(self, Path(path))
+
+    def summary(self) -> str:
+        """The suggestion in words, a line for each number; or the refusal."""
+        answer = self.suggestion
+        if isinstance(answer, Refusal):
+            lines = [f"No suggestion. {answer.reason}", answer.remedy]
+        else:
+            lines = [f"Suggested OneCycle for {self.train_steps} updates at batch size {self.train_batch_size}:"]
+            for key, value in answer.params().items():
+                lines.append(f"  {key} = {value:g}  {answer.reasons.get(key, '')}".rstrip())
+        return "\n".join([*lines, *(f"Note: {note}" for note in answer.notes)])
+
+    # -- on disk ---------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write JSON, CSV and, if there is a suggestion, the config; an earlier test's files are replaced.
+
+        Returns:
+            What was written, by kind: "json", "csv", "config".
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {"json": folder / JSON_NAME, "csv": folder / CSV_NAME}
+        _write(written["json"], json.dumps(self._to_json(), indent=2) + "\n")
+        with _replacing(written["csv"]).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(CSV_COLUMNS)
+            for curve in self.curves:
+                writer.writerows(_rows(curve))
+        _replacing(written["csv"]).replace(written["csv"])
+        config = folder / CONFIG_NAME
+        if self.has_suggestion:
+            _write(config, json.dumps(self.to_config(), indent=2) + "\n")
+            written["config"] = config
+        else:
+            config.unlink(missing_ok=True)  # an earlier test's suggestion is not this one's
+        return written
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RangeTestResult:
+        """Read a test that `save` wrote.
+
+        Raises:
+            RangeTestError: there is none in that directory, or it is damaged.
+        """
+        path = Path(directory) / JSON_NAME
+        try:
+            value = json.loads(path.read_text())
+            curves = tuple(_curve_from_json(curve) for curve in value["curves"])
+            names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
+            ratios = tuple(value["group_ratios"])
+            return cls(curves=curves, group_ratios=ratios, **{name: value[name] for name in names})
+        except FileNotFoundError:
+            raise RangeTestError(
+                f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RangeTestError(f"{path}: is no record of a range test ({error})") from error
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "train_batch_size": self.train_batch_size,
+            "world_size": self.world_size,
+            "optimizer": self.optimizer,
+            "train_steps": self.train_steps,
+            "group_ratios": self.group_ratios,
+            "suggestion": asdict(self.suggestion),
+            "config": self.config,
+            "curves": [_curve_to_json(curve) for curve in self.curves],
+        }
+
+
+def _rows(curve: Curve) -> list[tuple[Any, ...]]:
+    """A row for each update; a validation loss stands in the row of the update it was measured after."""
+    after = {updates - 1: loss for updates, loss in curve.validation}
+    rows: list[tuple[Any, ...]] = [(curve.name, -1, "", "", after[-1])] if -1 in after else []
+    for step, lr, loss in zip(curve.steps, curve.lrs, curve.losses):
+        rows.append((curve.name, step, lr, loss, after.get(step, "")))
+    return rows
+
+
+def _curve_to_json(curve: Curve) -> dict[str, Any]:
+    """JSON knows no nan and no infinity: they become strings."""
+    return asdict(curve) | {
+        "losses": [_number(loss) for loss in curve.losses],
+        "validation": [[updates, _number(loss)] for updates, loss in curve.validation],
+    }
+
+
+def _curve_from_json(value: dict[str, Any]) -> Curve:
+    return Curve(
+        name=value["name"],
+        rate=value["rate"],
+        steps=tuple(value["steps"]),
+        lrs=tuple(value["lrs"]),
+        losses=tuple(float(loss) for loss in value["losses"]),
+        validation=tuple((updates, float(loss)) for updates, loss in value["validation"]),
+    )
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename, so that a full disk leaves the file that was there."""
+    _replacing(path).write_text(text)
+    _replacing(path).replace(path)
+
+
+def _replacing(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")

@@ -1,0 +1,152 @@
+"""All of a run that a range test moves, to be put back bit for bit.
+
+Model (parameters, buffers, training flags), optimizer (state, and groups with tensor rates in place),
+schedule, the engine's counters, the random numbers of Python, NumPy, torch and CUDA, and the position
+of the data.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from engine.engine import Engine
+
+__all__ = ["Snapshot"]
+
+
+class Snapshot:
+    """The state of an engine and its data at one moment, held in memory beside the original.
+
+    Args:
+        engine: at the beginning of an update.
+        data: what the test will read from: loaders, their samplers and generators.
+    """
+
+    def __init__(self, engine: Engine, *data: Any) -> None:
+        assert engine.optimizer is not None
+        self._engine = engine
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
+        self._training = [(module, module.training) for module in engine.modules()]
+        self._optimizer = _OptimizerState(engine.optimizer)
+        self._schedule = engine.lr_scheduler
+        self._schedule_state = None if engine.lr_scheduler is None else copy.deepcopy(engine.lr_scheduler.state_dict())
+        self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
+        self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
+        self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
+        self._random = _random_state()
+
+    def restore(self) -> None:
+        """Put everything back, in place; may be called any number of times."""
+        with torch.no_grad():
+            for tensor, saved in self._tensors:
+                tensor.copy_(saved)
+        for parameter in self._engine.parameters():
+            parameter.grad = None
+        for module, training in self._training:
+            module.training = training
+        self._optimizer.restore()
+        self._engine.lr_scheduler = self._schedule
+        if self._schedule is not None:
+            self._schedule.load_state_dict(copy.deepcopy(self._schedule_state or {}))
+            self._optimizer.restore_groups()  # a schedule may write its rates on loading
+        self._engine.__dict__.update(self._counters)
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for part, state in self._loaders:
+            part.load_state_dict(copy.deepcopy(state))
+        _set_random_state(self._random)
+
+
+# What the step loop moves, and the test's own recording and printing switch off.
+_COUNTERS = (
+    "global_steps",
+    "micro_steps",
+    "skipped_steps",
+    "recorder",
+    "steps_per_print",
+    "_pending",
+    "_loss",
+    "_last_loss",
+    "_grad_norm",
+)
+
+
+class _OptimizerState:
+    """An optimizer's state and groups; not its state_dict, whose loading gives tensor rates a new identity."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = {parameter: _copied(state) for parameter, state in optimizer.state.items()}
+        self._groups = [_copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        self._optimizer.state.clear()
+        for parameter, state in self._state.items():
+            self._optimizer.state[parameter] = _copied(state)
+        self.restore_groups()
+
+    def restore_groups(self) -> None:
+        for group, saved in zip(self._optimizer.param_groups, self._groups):
+            for key in group.keys() - saved.keys() - {"params"}:
+                del group[key]
+            for key, value in saved.items():
+                if isinstance(group.get(key), Tensor) and isinstance(value, Tensor):
+                    with torch.no_grad():
+                        group[key].copy_(value)
+                else:
+                    group[key] = copy.deepcopy(value)
+
+
+def _copied(state: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+
+
+def _tensors_of(engine: Engine) -> list[Tensor]:
+    # named_buffers has the buffers that state_dict leaves out, too.
+    return [*engine.parameters(), *engine.buffers()]
+
+
+def _generators_of(data: tuple[Any, ...]) -> list[torch.Generator]:
+    """The generators that loaders shuffle with: their own, their samplers', their batch samplers'."""
+    found: dict[int, torch.Generator] = {}
+    queue, seen = [part for part in data if part is not None], set()
+    while queue:
+        part = queue.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for name in ("dataloader", "sampler", "batch_sampler"):
+            inner = getattr(part, name, None)
+            if inner is not None:
+                queue.append(inner)
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def _random_state() -> dict[str, Any]:
+    # NumPy is the user's: only if it is loaded can its generator have been used.
+    numpy = sys.modules.get("numpy")
+    return {
+        "python": random.getstate(),
+        "numpy": None if numpy is None else numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    if state["numpy"] is not None:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["cuda"])

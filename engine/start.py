@@ -1,0 +1,105 @@
+"""The way in: a model and a config become an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from engine.agreement import check_agreement
+from engine.build import OptimizerLike, ScheduleLike, build_parts
+from engine.data import CollateFn
+from engine.distributed import join_world
+from engine.engine import Engine, Parts
+from engine.errors import ConfigError
+from engine.log import configure, log
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+__all__ = ["initialize"]
+
+
+def initialize(
+    model: nn.Module,
+    config: str | Path | dict[str, Any] | EngineConfig,
+    *,
+    optimizer: OptimizerLike | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: ScheduleLike | None = None,
+    collate_fn: CollateFn | None = None,
+    device: torch.device | str | None = None,
+) -> Engine:
+    """Make an engine that trains `model` as `config` says.
+
+    Alone under plain ``python``; under torchrun every process calls this and they train together.
+
+    Args:
+        model: any module; it is moved to the engine's device.
+        config: DeepSpeed's JSON: a path, a dict, JSON text, or what `load_config` returned.
+        optimizer: takes the place of the config's: an optimizer, or a function of the parameters.
+        model_parameters: what the config's optimizer gets: parameters, or groups with rates of their own;
+            default all that require gradients.
+        training_data: a dataset; ``engine.training_dataloader`` deals it out in micro-batches.
+        lr_scheduler: takes the place of the config's: a schedule, or a function of the optimizer.
+        collate_fn: samples to batch, for `training_data`.
+        device: where to compute; default the local rank's GPU where there is one, else the CPU.
+
+    Returns:
+        The engine, ready for its first step.
+
+    Raises:
+        ConfigError: the config cannot be obeyed; it lists every problem.
+        EngineError: the parts do not go together.
+    """
+    from engine.config import load_config  # here, not above: pydantic takes longer to import than all the rest
+
+    configure()
+    # The config is read before any process group is joined: a mistake in it costs nothing.
+    loaded = load_config(config)
+    if loaded.scheduler is not None and loaded.optimizer is None and optimizer is None and lr_scheduler is None:
+        raise _unscheduled(loaded)
+    world = join_world(device)
+    loaded = load_config(loaded, world_size=world.size)
+    check_agreement(loaded, world)
+    parts = build_parts(
+        loaded,
+        world,
+        model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        collate_fn=collate_fn,
+    )
+    log.info("%s", _summary(parts))
+    return Engine(parts)
+
+
+def _unscheduled(config: EngineConfig) -> ConfigError:
+    """A schedule that has nothing to move."""
+    document = config.as_written()
+    message = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
+    return ConfigError([document.problem(("scheduler",), message)], document.source)
+
+
+def _summary(parts: Parts) -> str:
+    """What will run, in one line."""
+    config, world = parts.config, parts.world
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    optimizer = "no optimizer"
+    if parts.optimizer is not None:
+        fused = " (fused)" if parts.optimizer.defaults.get("fused") else ""
+        optimizer = f"{type(parts.optimizer).__name__}{fused}"
+    schedule = "fixed learning rate" if parts.lr_scheduler is None else type(parts.lr_scheduler).__name__
+    clip = f"clipped at {config.gradient_clipping:g}" if config.gradient_clipping else "not clipped"
+    return (
+        f"redline: {processes} on {world.device.type}, fp32; batch {config.train_batch_size} = "
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x {world.size}; "
+        f"{optimizer}, {schedule}, gradients {clip}"
+    )

@@ -1,0 +1,208 @@
+"""The report: exit codes, JSON, text, origins, and a team's own rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import load_config, origins, validate
+from engine.errors import ConfigError
+
+TEXT = """{
+  "train_batch_size": 8,
+  "optimizer": {"type": "Lion", "params": {}},
+  "fp16": {"enabled": true},
+  "bf16": {"enabled": false},
+  "dump_state": true
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "valid", "runnable", "exit_code"),
+    [
+        ({"train_batch_size": 8}, True, True, 0),
+        ({"train_batch_size": 8, "fp16": {"enabled": True}}, True, False, 3),
+        ({"train_batch_size": -8}, False, False, 1),
+        ({"train_batch_size": -8, "fp16": {"enabled": True}}, False, False, 1),
+    ],
+)
+def test_the_exit_code_tells_what_runs(settings: dict[str, Any], valid: bool, runnable: bool, exit_code: int) -> None:
+    report = validate(settings)
+    assert (report.valid, report.runnable, report.exit_code) == (valid, runnable, exit_code)
+
+
+@pytest.mark.parametrize("source", ["{", "no-such-file", "[1]", {1: 2}, None])
+def test_what_cannot_be_read_is_a_report_too(source: Any) -> None:
+    report = validate(source)
+    assert report.exit_code == 1
+    assert report.to_json()["resolved"] == {}
+    assert report.to_text()
+
+
+def test_the_json_has_the_agreed_shape(write: Callable[[str], Path]) -> None:
+    report = validate(write(TEXT.replace("8", '"8"')), world_size=2)
+    assert json.loads(json.dumps(report.to_json())) == {
+        "valid": False,
+        "runnable": False,
+        "errors": [
+            {
+                "path": "train_batch_size",
+                "line": 2,
+                "column": 3,
+                "message": 'got "8"; expected a whole number >= 1; remove the quotes',
+            }
+        ],
+        "keys": [
+            {"path": "train_batch_size", "status": "honoured", "note": "samples per optimizer step"},
+            {
+                "path": "optimizer",
+                "status": "honoured",
+                "note": "torch's optimizers, with DeepSpeed's names and defaults",
+            },
+            {
+                "path": "optimizer.type",
+                "status": "refused",
+                "note": '"Lion" is not built; use AdamW with a rate 3 to 10 times as high, or pass an '
+                "optimizer of your own to initialize, or register it",
+            },
+            {"path": "fp16", "status": "refused", "note": "not built yet; leave it out to train in fp32"},
+            {"path": "bf16", "status": "no effect", "note": "it switches nothing on"},
+            {"path": "dump_state", "status": "no effect", "note": "redline validate prints the config in force"},
+        ],
+        "resolved": {},
+    }
+
+
+def test_the_config_in_force_has_every_value() -> None:
+    resolved = validate({"train_batch_size": 8, "optimizer": {"type": "sgd".upper()}}, world_size=2).to_json()[
+        "resolved"
+    ]
+    assert resolved == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {
+            "type": "SGD",
+            "params": {
+                "lr": 0.001,
+                "weight_decay": 0.0,
+                "foreach": None,
+                "fused": None,
+                "momentum": 0.0,
+                "dampening": 0.0,
+                "nesterov": False,
+                "maximize": False,
+                "differentiable": False,
+            },
+            "legacy_fusion": False,
+        },
+        "scheduler": None,
+        "gradient_clipping": 1.0,
+        "steps_per_print": None,
+        "dataloader_drop_last": False,
+        "redline": {
+            "schedules": "deepspeed",
+            "find_unused_parameters": False,
+            "range_test": {"output_dir": "range_test"},
+        },
+    }
+
+
+def test_every_value_has_an_origin() -> None:
+    config = load_config(
+        {
+            "train_batch_size": 8,
+            "gradient_accumulation_steps": None,
+            "optimizer": {"type": "adam", "params": {"betas": [0.8, 0.9]}},
+            "scheduler": None,
+        }
+    )
+    found = origins(config)
+    assert {path: origin for path, origin in found.items() if origin != "default"} == {
+        "train_batch_size": "given",
+        "train_micro_batch_size_per_gpu": "derived",
+        "gradient_accumulation_steps": "derived",
+        "optimizer.type": "given",
+        "optimizer.params.betas": "given",
+        "scheduler": "given",
+    }
+    assert found["optimizer.params.weight_decay"] == found["redline.range_test.output_dir"] == "default"
+
+
+def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) -> None:
+    assert validate(write(TEXT), world_size=2).to_text() == (
+        "ds_config.json: valid DeepSpeed, but asks for 2 things that Redline does not have\n"
+        '  ds_config.json:3:17: optimizer.type: "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
+        "or pass an optimizer of your own to initialize, or register it\n"
+        "  ds_config.json:4:3: fp16: not built yet; leave it out to train in fp32\n"
+        "\n"
+        "  train_batch_size  honoured   samples per optimizer step\n"
+        "  optimizer         honoured   torch's optimizers, with DeepSpeed's names and defaults\n"
+        '  optimizer.type    refused    "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
+        "or pass an optimizer of your own to initialize, or register it\n"
+        "  fp16              refused    not built yet; leave it out to train in fp32\n"
+        "  bf16              no effect  it switches nothing on\n"
+        "  dump_state        no effect  redline validate prints the config in force\n"
+        "\n"
+        "batch: 8 = 4 a process x 1 accumulated x world size 2"
+    )
+
+
+def test_color_changes_nothing_but_color() -> None:
+    import re
+
+    report = validate({"train_batch_size": 8, "fp16": {"enabled": True}, "lr": 1})
+    assert "\x1b[31m" in report.to_text(color=True)
+    assert re.sub(r"\x1b\[\d+m", "", report.to_text(color=True)) == report.to_text()
+
+
+POLICY = {
+    "required": ["gradient_clipping"],
+    "properties": {"train_batch_size": {"maximum": 4}, "optimizer": {"properties": {"type": {"enum": ["AdamW"]}}}},
+    "additionalProperties": {"$ref": "#/$defs/any"},
+    "$defs": {"any": True},
+}
+
+
+def test_a_teams_own_rules_are_checked_against_the_document_as_written(
+    write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = write('{\n  "train_batch_size": 8,\n  "optimizer": {\n    "type": "Adam"}}')
+    expected = [
+        "1:1: 'gradient_clipping' is a required property ({})",
+        "2:3: train_batch_size: 8 is greater than the maximum of 4 ({})",
+        "4:5: optimizer.type: 'Adam' is not one of ['AdamW'] ({})",
+    ]
+    report = validate(path, policy=POLICY)
+    assert [str(problem) for problem in report.errors] == [line.format("policy") for line in expected]
+    assert report.exit_code == 1
+    (tmp_path / "policy.json").write_text("// ours\n" + json.dumps(POLICY))
+    report = validate(path, policy="policy.json")
+    assert [str(problem) for problem in report.errors] == [line.format("policy.json") for line in expected]
+    kept = {"train_batch_size": 4, "_why": "x", "$schema": "y", "optimizer": {"type": "AdamW"}, "gradient_clipping": 1}
+    assert validate(kept, policy={**POLICY, "propertyNames": {"pattern": "^[a-z]"}}).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            {"type": "objekt"},
+            "policy: 1 problem\n  type: no JSON Schema: 'objekt' is not valid under any of the given schemas",
+        ),
+        ({"$ref": "https://example.invalid/policy.json"}, "policy: 1 problem\n  cannot be applied: "),
+        ({"properties": {"train_batch_size": {"$ref": "#/nowhere"}}}, "policy: 1 problem\n  cannot be applied: "),
+        ({"propertyNames": {"pattern": "("}}, "policy: 1 problem\n  "),
+        ({"minimum": float("nan")}, "config: 1 problem\n  minimum: got nan; expected a finite number"),
+        ("no-such-policy.json", "no-such-policy.json: 1 problem\n  no such file"),
+    ],
+)
+def test_a_broken_policy_is_a_clear_error(policy: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate({"train_batch_size": 8}, policy=policy)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,242 @@
+"""The status table: complete, and a key that switches nothing on is not refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig, UnsupportedConfigError, load_config, validate
+from engine.config.catalog import catalog
+from engine.config.support import HONOURED, INSIDE, KEYS, NO_EFFECT, REFUSED
+
+
+def load(**settings: Any) -> EngineConfig:
+    return load_config({"train_batch_size": 8, **settings})
+
+
+KNOWN_TO_DEEPSPEED = json.loads((Path(__file__).parents[2] / "golden" / "deepspeed_keys.json").read_text())
+OLDER = {"fp32_allreduce", "aio.thread_count", "activation_checkpointing.partitioned_activations"}
+
+
+def test_no_key_of_deepspeed_is_missing() -> None:
+    assert set(KNOWN_TO_DEEPSPEED["top"]) <= set(KEYS)
+    assert set(KEYS) - set(KNOWN_TO_DEEPSPEED["top"]) - OLDER == {"redline"}
+    ours = {entry.key for entry in catalog().values()} | {"optimizer.params", "scheduler.params"}
+    assert set(KNOWN_TO_DEEPSPEED["nested"]) <= ours
+
+
+def test_what_is_ours_alone_is_torchs_or_older_or_redlines() -> None:
+    known = {*KNOWN_TO_DEEPSPEED["top"], *KNOWN_TO_DEEPSPEED["nested"], *OLDER}
+    known |= {key.rpartition(".")[0] for key in known}
+    extra = {entry.key for entry in catalog().values() if entry.key not in known}
+    torchs = {"foreach", "fused", "momentum", "dampening", "nesterov", "maximize", "differentiable"}
+    assert {key for key in extra if not key.startswith("redline")} == {f"optimizer.params.{name}" for name in torchs}
+
+
+def test_a_removed_key_says_so() -> None:
+    for path in KNOWN_TO_DEEPSPEED["removed"]:
+        assert "DeepSpeed has removed it" in catalog()[path].note
+
+
+def test_every_row_inside_a_section_is_a_key_of_it() -> None:
+    assert set(INSIDE) <= {entry.key for entry in catalog().values()}
+
+
+def test_every_key_has_a_meaning_values_and_a_status() -> None:
+    for entry in catalog().values():
+        assert entry.meaning.endswith("."), entry.path
+        assert entry.values, entry.path
+        assert entry.status in (HONOURED, NO_EFFECT, REFUSED)
+        assert entry.note or entry.status != REFUSED, entry.path
+
+
+def test_the_honoured_keys_are_those_of_the_model() -> None:
+    assert {name for name, key in KEYS.items() if key.status == HONOURED} == set(EngineConfig.model_fields)
+
+
+def test_every_key_says_why() -> None:
+    assert all(key.note for key in KEYS.values())
+
+
+def test_a_default_is_never_refused() -> None:
+    for name, key in KEYS.items():
+        if key.status != HONOURED:
+            load(**{name: key.default})
+            load(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("fp16", {"enabled": False, "loss_scale": 0}),
+        ("bf16", {}),
+        ("fp16", {"enabled": "auto"}),
+        ("tensor_parallel", {"autotp_size": "auto"}),
+        ("bfloat16", False),
+        ("amp", {"enabled": False, "opt_level": "O1"}),
+        ("zero_optimization", {"stage": 0, "overlap_comm": True}),
+        ("zero_optimization", {"allgather_partitions": True}),
+        ("zero_optimization", False),
+        ("checkpoint", {"tag_validation": "Warn"}),
+        ("data_types", {}),
+        ("weight_quantization", {"enabled": False}),
+        ("weight_quantization", {}),
+        ("communication_data_type", "fp32"),
+        ("gradient_allreduce_op", "mean"),
+        ("managed_gradient_accumulation", True),
+        ("sequence_parallel_size", 1.0),
+        ("sparse_gradients", False),
+        ("compile", {"deepcompile": False, "passes": ["z1"]}),
+        ("fp16", {"_why": "later", "enabled": False}),
+    ],
+)
+def test_a_refused_key_that_switches_nothing_on_has_no_effect(name: str, off: Any) -> None:
+    load(**{name: off})
+    report = validate({"train_batch_size": 8, name: off})
+    assert report.exit_code == 0
+    assert (report.keys[1].path, report.keys[1].status) == (name, NO_EFFECT)
+
+
+@pytest.mark.parametrize(
+    ("name", "on"),
+    [
+        ("fp16", {"enabled": True}),
+        ("bfloat16", {"enabled": True}),
+        ("zero_optimization", {"stage": 2}),
+        ("zero_optimization", True),
+        ("weight_quantization", {"quantized_initialization": {}}),
+        ("compression_training", {"weight_quantization": {}}),
+        ("communication_data_type", "bf16"),
+        ("gradient_allreduce_op", "sum"),
+        ("managed_gradient_accumulation", False),
+        ("sequence_parallel_size", 2),
+        ("sparse_gradients", True),
+        ("tensorboard", {"enabled": True}),
+        ("compile", {"deepcompile": True}),
+        ("elasticity", {"max_train_batch_size": 8}),
+    ],
+)
+def test_a_refused_key_that_is_on_is_refused_by_name(name: str, on: Any) -> None:
+    with pytest.raises(UnsupportedConfigError) as caught:
+        load(**{name: on})
+    assert [problem.path for problem in caught.value.problems] == [name]
+    assert KEYS[name].status == REFUSED
+    assert caught.value.problems[0].message.endswith(KEYS[name].note)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dump_state", "yes", 'got "yes"; expected true, false or null'),
+        ("dump_state", 1, "got 1; expected true, false or null; write true"),
+        ("wall_clock_breakdown", "true", 'got "true"; expected true, false or null; remove the quotes'),
+        ("vocabulary_size", 1.5, "got 1.5; expected a whole number or null"),
+        ("gradient_predivide_factor", "2", 'got "2"; expected a number or null; remove the quotes'),
+        ("communication_data_type", "fp8", 'got "fp8"; expected "fp16", "bf16", "fp32" or null'),
+        ("fp16", True, "got true; expected an object: { ... }, false or null"),
+        ("aio", [], "got []; expected an object: { ... }, false or null"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_mistake_and_not_a_refusal(name: str, value: Any, message: str) -> None:
+    report = validate({"train_batch_size": 8, name: value})
+    assert report.exit_code == 1
+    assert [str(problem) for problem in report.errors] == [f"{name}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: got 4; expected 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stagee": 2}},
+            'zero_optimization.stagee: unknown key; did you mean "stage"?',
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0}},
+            "zero_optimization.reduce_bucket_size: got 0; expected a whole number >= 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cup"}}},
+            'zero_optimization.offload_param.device: got "cup"; expected "none", "cpu" or "nvme"; did you mean "cpu"?',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer: ratio is 0.5; expected 1, or stage 3; stage is 2",
+        ),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm: got false; expected true, or stage 1 or 2; stage is 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.cpu_offload: given beside offload_optimizer, which takes its place; remove it",
+        ),
+        (
+            {"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}},
+            "zero_optimization.max_live_parameters: given beside stage3_max_live_parameters, which is the same; "
+            "remove it",
+        ),
+        (
+            {"zero_optimization": {"max_live_parameters": "1"}},
+            'zero_optimization.max_live_parameters: got "1"; expected a whole number >= 0; remove the quotes',
+        ),
+        ({"fp16": {"enabledd": False}}, 'fp16.enabledd: unknown key; did you mean "enabled"?'),
+        (
+            {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+            "bf16.enabled: got true beside fp16.enabled: true; a run has one number format; "
+            "set one of the two to false",
+        ),
+        (
+            {"fp16": {"enabled": True, "loss_scale_window": 0}},
+            "fp16.loss_scale_window: got 0; expected > 0: the scale is dynamic",
+        ),
+        (
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads: got true; expected false, or zero_optimization.stage 1, 2 or 3",
+        ),
+        (
+            {"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}},
+            'gradient_allreduce_op: got "sum"; expected "mean" with zero_optimization.stage 3',
+        ),
+        (
+            {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True}}}},
+            "data_efficiency.data_sampling.curriculum_learning.enabled: got true; "
+            "expected curriculum_metrics beside it",
+        ),
+        (
+            {"aio": {"queue_dept": 8}},
+            'aio.queue_dept: unknown key; did you mean "queue_depth"?',
+        ),
+        (
+            {"checkpoint": {"tag_validation": "Warning"}},
+            'checkpoint.tag_validation: got "Warning"; expected "Ignore", "Warn", "Fail", "IGNORE", "WARN" or "FAIL"; '
+            'did you mean "WARN"?',
+        ),
+    ],
+)
+def test_a_mistake_is_found_in_a_section_that_is_refused_or_off(settings: dict[str, Any], message: str) -> None:
+    report = validate({"train_batch_size": 8, **settings})
+    assert [str(problem) for problem in report.errors] == [message]
+
+
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
+        ({"compile": {"backend": "inductor"}}, "compile.backend"),
+        ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}}, "optimizer.params.max_grad_norm"),
+    ],
+)
+def test_a_key_inside_a_section_can_be_refused(settings: dict[str, Any], path: str) -> None:
+    report = validate({"train_batch_size": 8, **settings})
+    assert report.exit_code == 3
+    assert [problem.path for problem in report.refusals] == [path]
+
+
+def test_other_spellings_are_known() -> None:
+    load(zero_optimization={"stage3_gather_fp16_weights_on_model_save": True, "prefetch_bucket_size": 1e6})
+    load(aio={"thread_count": 1})

@@ -1,0 +1,191 @@
+"""A training run whose config says LRRangeTest records itself, with no change to the script."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Engine, RangeTestResult, initialize
+from engine.range_test import passive
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+# A user's script, with no word about recording in it.
+SCRIPT = """
+import json, sys
+import torch
+from torch import nn
+from engine import initialize
+
+torch.manual_seed(0)
+model, x, y = nn.Linear(4, 1), torch.randn(64, 4), torch.randn(64, 1)
+engine = initialize(model, "config.json", device="cpu")
+for step in range(40):
+    engine.backward(nn.functional.mse_loss(engine(x), y))
+    engine.step()
+{ending}
+"""
+
+
+def make_config(folder: str = "record", **sections: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "scheduler": {
+            "type": "LRRangeTest",
+            "params": {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 5, "lr_range_test_step_rate": 5},
+        },
+        "redline": {"range_test": {"output_dir": folder}},
+        **sections,
+    }
+
+
+def run_script(folder: Path, ending: str = "") -> subprocess.CompletedProcess[str]:
+    (folder / "train.py").write_text(SCRIPT.format(ending=ending))
+    (folder / "config.json").write_text(json.dumps(make_config()))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, env=environment, timeout=60
+    )
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    torch.manual_seed(0)
+    engine = initialize(nn.Linear(4, 1), make_config(str(tmp_path / "record")), device="cpu")
+    yield engine
+    passive.atexit.unregister(engine.recorder.close)
+
+
+def train(engine: Engine, updates: int) -> list[float]:
+    x, y = torch.ones(4, 4), torch.zeros(4, 1)
+    losses = []
+    for _ in range(updates * engine.gradient_accumulation_steps()):
+        losses.append(engine.backward(nn.functional.mse_loss(engine(x), y)).item())
+        engine.step()
+    return losses
+
+
+# -- a script of its own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("sys.exit(3)", 3), ("raise ValueError('mine')", 1)],
+    ids=["at the end", "by sys.exit", "by an exception"],
+)
+def test_a_script_that_ends_leaves_its_record_picture_and_config(ending: str, code: int, tmp_path: Path) -> None:
+    done = run_script(tmp_path, ending)
+    assert done.returncode == code, done.stderr
+    files = {path.name for path in (tmp_path / "record").iterdir()}
+    assert files == {"range_test.json", "range_test.csv", "range_test.png", "one_cycle.json"}
+    assert f"Written to record: {', '.join(['range_test.json', 'range_test.csv', 'one_cycle.json'])}" in done.stderr
+    assert "Suggested OneCycle" in done.stderr
+    result = RangeTestResult.load(tmp_path / "record")
+    assert len(result.curves[0].losses) == 40
+    assert (result.curves[0].name, result.train_steps) == ("rate 5", 400)
+
+
+def test_a_script_that_is_killed_keeps_what_was_saved(tmp_path: Path) -> None:
+    ending = """
+from engine.range_test import passive
+passive.SAVE_EVERY = 25
+for step in range(20):
+    engine.backward(nn.functional.mse_loss(engine(x), y))
+    engine.step()
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = run_script(tmp_path, ending)
+    assert done.returncode == -signal.SIGKILL
+    result = RangeTestResult.load(tmp_path / "record")
+    assert len(result.curves[0].losses) == 50
+    assert not list((tmp_path / "record").glob("*.tmp"))
+
+
+# -- in this process -----------------------------------------------------------------------------------------
+
+
+def test_every_update_is_recorded_at_the_rate_it_ran_at(engine: Engine) -> None:
+    losses = train(engine, 6)
+    (curve,) = engine.recorder.result().curves
+    assert curve.steps == tuple(range(6))
+    assert curve.lrs == pytest.approx([0.001 * (1 + k) for k in range(6)])
+    assert curve.losses == pytest.approx(losses)
+    assert curve.rate == 5
+
+
+def test_validation_losses_are_recorded_if_the_script_gives_them(engine: Engine) -> None:
+    engine.record_validation(2.0)
+    train(engine, 3)
+    engine.record_validation(torch.tensor(1.0))
+    assert engine.recorder.result().curves[0].validation == ((0, 2.0), (3, 1.0))
+
+
+def test_without_a_range_test_a_validation_loss_goes_nowhere() -> None:
+    plain = initialize(nn.Linear(4, 1), make_config(scheduler=None), device="cpu")
+    assert plain.recorder is None
+    plain.record_validation(1.0)
+
+
+def test_the_record_is_saved_every_so_often(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passive, "SAVE_EVERY", 10)
+    train(engine, 9)
+    assert not (tmp_path / "record").exists()
+    train(engine, 5)
+    assert len(RangeTestResult.load(tmp_path / "record").curves[0].losses) == 10
+
+
+def test_a_run_without_an_update_writes_nothing(engine: Engine, tmp_path: Path) -> None:
+    engine.recorder.close()
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_record_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(passive, "SAVE_EVERY", 10)
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "record"
+    engine = initialize(nn.Linear(4, 1), make_config(str(folder)), device="cpu")
+    with caplog.at_level(logging.WARNING, logger="engine"):
+        train(engine, 25)
+        engine.recorder.close()
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings == [f"range test: the record could not be written to {folder}: Not a directory"] * 3
+
+
+def test_the_other_processes_keep_no_file(tmp_path: Path) -> None:
+    from engine.distributed import World
+
+    recorder = passive.PassiveRecorder(World(1, 1, 1, torch.device("cpu")), tmp_path / "record", 5.0, {})
+    for step in range(3 * passive.SAVE_EVERY):
+        recorder.record(step, 0.1, torch.tensor(1.0))
+    assert not (tmp_path / "record").exists()
+    assert recorder._unread == []
+
+
+def test_the_suggested_config_trains(engine: Engine, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    for _ in range(60):
+        engine.backward(nn.functional.mse_loss(engine(x), x.sum(1, keepdim=True)))
+        engine.step()
+    engine.recorder.close()
+    config = json.loads((tmp_path / "record" / "one_cycle.json").read_text())
+    assert config["scheduler"]["type"] == "OneCycle"
+    cycle = initialize(nn.Linear(4, 1), tmp_path / "record" / "one_cycle.json", device="cpu")
+    assert type(cycle.lr_scheduler).__name__ == "OneCycle"
+    assert cycle.recorder is None
+    train(cycle, 2)

@@ -1,0 +1,131 @@
+"""The picture: drawn for curves of every kind, without a display, or refused in one line."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import RangeTestError
+from engine.range_test import Curve, RangeTestResult
+from engine.range_test.picture import draw_range_test
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def make_curve(rate: float | None, *, updates: int = 60, losses: Any = None, validation: Any = ()) -> Curve:
+    lrs = tuple(1e-4 * (1 + (rate or 0) * k / 5) for k in range(updates))
+    losses = tuple(losses if losses is not None else [max(0.3, 2.3 - 0.05 * k) for k in range(updates)])
+    return Curve("fixed" if rate is None else f"rate {rate:g}", rate, tuple(range(updates)), lrs, losses, validation)
+
+
+def make_result(*curves: Curve, world_size: int = 1) -> RangeTestResult:
+    return RangeTestResult(curves, {}, 8, world_size, "AdamW", 1000)
+
+
+def drawn(result: RangeTestResult, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure that was saved."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    draw_range_test(result, path)
+    return figures[0]
+
+
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+FALLING = [2.3 - 0.02 * k for k in range(60)]
+
+KINDS = {
+    "falling": [make_curve(50)],
+    "beside a baseline": [make_curve(None), make_curve(5), make_curve(50)],
+    "with validation": [make_curve(50, validation=((0, 2.4), (30, 1.0), (60, 0.5)))],
+    "diverging": [make_curve(50, losses=[*FALLING[:50], *[10.0**k for k in range(10)]])],
+    "nan at the end": [make_curve(50, losses=[*FALLING[:-1], math.nan])],
+    "infinite validation": [make_curve(50, losses=[*FALLING[:-1], math.inf], validation=((0, 2.0), (60, math.inf)))],
+    "nan from the start": [make_curve(50, losses=[math.nan] * 60)],
+    "flat": [make_curve(50, losses=[1.0] * 60)],
+    "negative": [make_curve(50, losses=[loss - 100 for loss in FALLING])],
+    "one update": [make_curve(50, updates=1)],
+    "nothing": [make_curve(50, updates=0)],
+    "only a baseline": [make_curve(None)],
+    "many": [make_curve(rate) for rate in range(1, 10)],
+    "no curves": [],
+}
+
+
+@pytest.mark.parametrize("curves", KINDS.values(), ids=KINDS)
+def test_curves_of_every_kind_are_drawn_without_a_warning(curves: list[Curve], tmp_path: Path) -> None:
+    path = draw_range_test(make_result(*curves), tmp_path / "range_test.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_the_format_goes_by_the_name(name: str, start: bytes, tmp_path: Path) -> None:
+    assert make_result(make_curve(50)).plot(tmp_path / "new" / name).read_bytes().startswith(start)
+
+
+def test_an_unknown_format_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    with pytest.raises(RangeTestError, match=r"a\.xyz: .*png"):
+        make_result(make_curve(50)).plot(tmp_path / "a.xyz")
+
+
+def test_there_are_three_panels_and_the_suggestion_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = make_result(make_curve(None), make_curve(5), make_curve(50), world_size=2)
+    figure = drawn(result, tmp_path / "a.png", monkeypatch)
+    by_step, rates, by_rate = figure.axes
+    assert [axes.get_xlabel() for axes in figure.axes] == ["update (batch)", "update (batch)", "learning rate"]
+    assert by_step.get_ylabel() == "training loss"
+    assert rates.get_yscale() == by_rate.get_xscale() == "log"
+    *runs, cycle = legend(figure)
+    assert runs == ["fixed", "rate 5", "rate 50"]
+    assert "1Cycle: " in cycle
+    assert figure.get_suptitle() == "Learning rate range test: AdamW, batch size 8, 2 processes"
+
+
+def test_a_validation_loss_takes_the_training_losss_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = make_curve(50, validation=((0, 2.4), (30, 1.0), (60, 0.5)))
+    by_step = drawn(make_result(curve), tmp_path / "a.png", monkeypatch).axes[0]
+    assert by_step.get_ylabel() == "validation loss"
+    assert list(by_step.get_lines()[0].get_ydata()) == [2.4, 1.0, 0.5]
+
+
+def test_a_divergence_is_marked_and_does_not_flatten_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = make_curve(50, losses=[*FALLING[:50], *[10.0**k for k in range(10)]])
+    figure = drawn(make_result(curve), tmp_path / "a.png", monkeypatch)
+    by_step, _, by_rate = figure.axes
+    assert any("diverged at" in label for label in legend(figure))
+    assert by_rate.get_ylim()[1] < 3
+    assert by_step.get_ylim()[1] < 3
+
+
+def test_pyplot_is_left_alone(tmp_path: Path) -> None:
+    backend = (
+        matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else None
+    )
+    draw_range_test(make_result(make_curve(50)), tmp_path / "a.png")
+    if backend is None and "matplotlib.pyplot" in sys.modules:
+        assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RangeTestError) as caught:
+        make_result(make_curve(50)).plot(tmp_path / "a.png")
+    assert str(caught.value) == "a picture needs matplotlib; install it with `pip install 'redline[plot]'`"
+
+
+def test_the_curves_of_a_result_are_left_as_they_are(tmp_path: Path) -> None:
+    curve = make_curve(50)
+    result = make_result(curve)
+    result.plot(tmp_path / "a.png")
+    assert result.curves == (replace(curve),)

@@ -1,0 +1,208 @@
+"""A test as a value: on disk and back, as a config, in words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import RangeTestError, load_config
+from engine.range_test import Curve, RangeTestResult, Refusal, Suggestion
+
+INF, NAN = math.inf, math.nan
+CONFIG = {
+    "_comment": "mine",
+    "train_batch_size": 8,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+    "scheduler": {"type": "LRRangeTest", "params": {}},
+}
+
+
+def falling(rate: float | None = 50.0, updates: int = 100, end: float | None = None) -> Curve:
+    """A loss that falls from 2.3 in a straight line; from `end` on it is what it is given."""
+    losses = [max(0.3, 2.3 - 0.05 * k) for k in range(updates)]
+    if end is not None:
+        losses[-1] = end
+    lrs = tuple(1e-4 * (1 + (rate or 0) * k / 5) for k in range(updates))
+    name = "fixed 0.0001" if rate is None else f"rate {rate:g}"
+    return Curve(name, rate, tuple(range(updates)), lrs, tuple(losses), ((0, 2.5), (50, 1.0), (100, 0.5)))
+
+
+def make_result(*curves: Curve, config: dict[str, Any] | None = None) -> RangeTestResult:
+    return RangeTestResult(curves or (falling(None), falling()), config or CONFIG, 8, 1, "AdamW", 1000)
+
+
+def flat() -> RangeTestResult:
+    curve = falling()
+    return make_result(replace(curve, losses=(1.0,) * 100))
+
+
+# -- on disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [0.5, NAN, INF, -INF], ids=str)
+def test_a_result_is_the_same_after_saving_and_loading(end: float, tmp_path: Path) -> None:
+    result = make_result(falling(None), falling(end=end), replace(falling(5), validation=((0, NAN), (100, INF))))
+    result.save(tmp_path)
+    loaded = RangeTestResult.load(tmp_path)
+    assert repr(loaded) == repr(result)  # nan is no equal of itself
+    assert loaded.suggestion == result.suggestion
+
+
+def test_the_json_is_one_that_every_reader_takes(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    make_result(falling(end=NAN)).save(tmp_path)
+    value = json.loads((tmp_path / "range_test.json").read_text(), parse_constant=refuse)
+    assert value["curves"][0]["losses"][-1] == "nan"
+    assert value["suggestion"]["cycle_max_lr"] > 0
+
+
+def test_the_csv_has_a_row_for_each_update_of_each_run(tmp_path: Path) -> None:
+    make_result().save(tmp_path)
+    with (tmp_path / "range_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["run", "step", "lr", "loss", "validation_loss"]
+    test = [row for row in rows if row["run"] == "rate 50"]
+    assert len(test) == 101  # and one for the validation before the first update
+    assert (test[0]["step"], test[0]["loss"], test[0]["validation_loss"]) == ("-1", "", "2.5")
+    assert [row["validation_loss"] for row in test if row["step"] in ("49", "99")] == ["1.0", "0.5"]
+    assert [float(row["loss"]) for row in test[1:]] == list(falling().losses)
+
+
+def test_saving_says_what_it_wrote(tmp_path: Path) -> None:
+    written = make_result().save(tmp_path / "new" / "folder")
+    assert {kind: path.name for kind, path in written.items()} == {
+        "json": "range_test.json", "csv": "range_test.csv", "config": "one_cycle.json"
+    }  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(
+        path.name for path in written.values()
+    )
+
+
+def test_without_a_suggestion_an_earlier_tests_config_is_taken_away(tmp_path: Path) -> None:
+    make_result().save(tmp_path)
+    assert (tmp_path / "one_cycle.json").exists()
+    assert "config" not in flat().save(tmp_path)
+    assert not (tmp_path / "one_cycle.json").exists()
+
+
+def test_a_saving_that_fails_leaves_the_earlier_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_result().save(tmp_path)
+    before = (tmp_path / "range_test.json").read_text()
+
+    def full(self: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        flat().save(tmp_path)
+    assert (tmp_path / "range_test.json").read_text() == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        make_result().save(tmp_path / "file" / "folder")
+
+
+def test_a_folder_without_a_test_is_said_to_have_none(tmp_path: Path) -> None:
+    with pytest.raises(RangeTestError, match=r"there is no range_test\.json; give the folder that a range test wrote"):
+        RangeTestResult.load(tmp_path)
+    with pytest.raises(RangeTestError, match=r"there is no range_test\.json"):
+        RangeTestResult.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"curves": [{}]}', '{"curves": 3}', '{"curves": []}', '{"curves": [3]}', "\x00",
+     '{"curves": [{"name": "", "rate": 1, "steps": [0], "lrs": [1], "losses": ["x"], "validation": []}]}'],
+)  # fmt: skip
+def test_a_damaged_record_is_said_to_be_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "range_test.json").write_text(text)
+    with pytest.raises(RangeTestError, match=r"range_test\.json: is no record of a range test"):
+        RangeTestResult.load(tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RangeTestError):
+        RangeTestResult.load(tmp_path / "file")
+
+
+# -- as a config ---------------------------------------------------------------------------------------------
+
+
+def test_the_config_is_the_tests_own_with_the_suggested_cycle() -> None:
+    result = make_result()
+    config = result.to_config()
+    suggestion = result.suggestion
+    assert isinstance(suggestion, Suggestion)
+    assert config["scheduler"] == {"type": "OneCycle", "params": suggestion.params()}
+    assert {key: config[key] for key in ("_comment", "train_batch_size", "optimizer")} == {
+        key: CONFIG[key] for key in ("_comment", "train_batch_size", "optimizer")
+    }
+    assert CONFIG["scheduler"] == {"type": "LRRangeTest", "params": {}}
+
+
+def test_the_config_gives_a_reason_for_each_number() -> None:
+    config = make_result().to_config()
+    assert config["_range_test"]["reasons"].keys() == config["scheduler"]["params"].keys()
+    assert config["_range_test"]["train_steps"] == 1000
+
+
+def test_the_config_loads_with_the_suggested_values() -> None:
+    config = make_result().to_config()
+    loaded = load_config(json.dumps(config), world_size=1)
+    assert loaded.scheduler is not None
+    assert loaded.scheduler.type == "OneCycle"
+    assert loaded.scheduler.arguments() == config["scheduler"]["params"]
+
+
+def test_a_refusal_gives_no_config_and_says_why_and_what_to_do() -> None:
+    result = flat()
+    assert isinstance(result.suggestion, Refusal)
+    with pytest.raises(RangeTestError, match="no schedule can be suggested") as caught:
+        result.to_config()
+    assert result.suggestion.reason in str(caught.value)
+    assert result.suggestion.remedy in str(caught.value)
+
+
+def test_a_result_can_be_read_for_a_training_of_another_length() -> None:
+    params = make_result().planned_for(300).to_config()["scheduler"]["params"]
+    assert params["cycle_first_step_size"] + params["cycle_second_step_size"] == 300
+
+
+# -- in words ------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_a_line_for_each_number_with_its_reason() -> None:
+    result = make_result()
+    suggestion = result.suggestion
+    assert isinstance(suggestion, Suggestion)
+    head, *lines = result.summary().splitlines()
+    assert head == "Suggested OneCycle for 1000 updates at batch size 8:"
+    for line, (key, value) in zip(lines, suggestion.params().items()):
+        assert line == f"  {key} = {value:g}  {suggestion.reasons[key]}"
+    assert lines[4:] == [f"Note: {note}" for note in suggestion.notes]
+
+
+def test_the_summary_of_a_refusal_is_its_reason_and_its_remedy() -> None:
+    result = flat()
+    assert isinstance(result.suggestion, Refusal)
+    assert result.summary().splitlines()[:2] == [f"No suggestion. {result.suggestion.reason}", result.suggestion.remedy]
+
+
+def test_groups_with_rates_of_their_own_get_boundaries_in_the_same_ratios() -> None:
+    result = replace(make_result(), group_ratios=(1.0, 0.1))
+    params = result.to_config()["scheduler"]["params"]
+    alone = result.suggestion
+    assert isinstance(alone, Suggestion)
+    assert params["cycle_max_lr"] == pytest.approx([alone.cycle_max_lr, 0.1 * alone.cycle_max_lr])
+    assert params["cycle_min_lr"] == pytest.approx([alone.cycle_min_lr, 0.1 * alone.cycle_min_lr])

@@ -1,0 +1,483 @@
+"""The active range test: what it runs, on which data, at which rates, when it stops, and what it refuses.
+
+That it leaves no trace is in test_snapshot.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from engine import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
+from engine.range_test.analysis import Curve, Suggestion
+from tests.distributed import run_ranks
+
+mse = nn.functional.mse_loss
+
+
+def make_data(size: int = 64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 4, generator=generator)
+    return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]]) + 0.1 * torch.randn(size, 1, generator=generator)
+
+
+def make_engine(*, lr: float = 0.01, accumulation: int = 1, micro_batch: int = 8, **config: Any) -> Engine:
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "SGD", "params": {"lr": lr}},
+        **config,
+    }
+    return initialize(nn.Linear(4, 1), config, device="cpu")
+
+
+def run(engine: Engine | None = None, data: Any = None, loss: Any = None, **arguments: Any) -> RangeTestResult:
+    arguments = {"rates": [5], "steps": 20, "min_lr": 1e-3, "baseline": False, "progress": False, **arguments}
+    data = make_data() if data is None else data
+    return run_range_test(engine or make_engine(), data, loss or nn.MSELoss(), **arguments)
+
+
+def only(result: RangeTestResult) -> Curve:
+    (curve,) = result.curves
+    return curve
+
+
+# -- the runs ------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_run_for_each_rate_and_one_at_the_fixed_rate_before_them() -> None:
+    result = run(rates=[5, 50.5], baseline=True)
+    assert [(curve.name, curve.rate) for curve in result.curves] == [
+        ("fixed 0.01", None), ("rate 5", 5.0), ("rate 50.5", 50.5)
+    ]  # fmt: skip
+    assert set(result.curves[0].lrs) == {0.01}
+
+
+def test_the_default_is_three_rates_and_the_optimizers_own() -> None:
+    result = run_range_test(make_engine(), make_data(), nn.MSELoss(), steps=20, progress=False)
+    assert [curve.name for curve in result.curves] == ["fixed 0.01", "rate 5", "rate 50", "rate 500"]
+    assert result.curves[1].lrs[0] == 1e-4
+    assert result.train_steps == 200
+
+
+def test_the_baseline_may_be_another_rate() -> None:
+    assert set(run(baseline=0.02).curves[0].lrs) == {0.02}
+
+
+def test_the_rate_grows_by_rate_times_the_minimum_in_a_step_size() -> None:
+    lrs = only(run(rates=[5], min_lr=1e-3, step_size=10)).lrs
+    assert [lrs[0], lrs[10]] == pytest.approx([0.001, 0.006])
+    assert lrs[1] > lrs[0]
+
+
+def test_a_staircase_holds_the_rate_for_a_step_size() -> None:
+    lrs = only(run(step_size=10, staircase=True)).lrs
+    assert lrs == pytest.approx((0.001,) * 10 + (0.006,) * 10)
+
+
+def test_the_step_size_is_a_twentieth_of_the_steps_unless_given() -> None:
+    lrs = only(run(steps=40, rates=[5])).lrs
+    assert lrs[2] == pytest.approx(0.006)
+
+
+def test_what_is_not_given_comes_from_the_configs_own_range_test(tmp_path: Any) -> None:
+    params = {"lr_range_test_min_lr": 0.002, "lr_range_test_step_size": 4, "lr_range_test_step_rate": 3.0,
+              "lr_range_test_staircase": True}  # fmt: skip
+    engine = make_engine(scheduler={"type": "LRRangeTest", "params": params})
+    engine.recorder = None
+    result = run(engine, min_lr=None, baseline=True)
+    assert only_test(result).lrs[:5] == pytest.approx((0.002, 0.002, 0.002, 0.002, 0.012))
+    assert result.curves[0].name == "fixed 0.01"
+
+
+def only_test(result: RangeTestResult) -> Curve:
+    (curve,) = [curve for curve in result.curves if curve.rate is not None]
+    return curve
+
+
+def test_a_schedule_that_wrote_over_the_optimizers_rate_does_not_hide_it_from_the_baseline() -> None:
+    engine = make_engine(scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.5}})
+    assert engine.get_lr() == [0.0]
+    assert run(engine, baseline=True).curves[0].name == "fixed 0.01"
+
+
+def test_groups_keep_the_ratios_of_their_rates() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.001}]
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    engine = initialize(model, config, model_parameters=groups, device="cpu")
+    seen: list[list[float]] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(engine.get_lr())
+        return mse(model(batch[0]), batch[1])
+
+    run(engine, loss=loss, baseline=0.02, min_lr=0.003)
+    assert all(first == pytest.approx(10 * second) for first, second in seen)
+    assert seen[0] == pytest.approx([0.02, 0.002])
+    assert seen[20] == pytest.approx([0.003, 0.0003])
+    seen.clear()
+    run(engine, loss=loss, min_lr=[0.003, 0.004])
+    assert seen[0] == pytest.approx([0.003, 0.004])
+
+
+def test_every_run_starts_from_the_same_weights_and_batches() -> None:
+    result = run(rates=[5, 5.0, 50], baseline=True)
+    assert len({curve.losses[0] for curve in result.curves}) == 1
+    assert result.curves[1].losses == result.curves[2].losses
+
+
+def test_a_run_is_what_a_loop_by_hand_does() -> None:
+    data = [(x, y) for x, y in zip(*(part.split(8) for part in make_data()))]
+    engine = make_engine()
+    model = copy.deepcopy(engine.module)
+    held_out = make_data(10)
+    curve = only(run(engine, data, steps=12, step_size=4, validation=held_out, validations=3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+    losses, validation = [], [(0, mse(model(held_out[0]), held_out[1]).item())]
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = lr = 1e-3 * (1 + 5.0 * step / 4)
+        assert curve.lrs[step] == pytest.approx(lr)
+        x, y = data[step % 8]
+        loss = mse(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 4 == 3:
+            validation.append((step + 1, mse(model(held_out[0]), held_out[1]).item()))
+    assert curve.steps == tuple(range(12))
+    assert curve.losses == pytest.approx(losses, rel=1e-6)
+    assert [updates for updates, _ in curve.validation] == [0, 4, 8, 12]
+    assert [loss for _, loss in curve.validation] == pytest.approx([loss for _, loss in validation], rel=1e-5)
+
+
+def test_accumulation_gives_one_point_for_each_update_with_the_mean_loss() -> None:
+    data = [(x, y) for x, y in zip(*(part.split(8) for part in make_data()))]
+    accumulated = only(run(make_engine(accumulation=4), data, steps=10))
+    whole = only(run(make_engine(micro_batch=32), [make_batch(data, i) for i in (0, 4)], steps=10))
+    assert accumulated.steps == tuple(range(10))
+    assert accumulated.lrs == whole.lrs
+    assert accumulated.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def make_batch(data: list[tuple[Tensor, Tensor]], start: int) -> tuple[Tensor, Tensor]:
+    parts = data[start : start + 4]
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def test_a_run_that_diverges_is_stopped_and_the_others_are_not() -> None:
+    result = run(rates=[5, 5000], steps=60, baseline=True)
+    fixed, slow, fast = result.curves
+    assert (len(fixed.steps), len(slow.steps)) == (60, 60)
+    assert 10 <= len(fast.steps) < 60
+    assert fast.losses[-1] > fast.losses[0]
+
+
+def test_a_baseline_that_diverges_goes_on_to_its_end() -> None:
+    fixed = run(baseline=5.0, rates=[5], steps=40).curves[0]
+    assert len(fixed.steps) == 40
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_is_recorded() -> None:
+    calls = iter(range(1000))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        value = mse(model(batch[0]), batch[1])
+        return value * math.nan if next(calls) == 13 else value
+
+    curve = only(run(loss=loss, steps=30))
+    assert len(curve.steps) == 14
+    assert math.isnan(curve.losses[-1])
+
+
+def test_negative_losses_suggest_what_the_same_losses_above_zero_do() -> None:
+    def lowered(model: nn.Module, batch: Any) -> Tensor:
+        return mse(model(batch[0]), batch[1]) - 128
+
+    arguments: dict[str, Any] = {"rates": [5, 50, 500], "steps": 60}
+    above, below = run(**arguments), run(loss=lowered, **arguments)
+    assert all(loss < 0 for loss in below.curves[0].losses)
+    assert isinstance(above.suggestion, Suggestion)
+    assert isinstance(below.suggestion, Suggestion)
+    assert below.suggestion.cycle_max_lr == pytest.approx(above.suggestion.cycle_max_lr, rel=0.2)
+
+
+# -- losses and data of every form ---------------------------------------------------------------------------
+
+
+def named_y(output: Tensor, y: Tensor) -> Tensor:
+    return mse(output, y)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(), mse, named_y, lambda model, batch: mse(model(batch[0]), batch[1])],
+    ids=["criterion", "functional", "a target named y", "loss(model, batch)"],
+)
+def test_a_loss_may_be_a_criterion_or_a_function_of_model_and_batch(loss: Any) -> None:
+    assert only(run(loss=loss)).losses == only(run()).losses
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(TensorDataset(*make_data()))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        make_data(),
+        TensorDataset(*make_data()),
+        DataLoader(TensorDataset(*make_data()), batch_size=8),
+        Stream(),
+        [make_data(8), make_data(8)],
+    ],
+    ids=["tensors", "dataset", "DataLoader", "iterable dataset", "list of batches"],
+)
+def test_data_may_be_tensors_a_dataset_or_batches(data: Any) -> None:
+    curve = only(run(data=data))
+    assert len(curve.steps) == 20
+    assert curve.losses[-1] < curve.losses[0]
+
+
+def test_a_generator_is_refused_since_each_run_starts_again() -> None:
+    with pytest.raises(RangeTestError, match="data: got generator, which can be read only once; give a dataset"):
+        run(data=(batch for batch in [make_data(8)]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (3, "data: got int; expected a dataset, tensors, or a loader of batches"),
+        (TensorDataset(torch.zeros(0, 4), torch.zeros(0, 1)), "data: the dataset is empty"),
+        (DataLoader(TensorDataset(*make_data(4)), batch_size=8, drop_last=True), "data: it yields no batch"),
+        ([(*make_data(8), 1)], r"data: a batch is tuple of 3 \(Tensor, Tensor, int\); the criterion wants"),
+        ([torch.ones(3)], "data: a batch is Tensor; the criterion wants"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_by_name(data: Any, message: str) -> None:
+    with pytest.raises(RangeTestError, match=message):
+        run(data=data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rates": []}, "rates: got none; give at least one"),
+        ({"rates": [0]}, "rates: got 0; expected numbers > 0"),
+        ({"rates": [math.inf]}, "rates: got inf"),
+        ({"rates": [math.nan]}, "rates: got nan"),
+        ({"steps": 0}, "steps: got 0; expected an integer >= 1"),
+        ({"step_size": 0}, "step_size: got 0; expected an integer >= 1"),
+        ({"step_size": 2.5}, "step_size: got 2.5; expected an integer >= 1"),
+        ({"validations": 0}, "validations: got 0; expected an integer >= 1"),
+        ({"train_steps": 0}, "train_steps: got 0; expected an integer >= 1"),
+        ({"min_lr": 0.0}, "min_lr: got 0.0; expected a number > 0"),
+        ({"min_lr": [0.1, 0.2]}, "min_lr: got 2 values for 1 parameter groups; give one each"),
+        ({"baseline": -1.0}, "baseline: got -1.0; expected a number > 0"),
+        ({"loss": lambda batch: batch}, r"loss: takes \['batch'\]; expected loss\(model, batch\)"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_test_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RangeTestError, match=message):
+        run(**arguments)
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"backward: got a tensor of shape \(8, 1\)"):
+        run(loss=nn.MSELoss(reduction="none"))
+
+
+def test_an_engine_without_an_optimizer_is_refused() -> None:
+    engine = initialize(nn.Linear(4, 1), {"train_batch_size": 8}, device="cpu")
+    with pytest.raises(RangeTestError, match="the engine has no optimizer"):
+        run(engine)
+
+
+def test_an_engine_inside_an_update_is_refused() -> None:
+    engine = make_engine(accumulation=2)
+    x, y = make_data(8)
+    engine.backward(mse(engine(x), y))
+    for _ in range(2):
+        with pytest.raises(RangeTestError, match="the engine is inside an update"):
+            run(engine)
+        if engine._pending:
+            engine.step()
+    assert engine.micro_steps == 1
+
+
+# -- validation ----------------------------------------------------------------------------------------------
+
+
+def test_validation_is_measured_in_evaluation_mode_over_all_samples_alike() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))
+    config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    engine = initialize(model, config, device="cpu")
+    held_out = make_data(11)  # a last batch of 3
+    with torch.no_grad():
+        expected = mse(model[1](held_out[0]), held_out[1]).item()
+    for data in (held_out, TensorDataset(*held_out), DataLoader(TensorDataset(*held_out), batch_size=5)):
+        curve = only(run(engine, validation=data, validations=4))
+        assert [updates for updates, _ in curve.validation] == [0, 5, 10, 15, 20]
+        assert curve.validation[0][1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_batches_of_dicts_are_weighed_by_their_samples_too() -> None:
+    x, y = make_data(11)
+    batches = [{"x": x[:8], "y": y[:8]}, {"x": x[8:], "y": y[8:]}]
+    engine = make_engine()
+    with torch.no_grad():
+        expected = mse(engine(x), y).item()
+    curve = only(run(engine, batches, lambda model, batch: mse(model(batch["x"]), batch["y"]), validation=batches))
+    assert curve.validation[0][1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_validation_data_there_are_no_validation_losses() -> None:
+    assert only(run()).validation == ()
+
+
+# -- the result ----------------------------------------------------------------------------------------------
+
+
+def test_the_result_says_what_it_was_measured_with() -> None:
+    result = run(make_engine(accumulation=4), train_steps=77)
+    assert (result.train_batch_size, result.world_size, result.optimizer, result.train_steps) == (32, 1, "SGD", 77)
+    assert result.config["optimizer"]["type"] == "SGD"
+
+
+def test_progress_is_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="engine"):
+        run(rates=[5, 5000], steps=50, progress=None)
+    lines = [record.getMessage() for record in caplog.records]
+    told = [line for line in lines if "loss" in line]
+    assert told[0].startswith("rate 5: step 9, lr ")
+    assert 5 <= len(told) <= 10
+    assert any(line.startswith("rate 5000: diverged at step") for line in lines)
+
+
+def test_progress_can_be_switched_off(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level(logging.INFO, logger="engine"):
+        engine = make_engine()
+        caplog.clear()
+        run(engine, progress=False)
+    assert caplog.records == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_shows_run_step_rate_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    run(progress=True, rates=[5, 5000], steps=40)
+    shown = capsys.readouterr().err
+    assert "rate 5000: diverged at step 10, learning rate 25\n" in shown
+    assert shown.splitlines()[-1].startswith("rate 5000: 100%")
+    assert "80/80" in shown
+    assert "step 10, lr 25, loss" in shown
+
+
+def test_without_tqdm_the_bar_is_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        run(progress=True, steps=40)
+    assert "pip install 'redline[progress]'" in caplog.text
+    assert "rate 5: step 3, lr" in caplog.text
+
+
+def test_the_engines_own_progress_is_silent_during_a_test(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(steps_per_print=1)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        run(engine)
+    assert not [record for record in caplog.records if record.getMessage().startswith("step=")]
+    assert engine.steps_per_print == 1
+
+
+# -- two processes -------------------------------------------------------------------------------------------
+
+
+def in_two_processes() -> dict[str, RangeTestResult]:
+    engine = make_engine(micro_batch=4)
+    rank = engine.global_rank
+
+    def of_each_rank_its_own(model: nn.Module, batch: Any) -> Tensor:
+        return mse(model(batch[0]), batch[1]) * (1 + 3 * rank)
+
+    calls = iter(range(1000))
+
+    def bad_on_rank_one(model: nn.Module, batch: Any) -> Tensor:
+        value = mse(model(batch[0]), batch[1])
+        return value * math.nan if next(calls) == 13 and rank == 1 else value
+
+    rates = {"rates": [5, 50, 500], "steps": 40}
+    x, y = make_data()
+    uneven = [(x[:4], y[:4])] * (3 + rank)  # the ranks' loaders end after different numbers of batches
+    return {
+        "plain": run(engine, **rates, validation=make_data(11)),
+        "own losses": run(engine, loss=of_each_rank_its_own, rates=[5, 5000], steps=60),
+        "nan": run(engine, loss=bad_on_rank_one, steps=30),
+        "uneven": run(engine, uneven),
+        "few": run(engine, validation=make_data(1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def of_two() -> list[dict[str, RangeTestResult]]:
+    """Several tests, as two gloo processes got them, by rank."""
+    return run_ranks(in_two_processes, 2)
+
+
+def text(result: RangeTestResult) -> str:
+    return str(result._to_json())  # nan is no equal of itself
+
+
+def test_both_processes_get_one_result_with_one_suggestion(of_two: list[dict[str, RangeTestResult]]) -> None:
+    ours, theirs = of_two
+    assert {name for name in ours if text(ours[name]) != text(theirs[name])} == set()
+    assert isinstance(ours["plain"].suggestion, Suggestion)
+    assert ours["plain"].suggestion == theirs["plain"].suggestion
+    assert ours["plain"].world_size == 2
+
+
+def test_two_processes_measure_what_one_does_with_their_batch(of_two: list[dict[str, RangeTestResult]]) -> None:
+    # DistributedSampler deals out samples in turn, so two micro-batches of 4 are one of 8.
+    alone = run(make_engine(micro_batch=8), rates=[5, 50, 500], steps=40, validation=make_data(11))
+    for ours, expected in zip(of_two[0]["plain"].curves, alone.curves):
+        assert ours.lrs == expected.lrs
+        assert ours.losses == pytest.approx(expected.losses, rel=1e-4)
+        assert [loss for _, loss in ours.validation] == pytest.approx(
+            [loss for _, loss in expected.validation], rel=1e-4
+        )
+
+
+def test_processes_with_different_losses_stop_at_the_same_update(of_two: list[dict[str, RangeTestResult]]) -> None:
+    ours, theirs = (answers["own losses"].curves[1] for answers in of_two)
+    assert len(ours.steps) == len(theirs.steps) < 60
+
+
+def test_nan_on_one_process_ends_the_run_on_both(of_two: list[dict[str, RangeTestResult]]) -> None:
+    for answers in of_two:
+        curve = only(answers["nan"])
+        assert len(curve.steps) == 14
+        assert math.isnan(curve.losses[-1])
+
+
+def test_loaders_of_different_lengths_do_not_hold_a_test_up(of_two: list[dict[str, RangeTestResult]]) -> None:
+    assert len(only(of_two[0]["uneven"]).steps) == 20
+
+
+def test_less_validation_data_than_processes_is_enough(of_two: list[dict[str, RangeTestResult]]) -> None:
+    x, y = make_data(1)
+    with torch.no_grad():
+        expected = mse(make_engine()(x), y).item()
+    assert only(of_two[0]["few"]).validation[0][1] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,224 @@
+"""Model, data and loss in the forms people have them; a task file and what can be wrong with it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from engine.data import Loader
+from engine.distributed import World
+from engine.errors import RangeTestError
+from engine.range_test.task import Task, batches, load_task, loss_of, training_batches, validation_batches
+
+CPU = torch.device("cpu")
+ALONE = World(0, 0, 1, CPU)
+
+TASK = """
+import torch
+from torch import nn
+from neighbour import SIZE
+
+def task():
+    data = torch.utils.data.TensorDataset(torch.ones(SIZE, 2), torch.ones(SIZE, 1))
+    return nn.Linear(2, 1), data, nn.MSELoss()
+
+def with_validation():
+    return [*task(), (torch.ones(2, 2), torch.ones(2, 1))]
+
+def as_dict():
+    model, data, loss = task()
+    return {"model": model, "data": data, "loss": loss}
+
+def typo():
+    model, data, loss = task()
+    return {"model": model, "dat": data, "loss": loss}
+
+def no_model():
+    return "model", None, nn.MSELoss()
+
+def no_loss():
+    return nn.Linear(1, 1), None, 3
+
+def two():
+    return nn.Linear(1, 1), None
+
+def nothing():
+    pass
+
+number = 3
+
+def broken():
+    raise ZeroDivisionError("mine")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A task file with a neighbour that it imports; what the import leaves behind is put back."""
+    (tmp_path / "task_of_mine.py").write_text(TASK)
+    (tmp_path / "neighbour.py").write_text("SIZE = 8\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+# -- task files ----------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_what_a_function_in_a_file_returns(folder: Path) -> None:
+    task = load_task("task_of_mine.py:task")
+    assert isinstance(task.model, nn.Linear)
+    assert len(task.data) == 8
+    assert isinstance(task.loss, nn.MSELoss)
+    assert task.validation is None
+
+
+def test_a_task_may_have_validation_data_or_be_a_dict(folder: Path) -> None:
+    assert len(load_task("task_of_mine.py:with_validation").validation) == 2
+    assert isinstance(load_task(f"{folder}/task_of_mine.py:as_dict"), Task)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("task_of_mine.py", 'TASK: got "task_of_mine.py"; expected file.py:function, such as task.py:digits'),
+        ("task_of_mine.py:", "expected file.py:function"),
+        ("task_of_mine.py:not a name", "expected file.py:function"),
+        ("nowhere.py:task", "TASK: there is no file nowhere.py"),
+        (".:task", "TASK: there is no file ."),
+        ("task_of_mine.py:tusk", "TASK: task_of_mine.py has no function tusk"),
+        ("task_of_mine.py:number", "TASK: task_of_mine.py has no function number"),
+        ("task_of_mine.py:typo", "returned dict; expected model, data, loss"),
+        ("task_of_mine.py:two", r"returned tuple of 2 \(Linear, NoneType\); expected model, data, loss"),
+        ("task_of_mine.py:nothing", "returned NoneType; expected model, data, loss"),
+        ("task_of_mine.py:no_model", "the model is str; expected a torch.nn.Module"),
+        ("task_of_mine.py:no_loss", "the loss is int; expected a function"),
+    ],
+)
+def test_what_is_no_task_is_refused_with_its_name(address: str, message: str, folder: Path) -> None:
+    with pytest.raises(RangeTestError, match=message):
+        load_task(address)
+
+
+def test_a_file_that_is_not_python_is_refused(folder: Path) -> None:
+    (folder / "notes.txt").write_text("")
+    with pytest.raises(RangeTestError, match=r"TASK: notes\.txt is no Python file"):
+        load_task("notes.txt:task")
+
+
+def test_the_users_own_errors_stay_their_own(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        load_task("task_of_mine.py:broken")
+
+
+def test_a_task_file_named_as_a_module_that_is_there_does_not_replace_it(folder: Path) -> None:
+    (folder / "json.py").write_text(TASK)
+    import json
+
+    load_task("json.py:task")
+    assert sys.modules["json"] is json
+
+
+# -- losses --------------------------------------------------------------------------------------------------
+
+
+class Criterion(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ((logits - labels) ** 2).mean()
+
+
+class OfModelAndBatch(nn.Module):
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+
+def of_model_and_batch(model: nn.Module, batch: Any) -> Tensor:
+    return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+
+LOSSES = {
+    "nn.MSELoss": nn.MSELoss(),
+    "functional": nn.functional.mse_loss,
+    "module": Criterion(),
+    "partial": functools.partial(nn.functional.mse_loss, reduction="mean"),
+    "function": of_model_and_batch,
+    "module of model and batch": OfModelAndBatch(),
+    "lambda": lambda model, batch: of_model_and_batch(model, batch),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_every_form_of_a_loss_becomes_one_of_model_and_batch(loss: Any) -> None:
+    model = nn.Linear(2, 1)
+    batch = [torch.ones(4, 2), torch.zeros(4, 1)]
+    torch.testing.assert_close(loss_of(loss)(model, batch), of_model_and_batch(model, batch))
+
+
+def test_a_loss_of_one_argument_is_refused() -> None:
+    with pytest.raises(RangeTestError, match=r"loss: takes \['output'\]; expected loss\(model, batch\)"):
+        loss_of(lambda output: output)
+
+
+def test_a_criterion_wants_batches_of_inputs_and_targets() -> None:
+    with pytest.raises(RangeTestError, match="data: a batch is dict; the criterion wants"):
+        loss_of(nn.MSELoss())(nn.Linear(1, 1), {"x": torch.ones(1)})
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+class Counting(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(9))
+
+
+def numbers(source: Any) -> list[int]:
+    return [int(x) for batch in source for x in (batch[0] if isinstance(batch, (list, tuple)) else batch)]
+
+
+def test_tensors_and_datasets_are_shuffled_and_dealt_out() -> None:
+    data = torch.arange(8)
+    for given in ((data, data), TensorDataset(data), data, data.numpy()):
+        shares = [numbers(training_batches(given, World(rank, rank, 2, CPU), micro_batch=2)) for rank in (0, 1)]
+        assert sorted(shares[0] + shares[1]) == list(range(8))
+        assert shares[0] + shares[1] != list(range(8))
+
+
+def test_loaders_are_taken_as_they_are() -> None:
+    for loader in (DataLoader(TensorDataset(torch.arange(8)), batch_size=4), [[torch.arange(3)]]):
+        assert training_batches(loader, ALONE, micro_batch=2) is loader
+
+
+def test_validation_data_is_dealt_out_in_order_each_sample_once() -> None:
+    data = TensorDataset(torch.arange(9))
+    shares = [validation_batches(data, World(rank, rank, 2, CPU), micro_batch=2) for rank in (0, 1)]
+    assert [numbers(share) for share in shares] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+    assert numbers(validation_batches(Counting(), ALONE, micro_batch=2)) == list(range(9))
+
+
+def test_batches_begin_again_when_they_end() -> None:
+    source = Loader(DataLoader(TensorDataset(torch.arange(4)), batch_size=2), CPU)
+    found = batches(source, CPU)
+    assert [next(found)[0].tolist() for _ in range(5)] == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
+
+
+def test_a_source_without_batches_is_refused() -> None:
+    with pytest.raises(RangeTestError, match="data: it yields no batch; is it empty"):
+        next(batches([], CPU))
+
+
+def test_an_iterator_is_refused() -> None:
+    for data in (iter([1]), (x for x in [1]), zip([1])):
+        with pytest.raises(RangeTestError, match=r"which can be read only once; give a dataset or a loader"):
+            training_batches(data, ALONE, micro_batch=1)

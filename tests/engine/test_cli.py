@@ -1,0 +1,343 @@
+"""The command: what each part prints, writes and exits with; `python -m engine` is the same as `redline`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.cli import main
+from engine.config import build_schema
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = ("validate", "schema", "plot", "range-test", "report")
+
+GOOD = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+TASK = """
+import torch
+from torch import nn
+
+def linear():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=generator)
+    y = x.sum(1, keepdim=True)
+    return nn.Linear(4, 1), (x, y), nn.MSELoss(), (x[:16], y[:16])
+
+def flat():
+    x = torch.zeros(64, 4)
+    return nn.Linear(4, 1, bias=False), (x, x[:, :1]), nn.MSELoss()
+
+def wrong():
+    return 3
+"""
+
+
+def module(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "engine", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=100)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a good config, a bad one, one of DeepSpeed's, and a task."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, config in {
+        "good.json": GOOD,
+        "bad.json": {"train_batch_size": 8, "shceduler": {}},
+        "deepspeed.json": {**GOOD, "fp16": {"enabled": True}},
+        "cycle.json": {**GOOD, "scheduler": {"type": "OneCycle", "params": {
+            "cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}}},
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(config))
+    (tmp_path / "task.py").write_text(TASK)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
+            del sys.modules[name]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def exits(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+# -- help ----------------------------------------------------------------------------------------------------
+
+
+def test_python_dash_m_engine_is_redline() -> None:
+    done = module("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: redline ")
+    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits(command, "--help") == 0
+    out, _ = said(capsys)
+    assert f"usage: redline {command}" in out
+    assert "example" in out
+    assert f"  redline {command}" in out.partition("example")[2]
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert exits("range-test", "--help") == 0
+    out, _ = said(capsys)
+    options = [line for line in out.splitlines() if line.startswith("  --")]
+    assert len(options) >= 10
+    assert [line for line in options if len(line.split("  ")) < 3] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("valdate", "good.json"), "invalid choice: 'valdate'"),
+        (("validate",), "CONFIG"),
+        (("validate", "good.json", "--world-size", "0"), 'got "0"; expected an integer >= 1'),
+        (("plot", "good.json", "--steps", "many"), 'got "many"; expected an integer >= 1'),
+        (("range-test", "task.py:linear"), "--config"),
+        (("range-test", "task.py:linear", "--config", "good.json", "--rates", "5;50"), "expected numbers with commas"),
+        (
+            ("range-test", "task.py:linear", "--config", "good.json", "--baseline", "no"),
+            "expected a learning rate or none",
+        ),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_why(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exits(*arguments) == 2
+    assert message in said(capsys)[1]
+
+
+# -- validate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "code"), [("good.json", 0), ("bad.json", 1), ("deepspeed.json", 3)])
+def test_validate_exits_by_what_the_config_is(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", name]) == code
+    assert said(capsys)[0].startswith(f"{name}: ")
+
+
+def test_validate_of_several_exits_by_the_worst(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "good.json", "deepspeed.json"]) == 3
+    assert main(["validate", "good.json", "bad.json", "deepspeed.json"]) == 1
+    assert "deepspeed.json: valid DeepSpeed" in said(capsys)[0]
+
+
+@pytest.mark.parametrize(("name", "valid", "runnable"), [
+    ("good.json", True, True), ("bad.json", False, False), ("deepspeed.json", True, False)
+])  # fmt: skip
+def test_validate_prints_one_json_object(
+    name: str, valid: bool, runnable: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["validate", name, "--json"])
+    report = json.loads(said(capsys)[0])
+    assert (report["valid"], report["runnable"]) == (valid, runnable)
+    assert report.keys() == {"valid", "runnable", "errors", "keys", "resolved"}
+    if not valid:
+        assert report["errors"] == [{
+            "path": "shceduler", "line": 1, "column": 25, "message": 'unknown key; did you mean "scheduler"?'
+        }]  # fmt: skip
+
+
+def test_validate_prints_a_json_list_for_several(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", "good.json", "bad.json", "--json"])
+    assert [report["valid"] for report in json.loads(said(capsys)[0])] == [True, False]
+
+
+def test_validate_checks_batch_sizes_for_a_world(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "good.json", "--world-size", "4"]) == 0
+    assert "batch: 8 = 2 a process x 1 accumulated x world size 4" in said(capsys)[0]
+    assert main(["validate", "good.json", "--world-size", "3"]) == 1
+
+
+def test_validate_checks_a_policy_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jsonschema")
+    (folder / "policy.json").write_text(json.dumps({"required": ["gradient_clipping"]}))
+    assert main(["validate", "good.json", "--schema", "policy.json"]) == 1
+    assert "gradient_clipping" in said(capsys)[0]
+
+
+def test_validate_of_a_missing_file_is_an_error_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "nowhere.json"]) == 1
+    out, err = said(capsys)
+    assert "nowhere.json: no such file" in out + err
+    assert "Traceback" not in out + err
+
+
+# -- schema --------------------------------------------------------------------------------------------------
+
+
+def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(said(capsys)[0]) == build_schema()
+
+
+# -- plot ----------------------------------------------------------------------------------------------------
+
+
+def test_plot_draws_in_the_terminal_and_writes_picture_and_numbers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["plot", "cycle.json", "--steps", "5", "--out", "a.png", "--csv", "a.csv"]) == 0
+    out, _ = said(capsys)
+    assert "OneCycle: learning rate by update" in out
+    assert out.endswith("Written to a.csv\nWritten to a.png\n")
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    with (folder / "a.csv").open(newline="") as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == pytest.approx([0.1, 0.2, 0.3, 0.2, 0.1])
+
+
+def test_plot_names_its_picture_after_the_config(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["plot", "cycle.json"]) == 0
+    assert (folder / "cycle_schedule.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.json"], "nowhere.json"),
+        (["bad.json"], 'shceduler: unknown key; did you mean "scheduler"?'),
+        (["cycle.json", "--out", "nowhere/a.png"], "nowhere/a.png: No such file or directory"),
+        (["cycle.json", "--csv", "nowhere/a.csv"], "nowhere/a.csv: No such file or directory"),
+        (["cycle.json", "--out", "a.xyz"], "a.xyz: "),
+    ],
+)
+def test_plot_says_what_is_wrong_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", *arguments]) == 1
+    _, err = said(capsys)
+    assert err.startswith("redline: ")
+    assert message in err
+
+
+def test_plot_without_matplotlib_still_draws_in_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["plot", "cycle.json"]) == 1
+    out, err = said(capsys)
+    assert "OneCycle: learning rate by update" in out
+    assert err == "redline: a picture needs matplotlib; install it with `pip install 'redline[plot]'`\n"
+
+
+# -- range-test and report -----------------------------------------------------------------------------------
+
+
+def test_a_range_test_from_task_to_config_in_a_process_of_its_own(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = module(
+        *("range-test", "task.py:linear", "--config", "good.json", "--rates", "5,500", "--steps", "60"),
+        *("--min-lr", "1e-3", "--out", "out", "--train-steps", "300"),
+        folder=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Suggested OneCycle for 300 updates at batch size 8:" in done.stdout
+    assert "rate 5: step " in done.stderr
+    files = {path.name for path in (folder / "out").iterdir()}
+    assert files == {"range_test.json", "range_test.csv", "range_test.png", "one_cycle.json"}
+    assert {path.name for path in folder.iterdir()} >= {"task.py", "out"}
+    record = json.loads((folder / "out" / "range_test.json").read_text())
+    assert [curve["name"] for curve in record["curves"]] == ["fixed 0.01", "rate 5", "rate 500"]
+    assert main(["validate", "out/one_cycle.json"]) == 0
+
+
+def test_a_range_test_can_be_reported_again_for_another_length(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "good.json", "--rates", "5,500", "--steps", "60", "--min-lr", "1e-3", "--quiet"]
+    assert main(["range-test", "task.py:linear", *arguments, "--baseline", "none"]) == 0
+    capsys.readouterr()
+    assert main(["report", "range_test", "--train-steps", "77"]) == 0
+    assert "Suggested OneCycle for 77 updates" in said(capsys)[0]
+    params = json.loads((folder / "range_test" / "one_cycle.json").read_text())["scheduler"]["params"]
+    assert params["cycle_first_step_size"] + params["cycle_second_step_size"] == 77
+
+
+def test_a_range_test_is_the_same_with_the_same_seed(folder: Path) -> None:
+    arguments = ["range-test", "task.py:linear", "--config", "good.json", "--rates", "5", "--steps", "20", "--quiet"]
+    records = []
+    for seed in ("1", "1", "2"):
+        main([*arguments, "--seed", seed])
+        records.append(json.loads((folder / "range_test" / "range_test.json").read_text())["curves"])
+    assert records[0] == records[1] != records[2]
+
+
+def test_a_range_test_without_descent_is_refused_and_leaves_its_record(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "good.json", "--rates", "5", "--steps", "40", "--quiet", "--out", "out"]
+    assert main(["range-test", "task.py:flat", *arguments]) == 1
+    assert "No suggestion. " in said(capsys)[0]
+    assert (folder / "out" / "range_test.json").exists()
+    assert not (folder / "out" / "one_cycle.json").exists()
+    assert main(["report", "out"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.py:linear", "--config", "good.json"], "TASK: there is no file nowhere.py"),
+        (["task.py", "--config", "good.json"], "expected file.py:function"),
+        (["task.py:nothing", "--config", "good.json"], "TASK: task.py has no function nothing"),
+        (["task.py:wrong", "--config", "good.json"], "task.py:wrong: returned int; expected model, data, loss"),
+        (["task.py:linear", "--config", "nowhere.json"], "nowhere.json"),
+        (["task.py:linear", "--config", "bad.json"], "shceduler: unknown key"),
+        (["task.py:linear", "--config", "good.json", "--min-lr", "-1"], "min_lr: got -1.0; expected a number > 0"),
+        (["task.py:linear", "--config", "good.json", "--out", "task.py/out"], "task.py/out: Not a directory"),
+        (["task.py:linear", "--config", "good.json", "--out", "task.py"], "task.py: File exists"),
+    ],
+)
+def test_a_range_test_says_what_is_wrong_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["range-test", *arguments, "--steps", "20", "--quiet"]) == 1
+    _, err = said(capsys)
+    assert err.splitlines()[-1].startswith(("redline: ", "  "))
+    assert message in err
+
+
+def test_a_folder_without_a_record_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "."]) == 1
+    assert said(capsys)[1] == "redline: .: there is no range_test.json; give the folder that a range test wrote\n"
+
+
+def test_errors_reach_the_shell_in_one_line_too(folder: Path) -> None:
+    done = module("plot", "nowhere.json", folder=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("redline: nowhere.json: 1 problem\n  no such file ")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_is_said_and_exits_as_shells_expect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.range_test.run_range_test", interrupted)
+    assert main(["range-test", "task.py:linear", "--config", "good.json"]) == 130
+    assert said(capsys)[1].endswith("redline: interrupted\n")

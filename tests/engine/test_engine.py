@@ -1,0 +1,410 @@
+"""The step loop in one process: counters, accumulation, clipping, and what is said when it is used wrongly."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import Engine, EngineError, initialize
+
+X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(16, 1, generator=torch.Generator().manual_seed(2))
+SGD = {"type": "SGD", "params": {"lr": 0.1}}
+mse = nn.functional.mse_loss
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def make_engine(model: nn.Module | None = None, **config: Any) -> Engine:
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": SGD, "gradient_clipping": 0, **config}
+    return initialize(model or make_model(), config, device="cpu")
+
+
+def train(engine: Engine, micro_steps: int, size: int = 4) -> list[Tensor]:
+    """So many micro-steps over X and Y in order; their losses as differentiated."""
+    losses = []
+    for index in range(micro_steps):
+        rows = slice(index * size % 16, index * size % 16 + size)
+        losses.append(engine.backward(mse(engine(X[rows]), Y[rows])).detach())
+        engine.step()
+    return losses
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+# -- counters ------------------------------------------------------------------------------------------------
+
+
+def test_counters_count_updates_and_micro_batches() -> None:
+    engine = make_engine(gradient_accumulation_steps=3)
+    seen = []
+    for _ in range(7):
+        boundary = engine.is_gradient_accumulation_boundary()
+        train(engine, 1)
+        seen.append((boundary, engine.micro_steps, engine.global_steps))
+    assert seen == [
+        (False, 1, 0), (False, 2, 0), (True, 3, 1), (False, 4, 1), (False, 5, 1), (True, 6, 2), (False, 7, 2)
+    ]  # fmt: skip
+    assert engine.skipped_steps == 0
+
+
+def test_an_engine_tells_its_batch_sizes_and_its_place() -> None:
+    engine = make_engine(gradient_accumulation_steps=3, gradient_clipping=0.5)
+    sizes = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    assert sizes == (12, 4, 3)
+    assert engine.gradient_clipping() == 0.5
+    assert (engine.global_rank, engine.local_rank, engine.world_size) == (0, 0, 1)
+    assert engine.device == torch.device("cpu")
+
+
+def test_the_weights_move_at_the_boundary_only() -> None:
+    engine = make_engine(gradient_accumulation_steps=2)
+    before = weights(engine)
+    train(engine, 1)
+    assert torch.equal(weights(engine), before)
+    train(engine, 1)
+    assert not torch.equal(weights(engine), before)
+
+
+def test_rate_and_momentum_move_once_per_update() -> None:
+    schedule = {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}}
+    engine = make_engine(gradient_accumulation_steps=2, optimizer={"type": "Adam"}, scheduler=schedule)
+    seen = []
+    for _ in range(6):
+        seen.append((engine.get_lr()[0], engine.get_mom()[0][0]))
+        train(engine, 1)
+    assert [lr for lr, _ in seen] == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    assert [mom for _, mom in seen] == pytest.approx([0.8, 0.8, 0.85, 0.85, 0.8, 0.8])
+
+
+# -- gradients -----------------------------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_one_big_batch() -> None:
+    many, one = make_engine(gradient_accumulation_steps=4), make_engine(train_micro_batch_size_per_gpu=16)
+    train(many, 3)
+    rows = slice(12, 16)
+    many.backward(mse(many(X[rows]), Y[rows]))
+    one.backward(mse(one(X), Y))
+    for ours, whole in zip(many.parameters(), one.parameters()):
+        torch.testing.assert_close(ours.grad, whole.grad)
+    many.step()
+    one.step()
+    torch.testing.assert_close(weights(many), weights(one))
+
+
+def test_an_engine_trains_as_a_loop_by_hand_does() -> None:
+    engine, model = make_engine(gradient_clipping=0.1), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    train(engine, 8)
+    for index in range(8):
+        rows = slice(index * 4 % 16, index * 4 % 16 + 4)
+        mse(model(X[rows]), Y[rows]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights(engine), weights(model))
+
+
+def test_several_losses_of_one_micro_batch_add_up() -> None:
+    apart, together = make_engine(), make_engine()
+    for rows in (slice(0, 4), slice(4, 8)):
+        apart.backward(mse(apart(X[rows]), Y[rows]))
+    apart.step()
+    together.backward(mse(together(X[:4]), Y[:4]) + mse(together(X[4:8]), Y[4:8]))
+    together.step()
+    torch.testing.assert_close(weights(apart), weights(together))
+    assert float(apart.loss) == pytest.approx(float(together.loss))
+
+
+def test_the_loss_is_divided_by_the_accumulation_unless_told_otherwise() -> None:
+    engine = make_engine(gradient_accumulation_steps=4)
+    loss = mse(engine(X), Y)
+    assert engine.backward(loss, retain_graph=True).item() == pytest.approx(loss.item() / 4)
+    assert engine.backward(loss, scale_wrt_gas=False).item() == loss.item()
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told() -> None:
+    free, clipped = make_engine(), make_engine(gradient_clipping=0.01)
+    before = weights(free)
+    train(free, 1)
+    train(clipped, 1)
+    norm = float((weights(free) - before).norm()) / 0.1
+    assert norm > 0.01
+    assert clipped.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
+    assert float((weights(clipped) - before).norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_without_clipping_no_norm_is_known() -> None:
+    engine = make_engine()
+    train(engine, 1)
+    assert engine.get_global_grad_norm() is None
+
+
+def test_no_norm_is_known_before_the_first_update() -> None:
+    assert make_engine(gradient_clipping=1.0).get_global_grad_norm() is None
+
+
+def test_clipping_is_one_where_the_config_does_not_say() -> None:
+    assert initialize(make_model(), {"train_batch_size": 4, "optimizer": SGD}, device="cpu").gradient_clipping() == 1.0
+
+
+def test_the_loss_of_an_update_is_the_mean_over_its_micro_batches_and_stays_a_tensor() -> None:
+    engine = make_engine(gradient_accumulation_steps=4)
+    assert engine.loss is None
+    losses = train(engine, 4)
+    assert isinstance(engine.loss, Tensor)
+    assert not engine.loss.requires_grad
+    assert float(engine.loss) == pytest.approx(float(sum(losses)))
+
+
+def test_gradients_are_none_after_an_update() -> None:
+    engine = make_engine()
+    train(engine, 1)
+    assert all(parameter.grad is None for parameter in engine.parameters())
+
+
+# -- models of every kind ------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_and_trained_ones_move() -> None:
+    model = make_model()
+    model[0].requires_grad_(False)
+    frozen, trained = model[0].weight.clone(), model[2].weight.clone()
+    engine = make_engine(model, gradient_clipping=1.0)
+    train(engine, 2)
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(model[2].weight, trained)
+    assert model[0].weight.grad is None
+
+
+def test_a_tied_parameter_is_one_parameter() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)).mean(1, keepdim=True)
+
+    model = Tied()
+    engine = make_engine(model, gradient_clipping=1.0)
+    assert len(engine.optimizer.param_groups[0]["params"]) == 1
+    train(engine, 2)
+    assert model.first.weight is model.second.weight
+
+
+def test_a_parameter_that_the_forward_leaves_out_stays_as_it_is() -> None:
+    model = make_model()
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    before = model.unused.weight.clone()
+    train(make_engine(model, gradient_clipping=1.0), 2)
+    assert torch.equal(model.unused.weight, before)
+
+
+def test_buffers_move_with_training_and_not_with_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    engine = make_engine(model)
+    train(engine, 2)
+    assert int(model[1].num_batches_tracked) == 2
+    engine.eval()
+    engine(X)
+    assert int(model[1].num_batches_tracked) == 2
+
+
+def test_an_engine_is_a_module_around_the_model_it_was_given() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    assert isinstance(engine, nn.Module)
+    assert engine.module is model
+    assert [name for name, _ in engine.named_children()] == ["module"]
+    assert [id(parameter) for parameter in engine.parameters()] == [id(parameter) for parameter in model.parameters()]
+    engine.eval()
+    assert not model.training
+    engine.train()
+    assert model.training
+
+
+def test_an_engines_state_dict_is_the_models() -> None:
+    engine, other = make_engine(), make_engine()
+    train(engine, 3)
+    state = engine.state_dict()
+    assert set(state) == {f"module.{name}" for name in engine.module.state_dict()}
+    other.load_state_dict(state)
+    assert torch.equal(weights(other), weights(engine))
+
+
+def test_forward_passes_everything_on() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, a: int, *, b: int) -> dict[str, Any]:
+            return {"sum": self.weight * (a + b)}
+
+    assert make_engine(Odd())(1, b=2)["sum"].item() == 3.0
+
+
+def test_without_an_optimizer_an_engine_evaluates() -> None:
+    engine = initialize(make_model(), {"train_batch_size": 4}, device="cpu")
+    with torch.no_grad():
+        assert engine(X).shape == (16, 1)
+    assert engine(X).requires_grad
+    assert (engine.get_lr(), engine.get_mom(), engine.optimizer) == ([], [], None)
+
+
+# -- used wrongly --------------------------------------------------------------------------------------------
+
+
+def test_backward_without_an_optimizer_says_where_to_get_one() -> None:
+    engine = initialize(make_model(), {"train_batch_size": 4}, device="cpu")
+    with pytest.raises(EngineError, match='there is no optimizer; give the config an "optimizer" section'):
+        engine.backward(mse(engine(X), Y))
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [(torch.ones(4, 1), r"a tensor of shape \(4, 1\)"), (0.5, "float"), (None, "NoneType"), ({"loss": 1}, "dict")],
+)
+def test_backward_wants_a_scalar_and_says_what_it_got(loss: Any, given: str) -> None:
+    with pytest.raises(EngineError, match=rf"backward: got {given}; expected a scalar tensor, such as loss.mean\(\)"):
+        make_engine().backward(loss)
+
+
+def test_a_loss_of_one_element_is_scalar_enough() -> None:
+    engine = make_engine()
+    engine.backward(mse(engine(X), Y).reshape(1))
+    engine.step()
+    assert engine.global_steps == 1
+
+
+def test_step_without_backward_is_an_error() -> None:
+    engine = make_engine()
+    with pytest.raises(EngineError, match=r"no backward since the last step; call engine\.backward"):
+        engine.step()
+    train(engine, 1)
+    with pytest.raises(EngineError, match="no backward since the last step"):
+        engine.step()
+    assert (engine.global_steps, engine.micro_steps) == (1, 1)
+
+
+def test_step_after_the_losss_own_backward_is_an_error_that_names_the_right_one() -> None:
+    engine = make_engine()
+    mse(engine(X), Y).backward()
+    with pytest.raises(EngineError, match=r"call engine\.backward\(loss\) first, not loss\.backward\(\)"):
+        engine.step()
+
+
+def test_step_inside_no_sync_is_an_error() -> None:
+    engine = make_engine()
+    with engine.no_sync(), pytest.raises(EngineError, match=r"step: called inside no_sync\(\)"):
+        engine.backward(mse(engine(X), Y))
+        engine.step()
+
+
+def test_step_after_nothing_but_no_sync_is_an_error() -> None:
+    engine = make_engine()
+    with engine.no_sync():
+        engine.backward(mse(engine(X), Y))
+    with pytest.raises(EngineError, match="no backward since the last step"):
+        engine.step()
+
+
+def test_backward_passes_inside_no_sync_add_to_the_one_after_it() -> None:
+    apart, together = make_engine(), make_engine()
+    with apart.no_sync():
+        apart.backward(mse(apart(X[:4]), Y[:4]))
+    apart.backward(mse(apart(X[4:8]), Y[4:8]))
+    apart.step()
+    together.backward(mse(together(X[:4]), Y[:4]) + mse(together(X[4:8]), Y[4:8]))
+    together.step()
+    torch.testing.assert_close(weights(apart), weights(together))
+
+
+def test_no_sync_ends_when_its_block_does_even_by_an_exception() -> None:
+    engine = make_engine()
+    with pytest.raises(ZeroDivisionError), engine.no_sync():
+        _ = 1 / 0
+    train(engine, 1)
+    assert engine.global_steps == 1
+
+
+def test_a_backward_that_fails_leaves_no_loss_behind() -> None:
+    engine = make_engine()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        engine.backward(torch.tensor(1e9))
+    (loss,) = train(engine, 1)
+    assert float(engine.loss) == float(loss)
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("step=")]
+
+
+def test_progress_is_printed_once_every_so_many_updates(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(gradient_accumulation_steps=2, steps_per_print=3, gradient_clipping=1.0)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        train(engine, 14)
+    said = lines(caplog)
+    assert [line.split(",")[0] for line in said] == ["step=3", "step=6"]
+    assert "lr=[0.1]" in said[0]
+    assert "norm=" in said[0]
+
+
+def test_progress_tells_the_loss_and_the_rate_of_the_update_it_counts(caplog: pytest.LogCaptureFixture) -> None:
+    schedule = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
+    engine = make_engine(steps_per_print=1, scheduler=schedule)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        losses = [float(train(engine, 1)[0]) for _ in range(3)]
+    told = [dict(part.split("=") for part in line.split(", ")) for line in lines(caplog)]
+    assert [float(line["loss"]) for line in told] == pytest.approx(losses, rel=1e-5)
+    assert [line["lr"] for line in told] == ["[0.1]", "[0.05]", "[0.025]"]
+
+
+def test_a_tensor_rate_is_printed_as_a_number(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
+    config = {"train_batch_size": 4, "steps_per_print": 1}
+    engine = initialize(model, config, optimizer=optimizer, device="cpu")
+    with caplog.at_level(logging.INFO, logger="engine"):
+        train(engine, 1)
+    assert "lr=[0.25]" in lines(caplog)[0]
+
+
+def test_no_progress_is_printed_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine()
+    with caplog.at_level(logging.INFO, logger="engine"):
+        train(engine, 20)
+    assert lines(caplog) == []
+
+
+def test_other_ranks_print_no_progress(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(steps_per_print=1)
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level(logging.INFO, logger="engine"):
+        train(engine, 2)
+    assert lines(caplog) == []
+
+
+def test_a_loss_that_is_not_a_number_is_trained_on_and_shown(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(steps_per_print=1)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        engine.backward(mse(engine(X), Y) * math.nan)
+        engine.step()
+    assert "loss=nan" in lines(caplog)[0]

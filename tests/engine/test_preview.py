@@ -1,0 +1,123 @@
+"""A config's rates and momenta before any training."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import EngineError, load_config
+from engine.preview import Trace, trace_schedule
+from schedulers import OneCycle
+
+ADAM = {"type": "Adam", "params": {"lr": 0.5}}
+CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}
+
+
+def trace(
+    scheduler: str | None, params: dict[str, Any] | None = None, steps: int | None = None, **config: Any
+) -> Trace:
+    config = {"train_batch_size": 8, "optimizer": ADAM, **config}
+    if scheduler is not None:
+        config["scheduler"] = {"type": scheduler, "params": params or {}}
+    return trace_schedule(load_config(config), steps)
+
+
+def test_a_trace_is_what_the_optimizer_gets() -> None:
+    found = trace("OneCycle", CYCLE, 6)
+    assert found.name == "OneCycle"
+    assert found.lrs[0] == pytest.approx((0.1, 0.2, 0.3, 0.2, 0.1, 0.1))
+    assert found.momenta[0] == pytest.approx((0.8, 0.85, 0.8, 0.85, 0.9, 0.9))
+    assert list(found.lrs[0]) == OneCycle(None, **CYCLE).lr_at(range(6))
+
+
+def test_corrected_schedules_are_shown_corrected() -> None:
+    assert trace("OneCycle", CYCLE, 3, redline={"schedules": "corrected"}).momenta[0] == pytest.approx((0.9, 0.85, 0.8))
+
+
+def test_a_fixed_rate_is_a_line() -> None:
+    found = trace(None, steps=3)
+    assert (found.name, found.lrs, found.momenta) == ("fixed learning rate", ((0.5,) * 3,), ((0.9,) * 3,))
+
+
+def test_a_config_without_an_optimizer_is_shown_with_adam() -> None:
+    assert trace(None, steps=1, optimizer=None).lrs == ((0.001,),)
+
+
+def test_every_group_has_its_own_line() -> None:
+    found = trace("OneCycle", CYCLE | {"cycle_max_lr": [0.3, 0.5]}, 3)
+    assert found.lrs[0] == pytest.approx((0.1, 0.2, 0.3))
+    assert found.lrs[1] == pytest.approx((0.1, 0.3, 0.5))
+
+
+def test_torchs_schedules_are_shown_too_and_without_a_warning() -> None:
+    assert trace("StepLR", {"step_size": 2, "gamma": 0.5}, 5).lrs == ((0.5, 0.5, 0.25, 0.25, 0.125),)
+
+
+def test_an_optimizer_without_momentum_has_no_line_for_it() -> None:
+    assert trace(None, steps=2, optimizer={"type": "Adagrad"}).momenta == ()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "params", "length"),
+    [
+        ("OneCycle", {**CYCLE, "cycle_first_step_size": 100}, 220),
+        ("WarmupLR", {"warmup_num_steps": 100}, 110),
+        ("WarmupDecayLR", {"total_num_steps": 1000, "warmup_num_steps": 10}, 1100),
+        ("LRRangeTest", {"lr_range_test_step_size": 20}, 220),
+        ("StepLR", {"step_size": 10}, 110),
+        ("OneCycleLR", {"max_lr": 1.0, "total_steps": 50}, 51),  # torch's own ends there, by an error
+        ("ExponentialLR", {"gamma": 0.9}, 1000),
+        (None, None, 1000),
+    ],
+)
+def test_a_trace_is_as_long_as_its_schedule_unless_told(scheduler: str | None, params: Any, length: int) -> None:
+    assert len(trace(scheduler, params).lrs[0]) == length
+    assert len(trace(scheduler, params, 7).lrs[0]) == 7
+
+
+def test_what_a_schedule_refuses_is_said_in_one_line() -> None:
+    with pytest.raises(EngineError, match=r"scheduler OneCycleLR: .*pct_start"):
+        trace("OneCycleLR", {"max_lr": 0.1, "total_steps": 10, "pct_start": 2.0})
+
+
+def test_the_csv_has_a_row_for_each_update(tmp_path: Path) -> None:
+    path = trace("OneCycle", CYCLE, 3).save_csv(tmp_path / "a.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "lr", "momentum"]
+    assert [[float(value) for value in row] for row in rows[1:]] == [
+        [0, 0.1, 0.8],
+        pytest.approx([1, 0.2, 0.85]),
+        pytest.approx([2, 0.3, 0.8]),
+    ]
+
+
+def test_the_csv_of_several_groups_numbers_them(tmp_path: Path) -> None:
+    path = trace("OneCycle", CYCLE | {"cycle_max_lr": [0.3, 0.5]}, 3).save_csv(tmp_path / "a.csv")
+    assert path.read_text().splitlines()[0] == "step,lr_0,lr_1,momentum_0,momentum_1"
+
+
+def test_the_picture_is_drawn_without_a_display(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+        assert trace("OneCycle", CYCLE, 6).save_picture(tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(EngineError, match=r"a\.xyz: "):
+        trace(None, steps=2).save_picture(tmp_path / "a.xyz")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EngineError, match=r"pip install 'redline\[plot\]'"):
+        trace(None, steps=2).save_picture(tmp_path / "a.png")
+
+
+def test_the_text_has_a_chart_for_rate_and_momentum() -> None:
+    text = trace("OneCycle", CYCLE, 6).to_text()
+    assert "OneCycle: learning rate by update" in text
+    assert "momentum by update" in text
+    assert "momentum" not in trace(None, steps=2, optimizer={"type": "Adagrad"}).to_text()

@@ -1,0 +1,356 @@
+"""A model and a config become an engine: the forms of both, the script's own parts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import engine.optimizers
+import schedulers
+from engine import ConfigError, Engine, EngineError, initialize, load_config
+
+ADAM = {"type": "Adam", "params": {"lr": 0.25}}
+CONFIG = {"train_batch_size": 4, "optimizer": ADAM}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 2, "warmup_type": "linear"}}
+
+
+def start(config: Any = None, model: nn.Module | None = None, **arguments: Any) -> Engine:
+    return initialize(model or nn.Linear(2, 1), CONFIG if config is None else config, device="cpu", **arguments)
+
+
+def take(engine: Engine, updates: int = 1) -> None:
+    for _ in range(updates * engine.gradient_accumulation_steps()):
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+
+
+def with_optimizer(name: str, **params: Any) -> Any:
+    return start({"train_batch_size": 4, "optimizer": {"type": name, "params": params}}).optimizer
+
+
+# -- the config ----------------------------------------------------------------------------------------------
+
+
+def test_a_config_may_be_a_path_a_dict_a_text_or_a_loaded_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    for config in (path, str(path), CONFIG, json.dumps(CONFIG), load_config(CONFIG)):
+        assert start(config).get_lr() == [0.25]
+
+
+def test_a_dict_is_left_as_it_was() -> None:
+    given = json.loads(json.dumps(CONFIG))
+    start(given)
+    assert given == CONFIG
+
+
+def test_the_config_in_force_has_every_batch_size() -> None:
+    config = start({"train_batch_size": 12, "gradient_accumulation_steps": 3}).config
+    assert (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (
+        12,
+        4,
+        3,
+    )
+
+
+def test_a_bad_config_is_refused_before_a_process_group_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(device: object) -> None:
+        raise AssertionError("joined")
+
+    monkeypatch.setattr(sys.modules["engine.start"], "join_world", join)
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        start({"train_batch_size": 4, "shceduler": {}, "gradient_clipping": "abc"})
+    assert {problem.path for problem in caught.value.problems} == {"shceduler", "gradient_clipping"}
+
+
+def test_what_deepspeed_has_and_redline_has_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp16"):
+        start({"train_batch_size": 4, "fp16": {"enabled": True}})
+
+
+# -- alone and in company ------------------------------------------------------------------------------------
+
+
+def test_plain_python_is_one_process_without_a_process_group() -> None:
+    engine = start()
+    assert (engine.global_rank, engine.world_size) == (0, 1)
+    assert not torch.distributed.is_initialized()
+    assert engine._parallel is None
+
+
+def test_torchruns_environment_for_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert start().world_size == 1
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "one", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}],
+    ids=str,
+)
+def test_half_an_environment_is_an_error_that_shows_it(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError, match=r"environment: got .*; start with `torchrun") as caught:
+        start()
+    assert all(f"{name}={value}" in str(caught.value) for name, value in environment.items())
+
+
+# -- the optimizer -------------------------------------------------------------------------------------------
+
+
+def test_adam_is_adamw_without_weight_decay() -> None:
+    optimizer = with_optimizer("Adam", lr=0.5)
+    assert type(optimizer) is torch.optim.AdamW
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.0)
+
+
+def test_adamw_has_no_weight_decay_unless_given() -> None:
+    assert with_optimizer("AdamW").defaults["weight_decay"] == 0.0
+    assert with_optimizer("AdamW", weight_decay=0.1).defaults["weight_decay"] == 0.1
+
+
+def test_adam_w_mode_false_is_the_classic_adam() -> None:
+    assert type(with_optimizer("Adam", adam_w_mode=False)) is torch.optim.Adam
+    assert type(with_optimizer("AdamW", adam_w_mode=False)) is torch.optim.AdamW
+
+
+def test_torch_adam_takes_torchs_weight_decay() -> None:
+    optimizer = with_optimizer("Adam", torch_adam=True)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == torch.optim.AdamW([torch.zeros(1)]).defaults["weight_decay"]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_the_fused_kernel_is_taken_where_torch_has_one(name: str) -> None:
+    assert with_optimizer(name).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("choice", [{"fused": False}, {"foreach": True}, {"foreach": False}])
+def test_a_kernel_that_was_chosen_is_kept(choice: dict[str, bool]) -> None:
+    optimizer = with_optimizer("AdamW", **choice)
+    assert not optimizer.defaults["fused"]
+    assert all(optimizer.defaults[name] is value for name, value in choice.items())
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "NAdam", "Rprop"])
+def test_torchs_other_optimizers_go_by_their_names(name: str) -> None:
+    assert type(with_optimizer(name, lr=0.125)) is getattr(torch.optim, name)
+
+
+def test_a_registered_optimizer_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    monkeypatch.setattr("engine.optimizers._registered", {})
+    assert engine.optimizers.register("Mine", Mine) is Mine
+    assert type(with_optimizer("Mine", lr=0.5)) is Mine
+    with pytest.raises(ValueError, match="the name is taken"):
+        engine.optimizers.register("Mine", torch.optim.SGD)
+    with pytest.raises(ValueError, match="the name is taken"):
+        engine.optimizers.register("SGD", Mine)
+
+
+def test_what_an_optimizer_refuses_is_said_in_one_line() -> None:
+    with pytest.raises(EngineError, match="optimizer Adam: "):
+        start(model=nn.Flatten())
+
+
+def test_model_parameters_take_the_models_place() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1].parameters()}]
+    assert start(model=model, model_parameters=groups).get_lr() == [0.5, 0.25]
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    assert len(start(model=model).optimizer.param_groups[0]["params"]) == 2
+
+
+def test_the_scripts_own_optimizer_may_be_an_object_or_a_function() -> None:
+    model = nn.Linear(2, 1)
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    config = {"train_batch_size": 4}
+    assert start(config, model, optimizer=own).optimizer is own
+    for function in (torch.optim.SGD, partial(torch.optim.SGD, lr=0.5), lambda parameters: torch.optim.SGD(parameters)):
+        made = start(config, model, optimizer=function).optimizer
+        assert type(made) is torch.optim.SGD
+        assert made.param_groups[0]["params"] == list(model.parameters())
+
+
+def test_a_function_that_makes_no_optimizer_is_refused() -> None:
+    with pytest.raises(EngineError, match="optimizer: got str; expected a torch optimizer or a function"):
+        start({"train_batch_size": 4}, optimizer=lambda parameters: "Adam")
+
+
+def test_the_scripts_optimizer_goes_before_the_configs_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    engine = start(optimizer=torch.optim.SGD)
+    assert type(engine.optimizer) is torch.optim.SGD
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage() == "optimizer: the script's own is used; the config's Adam is not"
+
+
+# -- the schedule --------------------------------------------------------------------------------------------
+
+
+def test_the_configs_schedule_moves_the_configs_optimizer() -> None:
+    engine = start({**CONFIG, "scheduler": WARMUP})
+    assert type(engine.lr_scheduler) is schedulers.WarmupLR
+    take(engine, 3)
+    assert engine.get_lr() == [0.5]
+
+
+def test_torchs_schedules_go_by_their_names() -> None:
+    engine = start({**CONFIG, "scheduler": {"type": "StepLR", "params": {"step_size": 2, "gamma": 0.5}}})
+    assert type(engine.lr_scheduler) is lr_scheduler.StepLR
+    take(engine, 3)
+    assert engine.get_lr() == [0.125]
+    one = start({**CONFIG, "scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1.0, "total_steps": 10}}})
+    assert type(one.lr_scheduler) is lr_scheduler.OneCycleLR
+    take(one, 2)
+    assert one.get_lr() == [1.0]
+
+
+def test_a_registered_schedule_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halving(lr_scheduler.ExponentialLR):
+        def __init__(self, optimizer: Any, base: float = 0.5) -> None:
+            super().__init__(optimizer, gamma=base)
+
+    monkeypatch.setattr("schedulers.registry._registered", {})
+    schedulers.register("Halving", Halving)
+    engine = start({**CONFIG, "scheduler": {"type": "Halving"}})
+    take(engine, 2)
+    assert engine.get_lr() == [0.0625]
+
+
+def test_reduce_on_plateau_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"ReduceLROnPlateau.*metric"):
+        start({**CONFIG, "scheduler": {"type": "ReduceLROnPlateau"}})
+
+
+def test_corrected_schedules_are_switched_on_as_one() -> None:
+    config = {**CONFIG, "scheduler": WARMUP}
+    assert start(config).get_lr() == [0.0]
+    assert start({**config, "redline": {"schedules": "corrected"}}).get_lr() == [0.25]
+
+
+def test_a_schedule_without_an_optimizer_is_an_error() -> None:
+    with pytest.raises(EngineError, match="scheduler: there is no optimizer to schedule"):
+        start({"train_batch_size": 4, "scheduler": WARMUP})
+
+
+def test_what_a_schedule_refuses_is_said_in_one_line() -> None:
+    config = {**CONFIG, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}
+    with pytest.raises(EngineError, match="scheduler WarmupLR: warmup_max_lr: got 2 values for 1 parameter groups"):
+        start(config)
+
+
+def test_the_scripts_own_schedule_may_be_an_object_a_function_or_a_class() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    own = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    config = {"train_batch_size": 4}
+    assert start(config, model, optimizer=optimizer, lr_scheduler=own).lr_scheduler is own
+    for function in (
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.5),
+        partial(lr_scheduler.StepLR, step_size=1),
+    ):
+        engine = start(lr_scheduler=function)
+        assert engine.lr_scheduler.optimizer is engine.optimizer
+    engine = start(lr_scheduler=schedulers.WarmupLR)
+    assert type(engine.lr_scheduler) is schedulers.WarmupLR
+    take(engine, 2)
+
+
+def test_the_scripts_schedule_goes_before_the_configs_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    engine = start({**CONFIG, "scheduler": WARMUP}, lr_scheduler=partial(lr_scheduler.StepLR, step_size=1))
+    assert type(engine.lr_scheduler) is lr_scheduler.StepLR
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage() == "lr_scheduler: the script's own is used; the config's WarmupLR is not"
+
+
+def test_a_function_for_a_schedule_needs_an_optimizer() -> None:
+    with pytest.raises(
+        EngineError, match="lr_scheduler: a function of the optimizer was given, but there is no optimizer"
+    ):
+        start({"train_batch_size": 4}, lr_scheduler=schedulers.WarmupLR)
+
+
+def test_a_schedule_of_another_optimizer_is_an_error() -> None:
+    model = nn.Linear(2, 1)
+    other = torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.raises(EngineError, match="lr_scheduler: it moves another optimizer than the engine's"):
+        start(model=model, lr_scheduler=schedulers.WarmupLR(other))
+
+
+# -- what is said at the start -------------------------------------------------------------------------------
+
+
+def said(caplog: pytest.LogCaptureFixture, config: Any) -> list[str]:
+    with caplog.at_level(logging.INFO, logger="engine"):
+        start(config)
+    return [record.getMessage() for record in caplog.records if record.name == "engine"]
+
+
+def test_one_line_says_what_will_run(caplog: pytest.LogCaptureFixture) -> None:
+    assert said(caplog, CONFIG) == [
+        "redline: 1 process on cpu, fp32; batch 4 = 4 x 1 accumulated x 1; AdamW (fused), fixed learning rate, "
+        "gradients clipped at 1"
+    ]
+
+
+def test_each_quirk_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    params = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5}
+    *quirks, _ = said(caplog, {**CONFIG, "scheduler": {"type": "OneCycle", "params": params}})
+    remedy = 'as in DeepSpeed; "redline": {"schedules": "corrected"} does otherwise'
+    assert quirks == [
+        f"OneCycle: the first update runs with momentum 0.8, the minimum, {remedy}",
+        f"OneCycle: the second beta is set to 0.99, {remedy}",
+        "OneCycle sets the learning rate; the optimizer's own 0.25 is not used",
+    ]
+
+
+def test_a_corrected_schedule_has_nothing_to_confess(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"train_batch_size": 4, "optimizer": ADAM, "redline": {"schedules": "corrected"},
+              "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}  # fmt: skip
+    assert len(said(caplog, config)) == 1
+
+
+def test_other_ranks_say_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert said(caplog, {**CONFIG, "scheduler": WARMUP}) == []
+
+
+def test_training_data_becomes_a_loader_of_micro_batches() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(10.0))
+    engine = start({"train_micro_batch_size_per_gpu": 4}, training_data=data)
+    assert [len(x) for (x,) in engine.training_dataloader] == [4, 4, 2]
+    dropping = start({"train_micro_batch_size_per_gpu": 4, "dataloader_drop_last": True}, training_data=data,
+                     collate_fn=lambda samples: len(samples))  # fmt: skip
+    assert list(dropping.training_dataloader) == [4, 4]
+
+
+def test_without_training_data_there_is_no_loader() -> None:
+    assert start().training_dataloader is None
+
+
+def test_an_optimizer_with_parameters_that_are_not_the_models_is_refused() -> None:
+    model, weight = nn.Linear(2, 1), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), weight], lr=0.1)
+    with pytest.raises(EngineError, match="1 of its parameters are not the model's; make them part of the model"):
+        initialize(model, {"train_batch_size": 1}, optimizer=optimizer, device="cpu")

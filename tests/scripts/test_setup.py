@@ -1,0 +1,92 @@
+"""Setting up: what is installed, once, and with which Python. A stand-in for Python notes what it is called with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$@" >> {log}
+case "$1 $2" in
+    "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+exit {code}
+"""
+
+
+class Checkout:
+    """A copy of the scripts beside a stand-in for Python that does nothing but take notes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.log, self.python = root, root / "log", root / "python"
+        shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        self.answer(0)
+
+    def answer(self, code: int) -> None:
+        self.python.write_text(STAND_IN.format(log=self.log, code=code))
+        self.python.chmod(0o755)
+
+    def setup(self, *arguments: str) -> tuple[int, str]:
+        """Run scripts/setup from elsewhere; returns its code and what it said."""
+        command = [str(self.root / "scripts" / "setup"), *arguments]
+        environment = {**os.environ, "PYTHON": str(self.python)}
+        ran = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+        return ran.returncode, ran.stderr
+
+    def installed(self) -> list[str]:
+        """What pip was asked for, call by call."""
+        return [line for line in self.log.read_text().splitlines() if "pip install" in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_it_installs_the_extra_with_the_constraints(checkout: Checkout) -> None:
+    assert checkout.setup("demo")[0] == 0
+    (line,) = checkout.installed()
+    assert line.endswith("--editable .[demo] --constraint scripts/constraints.txt")
+
+
+def test_a_second_call_does_nothing(checkout: Checkout) -> None:
+    assert "installing" in checkout.setup()[1]
+    assert checkout.setup() == (0, "")
+    assert len(checkout.installed()) == 1
+
+
+def test_what_the_tests_need_serves_the_demo_too(checkout: Checkout) -> None:
+    checkout.setup("dev")
+    checkout.setup("demo")
+    assert len(checkout.installed()) == 1
+
+
+def test_it_installs_anew_when_the_needs_have_changed(checkout: Checkout) -> None:
+    checkout.setup("demo")
+    later = time.time() + 10
+    os.utime(checkout.root / "pyproject.toml", (later, later))
+    checkout.setup("demo")
+    assert len(checkout.installed()) == 2
+
+
+def test_an_unfit_python_is_named_with_the_remedy(checkout: Checkout) -> None:
+    checkout.answer(1)
+    code, said = checkout.setup()
+    assert code == 1
+    assert "Redline needs Python 3.10 to 3.13 (set PYTHON=" in said
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", ["check", "demo", "lint", "setup", "test"])
+def test_the_scripts_can_be_run(name: str) -> None:
+    path = ROOT / "scripts" / name
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
