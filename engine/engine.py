@@ -30,7 +30,7 @@ from engine.parallel import wrap_model
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
-__all__ = ["Engine", "Parts", "Recorder", "Schedule"]
+__all__ = ["Engine", "Observer", "Parts", "Recorder", "Schedule"]
 
 
 class Schedule(Protocol):
@@ -46,6 +46,12 @@ class Recorder(Protocol):
 
     def record(self, step: int, lr: float, loss: Tensor) -> None: ...
     def record_validation(self, step: int, loss: Tensor | float) -> None: ...
+
+
+class Observer(Protocol):
+    """What looks at the engine after every update, before rate and momentum move on."""
+
+    def updated(self, engine: Engine) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class Engine(nn.Module):
         micro_steps: backward passes done.
         skipped_steps: updates that were left out for an overflow; 0 in fp32.
         recorder: of a range test, if the config asks for one.
+        observers: what looks at every update, in this order.
         steps_per_print: updates between two lines about progress; None for no lines.
     """
 
@@ -92,6 +99,7 @@ class Engine(nn.Module):
         self.lr_scheduler = parts.lr_scheduler
         self.training_dataloader = parts.training_dataloader
         self.recorder = parts.recorder
+        self.observers: list[Observer] = []
         self.config = parts.config
         self.world = parts.world
         self.device = parts.world.device
@@ -189,6 +197,8 @@ class Engine(nn.Module):
         self.global_steps += 1
         if self.steps_per_print and self.global_steps % self.steps_per_print == 0:
             self._print_progress()
+        for observer in self.observers:
+            observer.updated(self)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 
@@ -233,6 +243,16 @@ class Engine(nn.Module):
     def loss(self) -> Tensor | None:
         """This process's mean loss over the micro-batches of the last update, on the device; None before it."""
         return self._last_loss
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of all updates so far, over all processes."""
+        return self.global_steps * self.config.train_batch_size
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor of the loss in fp16; None where there is none."""
+        return None
 
     def get_lr(self) -> list[Any]:
         """The rate of each parameter group, for the update to come."""
