@@ -18,9 +18,11 @@ from engine.data import CollateFn, build_loader
 from engine.distributed import World
 from engine.engine import Parts, Schedule
 from engine.errors import EngineError
+from engine.gradients import Reduction
 from engine.log import log
 from engine.optimizers import build_optimizer
 from engine.parallel import wrap_model
+from engine.precision import set_precision
 from engine.range_test.passive import PassiveRecorder
 
 if TYPE_CHECKING:
@@ -72,8 +74,11 @@ def build_parts(
             collate_fn=collate_fn,
             drop_last=config.dataloader_drop_last,
         )
-    parallel = wrap_model(module, world, find_unused_parameters=config.redline.find_unused_parameters)
-    return Parts(config, world, module, parallel, chosen, schedule, loader, recorder)
+    precision = set_precision(config, module, chosen)
+    reduction = Reduction.of(config, world.size, precision.reduce)
+    unused = config.redline.find_unused_parameters
+    parallel = wrap_model(module, world, reduction, precision.masters, find_unused_parameters=unused)
+    return Parts(config, world, module, precision, reduction, parallel, chosen, schedule, loader, recorder)
 
 
 def _choose_optimizer(

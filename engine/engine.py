@@ -11,6 +11,8 @@ waits for the device: losses and norms stay tensors until somebody asks for thei
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +26,11 @@ from torch.optim import Optimizer
 from engine.data import Loader
 from engine.distributed import World
 from engine.errors import EngineError
+from engine.finite import FiniteWatch
+from engine.gradients import Reduction, clip, norm_of, scale_by
 from engine.log import log
 from engine.parallel import wrap_model
+from engine.precision import Precision, lower
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -61,6 +66,8 @@ class Parts:
     config: EngineConfig
     world: World
     module: nn.Module
+    precision: Precision
+    reduction: Reduction
     parallel: DistributedDataParallel | None
     optimizer: Optimizer | None
     lr_scheduler: Schedule | None
@@ -81,9 +88,11 @@ class Engine(nn.Module):
         config: the config in force, batch sizes resolved.
         device: where the model is.
         global_rank, local_rank, world_size: this process among all.
-        global_steps: updates done.
-        micro_steps: backward passes done.
-        skipped_steps: updates that were left out for an overflow; 0 in fp32.
+        global_steps: updates done, skipped ones included.
+        global_samples: samples of these updates, over all processes.
+        micro_steps: micro-batches done.
+        skipped_steps: updates that were left out for a gradient that was not finite; 0 in fp32.
+        scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
         steps_per_print: updates between two lines about progress; None for no lines.
@@ -107,35 +116,58 @@ class Engine(nn.Module):
         self.local_rank = parts.world.local_rank
         self.world_size = parts.world.size
         self.global_steps = 0
+        self.global_samples = 0
         self.micro_steps = 0
         self.skipped_steps = 0
+        self.steps_per_print = parts.config.steps_per_print
 
         # Past nn.Module's own attribute look-up, which is slow and would list the model twice.
         self.__dict__["_parallel"] = parts.parallel
         self.__dict__["_module"] = parts.module
-        self._parameter_list = [parameter for parameter in parts.module.parameters() if parameter.requires_grad]
+        self._precision = parts.precision
+        self._reduction = parts.reduction
+        self._masters = parts.precision.masters
+        self.scaler = parts.precision.loss_scale
+        self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
+        # What backward leaves gradients in, and what the update takes them from: the same but for master weights.
+        self._leaves = [parameter for parameter in parts.module.parameters() if parameter.requires_grad]
+        self._weights = self._leaves if self._masters is None else self._masters.weights
         self._accumulation = parts.config.gradient_accumulation_steps
+        self._managed = parts.config.managed_gradient_accumulation
         self._clip_norm = parts.config.gradient_clipping
-        self.steps_per_print = parts.config.steps_per_print
+        # The CPU's numbers cost nothing to read; on CUDA only what may skip an update has to be known at once.
+        self._reads_norm = parts.precision.skips or parts.world.device.type == "cpu"
+        self._finite: FiniteWatch | None = FiniteWatch()
+        self._boundary: bool | None = None  # as the script says; None: as the micro-batches count
         self._pending = False  # a backward whose step has not come yet
         self._in_no_sync = False
+        self._reduced = True  # whether the gradients are already those of all processes
         self._renew_parallel = False
+        self._unfinished = _Unfinished()
+        self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
-        self._grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | float | None = None
+        weakref.finalize(self, _say_unfinished, self._unfinished, self._accumulation)
 
     # -- the step loop ---------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
+        """The model's forward; in fp16 and bf16 floating-point inputs may have either format."""
+        if self._lowered is not None:
+            args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
+        model: nn.Module = self._module
         parallel = self._parallel
-        if parallel is None or not torch.is_grad_enabled():
-            return self._module(*args, **kwargs)
-        if self._renew_parallel:
-            parallel = self._wrap_again()
-        # DDP decides in the forward whether the backward will send anything.
-        parallel.require_backward_grad_sync = self._syncs()
-        return parallel(*args, **kwargs)
+        if parallel is not None and torch.is_grad_enabled():
+            if self._renew_parallel:
+                parallel = self._wrap_again()
+            # DDP decides in the forward whether the backward will send anything.
+            parallel.require_backward_grad_sync = self._syncs()
+            model = parallel
+        if self._precision.autocast is None:
+            return model(*args, **kwargs)
+        with torch.autocast(self.device.type, self._precision.autocast):
+            return model(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Add this micro-batch's gradients to the update under way.
@@ -146,24 +178,39 @@ class Engine(nn.Module):
             scale_wrt_gas: divide by the accumulation steps, so that the update has the mean gradient.
 
         Returns:
-            The loss as it was differentiated.
+            The loss as it was differentiated, but for fp16's loss scale.
 
         Raises:
-            EngineError: no optimizer; a loss that is no scalar tensor; on several processes, a second backward
-                before the step.
+            EngineError: no optimizer; a loss that is no scalar tensor; gradients that are not the engine's; on
+                several processes, a second backward before the step.
         """
         if self.optimizer is None or not isinstance(loss, Tensor) or loss.numel() != 1:
             raise EngineError(self._why_no_backward(loss))
-        if self._pending and self._parallel is not None:
+        if self._pending and self._parallel is not None and self._reduced:
             raise EngineError(
                 "backward: a second one before engine.step() would leave its gradients unshared between the "
                 "processes; add the losses and call engine.backward once, or use engine.no_sync() for all but the last"
             )
+        if self._has_strange_gradients():
+            raise EngineError(
+                "backward: the parameters have gradients that are not the engine's: of a plain loss.backward(), which "
+                "neither accumulates nor shares nor scales; call engine.backward(loss) for every loss"
+            )
         if scale_wrt_gas and self._accumulation > 1:
             loss = loss / self._accumulation
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        scaled = loss if self.scaler is None else loss.float() * self.scaler.value
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._reduced = self._parallel is None or self._parallel.require_backward_grad_sync
+        if self._masters is not None:
+            if self._parallel is not None and self._reduced:
+                self._masters.release()  # the reduction has put them into the masters
+            elif self._precision.accumulate is torch.float32:
+                self._masters.collect()
+        last = self._leaves[-1].grad
+        self._last_grad = (last, 0 if last is None else last._version)
         share = loss.detach()
         self._loss = share if self._loss is None else self._loss + share
+        self._unfinished.backwards += 1
         self._pending = not self._in_no_sync
         return loss
 
@@ -171,7 +218,8 @@ class Engine(nn.Module):
         """End a micro-batch; at the accumulation boundary update the weights, then rate and momentum.
 
         Raises:
-            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`.
+            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; in fp16, an
+                overflow with the loss scale at its minimum.
         """
         if not self._pending or self._in_no_sync:
             raise EngineError(
@@ -180,27 +228,111 @@ class Engine(nn.Module):
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
         self._pending = False
-        if self.is_gradient_accumulation_boundary():
-            self._update()
         self.micro_steps += 1
+        self._unfinished.micro_batches += 1
+        if not self._managed or (self._unfinished.micro_batches >= self._accumulation if self._boundary is None
+                                 else self._boundary):  # fmt: skip
+            self._update()
+
+    def flush(self) -> bool:
+        """Update now, with the mean over the micro-batches since the last update: for an accumulation that ends early.
+
+        Returns:
+            Whether there were any.
+        """
+        done = self._unfinished.micro_batches
+        if done == 0:
+            return False
+        assert self._loss is not None
+        factor = self._accumulation / done
+        scale_by(self._gradients(), factor)
+        self._loss = self._loss * factor
+        self._pending = False
+        self._update()
+        return True
+
+    def drop_update(self) -> None:
+        """Forget the micro-batches since the last update, and their gradients."""
+        for parameter in (*self._leaves, *self._weights):
+            parameter.grad = None
+        self._unfinished.backwards = self._unfinished.micro_batches = 0
+        self._pending = False
+        self._reduced = True
+        self._loss = None
 
     def _update(self) -> None:
-        assert self.optimizer is not None and self._loss is not None
-        if self._clip_norm > 0:
-            self._grad_norm = nn.utils.clip_grad_norm_(self._parameter_list, self._clip_norm, foreach=True)
-        self.optimizer.step()
-        for parameter in self._parameter_list:
-            parameter.grad = None
+        optimizer = self.optimizer
+        assert optimizer is not None and self._loss is not None
+        skipped = self._take_step(optimizer, self._gradients())
+        for weight in self._weights:
+            weight.grad = None
+        if self._weights is not self._leaves:
+            for leaf in self._leaves:  # those that no optimizer has
+                leaf.grad = None
         self._last_loss, self._loss = self._loss, None
+        self._last_grad = (None, 0)
         if self.recorder is not None:
-            self.recorder.record(self.global_steps, self.optimizer.param_groups[0]["lr"], self._last_loss)
+            self.recorder.record(self.global_steps, optimizer.param_groups[0]["lr"], self._last_loss)
         self.global_steps += 1
+        count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
+        self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
+        self._unfinished.backwards = self._unfinished.micro_batches = 0
+        if skipped:
+            self.skipped_steps += 1
+        if self._finite is not None:
+            self._watch(skipped)
         if self.steps_per_print and self.global_steps % self.steps_per_print == 0:
             self._print_progress()
         for observer in self.observers:
             observer.updated(self)
-        if self.lr_scheduler is not None:
+        if self.scaler is not None:
+            self.scaler.update(skipped)
+        if self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
+
+    def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool:
+        """Unscale, clip, step; whether the update was skipped instead."""
+        norm, limit = norm_of(gradients), self._clip_norm
+        if not self._reads_norm:
+            self._grad_norm = norm
+            if limit > 0:
+                clip(gradients, norm, limit)
+        else:
+            scale = 1.0 if self.scaler is None else self.scaler.value
+            self._grad_norm = value = norm.item() / scale
+            if self._precision.skips and not math.isfinite(value):
+                return True
+            clips = limit > 0 and not value + 1e-6 <= limit
+            if scale != 1.0:  # both at once, as DeepSpeed does
+                scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
+            elif clips:
+                clip(gradients, norm, limit)
+        optimizer.step()
+        if self._masters is not None:
+            self._masters.publish()
+        return False
+
+    def _gradients(self) -> list[Tensor]:
+        """Those that the update takes, of all processes; zeros for a weight without one, as in DeepSpeed."""
+        if self._masters is not None and self._precision.accumulate is not torch.float32:
+            self._masters.collect()
+        gradients = []
+        for weight in self._weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            gradients.append(weight.grad)
+        if not self._reduced:
+            self._reduction.reduce(gradients)
+            self._reduced = True
+        return gradients
+
+    def _watch(self, skipped: bool) -> None:
+        assert self._finite is not None and self._last_loss is not None and self._grad_norm is not None
+        if skipped:
+            scale = "" if self.scaler is None else f"; the loss scale was {self.scaler.value:g}"
+            self._finite.skipped(self.global_steps - 1, self._last_loss, float(self._grad_norm), scale)
+        else:
+            self._finite.see(self.global_steps - 1, self._last_loss, self._grad_norm)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -212,8 +344,28 @@ class Engine(nn.Module):
             self._in_no_sync = False
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch under way is the last one of its update."""
-        return (self.micro_steps + 1) % self._accumulation == 0
+        """Whether the micro-batch under way is the last one of its update.
+
+        With `managed_gradient_accumulation` false nothing tells before step(), which always updates.
+        """
+        if not self._managed:
+            return False
+        if self._boundary is not None:
+            return self._boundary
+        return self._unfinished.micro_batches + 1 >= self._accumulation
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the micro-batches from here on, one by one, end their update; the engine stops counting.
+
+        Raises:
+            EngineError: with `managed_gradient_accumulation` false, where every step() updates.
+        """
+        if not self._managed:
+            raise EngineError(
+                "set_gradient_accumulation_boundary: managed_gradient_accumulation is false, so that every step() "
+                "updates; call step() where the update is due"
+            )
+        self._boundary = bool(is_boundary)
 
     def renew_parallel(self) -> None:
         """Let the next forward be DDP's first: it orders its sums anew after one, which shows in the last bits."""
@@ -222,14 +374,30 @@ class Engine(nn.Module):
     def _wrap_again(self) -> DistributedDataParallel:
         self._renew_parallel = False
         self.__dict__["_parallel"] = None  # before the new one: both would hook the parameters
-        unused = self.config.redline.find_unused_parameters
-        parallel = wrap_model(self._module, self.world, find_unused_parameters=unused)
+        parallel = wrap_model(
+            self._module,
+            self.world,
+            self._reduction,
+            self._masters,
+            find_unused_parameters=self.config.redline.find_unused_parameters,
+        )
         assert parallel is not None
         self.__dict__["_parallel"] = parallel
         return parallel
 
     def _syncs(self) -> bool:
-        return self.is_gradient_accumulation_boundary() and not self._in_no_sync
+        return self._managed and not self._in_no_sync and self.is_gradient_accumulation_boundary()
+
+    def _has_strange_gradients(self) -> bool:
+        """Whether something else than this engine has left gradients since its last backward."""
+        if self._unfinished.backwards:  # one parameter tells
+            grad, version = self._last_grad
+            last = self._leaves[-1].grad
+            return last is not grad or (grad is not None and grad._version != version)
+        for leaf in self._leaves:  # noqa: SIM110  any() takes twice as long
+            if leaf.grad is not None:
+                return True
+        return False
 
     def _why_no_backward(self, loss: Any) -> str:
         if self.optimizer is None:
@@ -245,14 +413,9 @@ class Engine(nn.Module):
         return self._last_loss
 
     @property
-    def global_samples(self) -> int:
-        """Samples of all updates so far, over all processes."""
-        return self.global_steps * self.config.train_batch_size
-
-    @property
     def loss_scale(self) -> float | None:
-        """The factor of the loss in fp16; None where there is none."""
-        return None
+        """The factor of the next loss in fp16; None where there is none."""
+        return None if self.scaler is None else self.scaler.value
 
     def get_lr(self) -> list[Any]:
         """The rate of each parameter group, for the update to come."""
@@ -264,9 +427,9 @@ class Engine(nn.Module):
         return [group["betas"] if "betas" in group else group.get("momentum") for group in groups]
 
     def get_global_grad_norm(self) -> float | None:
-        """The last update's gradient norm before clipping, over all processes; None without clipping.
+        """The last update's gradient norm before clipping, over all processes; None before it.
 
-        Waits for the device.
+        Not finite after an update that was skipped for that. Waits for the device.
         """
         return None if self._grad_norm is None else float(self._grad_norm)
 
@@ -307,6 +470,22 @@ class Engine(nn.Module):
         if self._grad_norm is not None:
             values["norm"] = _shown(float(self._grad_norm))
         log.info("%s", ", ".join(f"{name}={value}" for name, value in values.items()))
+
+
+class _Unfinished:
+    """What the update under way has so far; outlives the engine by a moment, to say what was left over."""
+
+    backwards = 0
+    micro_batches = 0
+
+
+def _say_unfinished(unfinished: _Unfinished, accumulation: int) -> None:
+    if unfinished.micro_batches:
+        log.warning(
+            "training ended within an accumulation: its last %d of %d micro-batches are in no update; call "
+            "engine.flush() after the last one, or give a number of micro-batches that divides",
+            unfinished.micro_batches, accumulation,
+        )  # fmt: skip
 
 
 def _shown(value: Any) -> str:

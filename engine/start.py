@@ -17,6 +17,7 @@ from engine.distributed import join_world
 from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
+from engine.precision import dtype_table
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -77,7 +78,7 @@ def initialize(
         lr_scheduler=lr_scheduler,
         collate_fn=collate_fn,
     )
-    log.info("%s", _summary(parts))
+    log.info("%s\n%s", _summary(parts), dtype_table(parts.precision, parts.optimizer))
     return Engine(parts)
 
 
@@ -99,7 +100,7 @@ def _summary(parts: Parts) -> str:
     schedule = "fixed learning rate" if parts.lr_scheduler is None else type(parts.lr_scheduler).__name__
     clip = f"clipped at {config.gradient_clipping:g}" if config.gradient_clipping else "not clipped"
     return (
-        f"redline: {processes} on {world.device.type}, fp32; batch {config.train_batch_size} = "
+        f"redline: {processes} on {world.device.type}; batch {config.train_batch_size} = "
         f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x {world.size}; "
         f"{optimizer}, {schedule}, gradients {clip}"
     )

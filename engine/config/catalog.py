@@ -86,10 +86,11 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 def _entries() -> Iterator[Entry]:
     fields = _properties(EngineConfig)
     for key in KEYS.values():
-        schema = fields[key.name] if key.name in fields else key.adapter.json_schema()
+        name = EngineConfig.aliases.get(key.name, key.name)
+        schema = fields[name] if name in fields else key.adapter.json_schema()
         section = _section_of(key)
         meaning = key.meaning or schema.get("description") or (section.__doc__ or "").partition("\n")[0]
-        default = key.default if key.name not in fields or key.name.endswith(("size", "steps", "gpu")) else _NONE
+        default = key.default if name not in fields or name.endswith(("size", "steps", "gpu")) else _NONE
         values = describe(schema)
         if default is _NONE:
             default = schema.get("default", _NONE)
@@ -101,9 +102,10 @@ def _entries() -> Iterator[Entry]:
 
 
 def _section_of(key: Key) -> type[Section] | None:
-    if key.model is not None or key.name not in EngineConfig.model_fields:
+    name = EngineConfig.aliases.get(key.name, key.name)
+    if key.model is not None or name not in EngineConfig.model_fields:
         return key.model
-    return next(_sections_in(EngineConfig.model_fields[key.name].annotation), None)
+    return next(_sections_in(EngineConfig.model_fields[name].annotation), None)
 
 
 def _inside(model: type[Section], path: str, types: str = "") -> Iterator[Entry]:

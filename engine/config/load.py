@@ -16,9 +16,9 @@ from engine.config.judge import judge
 from engine.config.optimizer import OptimizerConfig
 from engine.config.parser import Route, looks_like_json
 from engine.config.root import EngineConfig
-from engine.config.rules import conflicts
+from engine.config.rules import conflicts, unbuilt
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import check, unknown_key
+from engine.config.section import Section, check, unknown_key
 from engine.config.support import HONOURED, INSIDE, KEYS, REFUSED, Key
 from engine.config.words import is_slip, shown
 from engine.errors import ConfigError, Problem
@@ -175,9 +175,16 @@ def _sift(document: Document) -> _Found:
     found.refusals.update(whole.refusals)
     whole.unsound |= unsound
     if whole.sound is not None:
+        for name, value in whole.sound:
+            (sections if isinstance(value, Section) else scalars)[name] = value
+        spelt = {field: alias for alias, field in EngineConfig.aliases.items() if alias in document.settings}
         for reads, message in conflicts(whole.sound, sections, scalars):
+            reads = tuple((spelt.get(str(route[0]), route[0]), *route[1:]) for route in reads)
             if whole.counts(reads):
                 found.mistakes.setdefault(reads[0], message)
+        for reads, message in unbuilt(whole.sound):
+            if whole.counts(reads):
+                found.refusals.setdefault(reads[0], message)
     return found
 
 

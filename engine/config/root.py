@@ -7,7 +7,7 @@ keys of DeepSpeed mean here is in `support`; a section that `support` comes to h
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -15,7 +15,8 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import TO_DEFAULT, Count, NonNegative, Section
+from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section
+from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 
 __all__ = ["EngineConfig"]
 
@@ -43,6 +44,7 @@ class RedlineConfig(Section):
 class EngineConfig(Section):
     """A training run: DeepSpeed's keys that are honoured, and `redline`. Made by `load_config`."""
 
+    aliases: ClassVar[dict[str, str]] = {"bfloat16": "bf16"}
     auto: ClassVar[dict[str, str]] = {
         **dict.fromkeys(BATCH_KEYS, "inferred from the other two"),
         "gradient_clipping": TO_DEFAULT,
@@ -65,6 +67,29 @@ class EngineConfig(Section):
     )
     gradient_clipping: NonNegative = Field(
         default=1.0, description="Largest norm of the gradient of all parameters together; 0 switches clipping off."
+    )
+    gradient_allreduce_op: Literal["mean", "sum"] = Field(
+        default="mean", description="Whether gradients of processes are averaged or summed."
+    )
+    prescale_gradients: bool = Field(
+        default=False, description="Divide gradients by the number of processes before they are summed, not after."
+    )
+    gradient_predivide_factor: Positive = Field(
+        default=1.0, description="Divide gradients by this before they are summed, and by the rest after."
+    )
+    communication_data_type: Literal["fp16", "bf16", "fp32"] | None = Field(
+        default=None, description="Number format in which gradients are summed over processes; null for fp32."
+    )
+    managed_gradient_accumulation: bool = Field(
+        default=True, description="Let the engine count micro-batches; false updates at every step()."
+    )
+    fp16: Annotated[FP16Config | None, OR_OFF] = Field(default=None, description="Half precision with a loss scale.")
+    bf16: Annotated[BF16Config | None, OR_OFF] = Field(default=None, description="bfloat16 with fp32 master weights.")
+    torch_autocast: Annotated[TorchAutocastConfig | None, OR_OFF] = Field(
+        default=None, description="torch.autocast around the forward pass."
+    )
+    data_types: Annotated[DataTypesConfig | None, OR_OFF] = Field(
+        default=None, description="Number formats apart from the training's own."
     )
     steps_per_print: Count | None = Field(
         default=None, description="Optimizer steps between two lines of progress; null for none."

@@ -14,9 +14,10 @@ from engine.config.parser import Route
 from engine.config.root import EngineConfig
 from engine.config.scheduler import OneCycleParams, SchedulerConfig, WarmupLRParams
 from engine.config.section import Section
+from engine.config.sections.precision import SHORT
 from engine.config.words import shown
 
-__all__ = ["conflicts"]
+__all__ = ["conflicts", "unbuilt"]
 
 Conflict = tuple[tuple[Route, ...], str]  # the routes that are read, the first where it is said; the message
 
@@ -47,19 +48,26 @@ def _schedule(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> Iterato
 
 
 def _precision(sections: Mapping[str, Section]) -> Iterator[Conflict]:
-    for name in ("bf16", "bfloat16"):
-        if _get(sections, name, "enabled") and _get(sections, "fp16", "enabled"):
-            reads = ((name, "enabled"), ("fp16", "enabled"))
-            yield reads, "got true beside fp16.enabled: true; a run has one number format; set one of the two to false"
-    shares = _get(sections, "zero_optimization", "stage", 0) > 0
-    for name, key in (
-        ("fp16", "fp16_master_weights_and_grads"),
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
-    ):
-        if _get(sections, name, key) and not shares:
-            reads = ((name, key), ("zero_optimization", "stage"))
-            yield reads, "got true; expected false, or zero_optimization.stage 1, 2 or 3"
+    on = [name for name in ("fp16", "bf16", "torch_autocast") if _get(sections, name, "enabled")]
+    if "fp16" in on and "bf16" in on:
+        reads = (("bf16", "enabled"), ("fp16", "enabled"))
+        yield reads, "got true beside fp16.enabled: true; a run has one number format; set one of the two to false"
+    elif "torch_autocast" in on and len(on) > 1:
+        reads = (("torch_autocast", "enabled"), (on[0], "enabled"))
+        message = f"got true beside {on[0]}.enabled: true; autocast works on fp32 weights; set one of the two to false"
+        yield reads, message
+    if _get(sections, "fp16", "fp16_master_weights_and_grads") and not _get(sections, "zero_optimization", "stage", 0):
+        reads = (("fp16", "fp16_master_weights_and_grads"), ("zero_optimization", "stage"))
+        yield reads, "got true; expected false, or zero_optimization.stage 1, 2 or 3"
+
+
+def unbuilt(config: EngineConfig) -> Iterator[Conflict]:
+    """What goes together in DeepSpeed, and is not built here."""
+    on = next((name for name in ("fp16", "bf16") if (section := getattr(config, name)) and section.enabled), "fp32")
+    asked = config.data_types and config.data_types.grad_accum_dtype
+    if asked and SHORT[asked] not in ("fp32", on):
+        reads = (("data_types", "grad_accum_dtype"), *(((on, "enabled"),) if on != "fp32" else ()))
+        yield reads, f"got {shown(asked)}; gradients add up in fp32, or in the training's own format, which is {on}"
 
 
 def _zero(sections: Mapping[str, Section], scalars: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -39,8 +39,11 @@ def build_schema() -> JsonSchema:
         _choose_params(component, definitions)
     properties: JsonSchema = {"$schema": {"description": "The schema that an editor checks this file against."}}
     for key in KEYS.values():
+        if key.name in EngineConfig.aliases:
+            continue
         if key.status == HONOURED:
-            properties[key.name] = schema["properties"][key.name]
+            limits = _limits_inside(key.name)
+            properties[key.name] = schema["properties"][key.name] | ({"allOf": limits} if limits else {})
             continue
         if key.model is not None:
             section = _schema_of(key.model)

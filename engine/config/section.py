@@ -16,20 +16,22 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from engine.config.parser import Route
 from engine.config.words import describe, is_slip, nearest, objection, shown
 
 __all__ = [
-    "MISTAKE", "NOT_HERE", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count", "Fraction", "Index",
-    "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole", "adapter_of",
-    "check", "failure", "finished", "literals", "unknown_key", "wrong",
+    "MISTAKE", "NOT_HERE", "OR_OFF", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count", "Fraction",
+    "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
+    "adapter_of", "check", "failure", "finished", "literals", "unknown_key", "wrong",
 ]  # fmt: skip
 
 MISTAKE, REFUSAL = "mistake", "refusal"
@@ -62,6 +64,24 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_frozen)]
+
+
+class _OrOff:
+    """Lets a section be false, which is null: DeepSpeed's configs switch sections off so."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_off, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        (section, null) = handler(schema)["anyOf"]
+        return {"anyOf": [section, {"const": False}, null]}
+
+
+def _off(value: Any) -> Any:
+    return None if value is False else value
+
+
+OR_OFF = _OrOff()
 PerGroup: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_frozen)]
 
 

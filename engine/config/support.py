@@ -45,7 +45,6 @@ _LEAVE_OUT = "leave it out"
 _RECORD = "print with steps_per_print, or write to it from your script"
 _FP32 = "leave it out to train in fp32"
 _SAVE = "save with torch.save from your script"
-_SAME_MEAN = "DDP divides while it reduces; the mean is the same but for rounding"
 _FORMAT = Literal["fp16", "bf16", "fp32"]
 
 _TABLE = (
@@ -60,10 +59,12 @@ _TABLE = (
     Key("dataloader_drop_last", HONOURED, "for a loader that initialize builds", False),
     Key("redline", HONOURED, "Redline's own options"),
     # Communication
-    _harmless("prescale_gradients", bool, False,
-              "Divide gradients by the number of processes before they are summed.", _SAME_MEAN),
-    _harmless("gradient_predivide_factor", float, 1.0,
-              "Divide gradients by this before they are summed, and by the rest after.", _SAME_MEAN),
+    Key("prescale_gradients", HONOURED, "divides before the sum; gradient_predivide_factor then counts for nothing",
+        False),
+    Key("gradient_predivide_factor", HONOURED, "DeepSpeed's arithmetic", 1.0),
+    Key("gradient_allreduce_op", HONOURED, "DDP's mean, or the sum", "mean"),
+    Key("communication_data_type", HONOURED, "null sums in fp32, in every precision; DeepSpeed in the training's"),
+    Key("managed_gradient_accumulation", HONOURED, "false: every step() is an update, and sends the gradients", True),
     _harmless("disable_allgather", bool, False,
               "Gather parameters by broadcasts.", "chose a collective of an older ZeRO"),
     _harmless("allgather_size", Integer, 500_000_000,
@@ -74,21 +75,14 @@ _TABLE = (
               "Order of the process groups of expert and data parallelism.", "there is no expert parallelism"),
     _harmless("fp32_allreduce", bool, False,
               "Reduce gradients in fp32.", "an older DeepSpeed's; gradients are reduced in fp32 as it is"),
-    _refused("communication_data_type", _FORMAT, "fp32",
-             "Number format in which gradients are reduced; null takes the training's.",
-             f"gradients are reduced in fp32; {_LEAVE_OUT}"),
-    _refused("gradient_allreduce_op", Literal["mean", "sum"], "mean",
-             "Whether gradients of processes are averaged or summed.", "only the mean is built; scale the loss"),
-    _refused("managed_gradient_accumulation", bool, True,
-             "Let the engine count micro-batches and step at the last.", "call step() after every micro-batch"),
     _refused("sequence_parallel_size", Integer, 1,
              "Processes that share one sample's tokens.", f"there is no sequence parallelism; {_LEAVE_OUT}"),
     # Precision
-    _later("fp16", "precision:FP16Config", _FP32),
-    _later("bf16", "precision:BF16Config", _FP32),
-    _later("bfloat16", "precision:BF16Config", f"an older spelling of bf16; {_FP32}"),
-    _later("torch_autocast", "precision:TorchAutocastConfig", "use torch.autocast in your model's forward"),
-    _unread("data_types", "precision:DataTypesConfig", "all is fp32"),
+    Key("fp16", HONOURED, "fp32 master weights; DeepSpeed's loss scale, as its ZeRO stages have it"),
+    Key("bf16", HONOURED, "fp32 master weights, gradients summed in fp32"),
+    Key("bfloat16", HONOURED, "an older spelling of bf16"),
+    Key("torch_autocast", HONOURED, "weights stay fp32; fp16 has torch's loss scale"),
+    Key("data_types", HONOURED, "which format gradients add up in, and buffers have"),
     # Memory and parallelism
     Key("zero_optimization", REFUSED, "not built yet; use stage 0, which is DDP", False, SECTION_OR_SWITCH,
         "zero:ZeroConfig", "stage"),
@@ -171,12 +165,13 @@ _INSIDE = (
     *_own("optimizer.params", NO_EFFECT, "gradients are always set to None, which saves memory", "set_grad_none"),
     *_own("optimizer.params", NO_EFFECT, "the moments have the parameters' type", "fp32_optimizer_states"),
     # Precision
-    *_own("fp16", REFUSED, "cast the inputs in your model's forward", "auto_cast"),
+    *_own("fp16", NO_EFFECT, "floating-point inputs are always cast", "auto_cast"),
     *_own("fp16", REFUSED, _FP32_STATE, "fp16_master_weights_and_grads"),
-    *_own("bf16", NO_EFFECT, "gradients add up as backward makes them", "immediate_grad_update"),
-    *_own("bf16", REFUSED, _FP32_STATE, "bf16_master_weights_and_grads", "bf16_optimizer_states"),
-    *(Key(f"data_types.{name}", REFUSED, f"all is fp32; {_LEAVE_OUT}", off=("fp32", "float32", "float"))
-      for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype")),
+    *_own("bf16", NO_EFFECT, "gradients add up in fp32 after every backward", "immediate_grad_update"),
+    *_own("torch_autocast", NO_EFFECT, "gradients are fp32, and summed in communication_data_type",
+          "lower_precision_safe_modules"),
+    *_own("data_types", NO_EFFECT, "buffers keep the format they have", "keep_in_fp32_modules"),
+    *_own("data_types", REFUSED, "parameters have the format of fp16 or bf16, or fp32", "param_dtype"),
     # ZeRO
     *_own("zero_optimization", NO_EFFECT, _OWN_SIZES, "contiguous_gradients", "reduce_bucket_size",
           "allgather_bucket_size", "sub_group_size", "parameter_alignment", "stage3_prefetch_bucket_size",

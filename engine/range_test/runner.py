@@ -164,6 +164,8 @@ class _Plan:
         )
         engine.recorder = Recorder(engine.world)
         engine.steps_per_print = None
+        engine.observers = []
+        engine._finite = None  # a test is there to diverge
 
 
 def _run(
@@ -224,7 +226,7 @@ class _Validation:
 def _check_idle(engine: Engine) -> None:
     if engine.optimizer is None:
         raise RangeTestError('range test: the engine has no optimizer; give the config an "optimizer" section')
-    inside = engine.micro_steps % engine.gradient_accumulation_steps() != 0
+    inside = engine._unfinished.micro_batches != 0
     if inside or any(parameter.grad is not None for parameter in engine.parameters()):
         raise RangeTestError(
             "range test: the engine is inside an update and would lose its gradients; run the test before training or "

@@ -37,6 +37,7 @@ class Snapshot:
         self._optimizer = _OptimizerState(engine.optimizer)
         self._schedule = engine.lr_scheduler
         self._schedule_state = None if engine.lr_scheduler is None else copy.deepcopy(engine.lr_scheduler.state_dict())
+        self._scale = None if engine.scaler is None else engine.scaler.state_dict()
         self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
         self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
         self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
@@ -47,8 +48,7 @@ class Snapshot:
         with torch.no_grad():
             for tensor, saved in self._tensors:
                 tensor.copy_(saved)
-        for parameter in self._engine.parameters():
-            parameter.grad = None
+        self._engine.drop_update()
         for module, training in self._training:
             module.training = training
         self._optimizer.restore()
@@ -57,6 +57,8 @@ class Snapshot:
             self._schedule.load_state_dict(copy.deepcopy(self._schedule_state or {}))
             self._optimizer.restore_groups()  # a schedule may write its rates on loading
         self._engine.__dict__.update(self._counters)
+        if self._engine.scaler is not None and self._scale is not None:
+            self._engine.scaler.load_state_dict(self._scale)
         for generator, state in self._generators:
             generator.set_state(state)
         for part, state in self._loaders:
@@ -67,12 +69,13 @@ class Snapshot:
 # What the step loop moves, and the test's own recording and printing switch off.
 _COUNTERS = (
     "global_steps",
+    "global_samples",
     "micro_steps",
     "skipped_steps",
     "recorder",
     "steps_per_print",
-    "_pending",
-    "_loss",
+    "observers",
+    "_finite",
     "_last_loss",
     "_grad_norm",
 )
@@ -109,8 +112,10 @@ def _copied(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _tensors_of(engine: Engine) -> list[Tensor]:
-    # named_buffers has the buffers that state_dict leaves out, too.
-    return [*engine.parameters(), *engine.buffers()]
+    # named_buffers has the buffers that state_dict leaves out, too; the optimizer has the master weights.
+    assert engine.optimizer is not None
+    weights = (parameter for group in engine.optimizer.param_groups for parameter in group["params"])
+    return list(dict.fromkeys([*engine.parameters(), *engine.buffers(), *weights]))
 
 
 def _generators_of(data: tuple[Any, ...]) -> list[torch.Generator]:

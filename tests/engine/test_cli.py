@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, config in {
         "good.json": GOOD,
         "bad.json": {"train_batch_size": 8, "shceduler": {}},
-        "deepspeed.json": {**GOOD, "fp16": {"enabled": True}},
+        "deepspeed.json": {**GOOD, "tensor_parallel": {"autotp_size": 2}},
         "cycle.json": {**GOOD, "scheduler": {"type": "OneCycle", "params": {
             "cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}}},
     }.items():  # fmt: skip

@@ -101,8 +101,6 @@ def assert_the_record_is_deepspeeds(case: dict[str, Any], record: Record) -> Non
     assert record["loss"] == pytest.approx(case["loss"], rel=RELATIVE, abs=0)
     if case["config"].get("gradient_clipping", DEFAULT_CLIPPING) > 0:
         assert record["grad_norm"] == pytest.approx(case["grad_norm"], rel=RELATIVE, abs=0)
-    else:
-        assert record["grad_norm"] == [None] * workload.NUM_STEPS
 
 
 def test_the_workload_is_the_one_deepspeed_trained_on() -> None:

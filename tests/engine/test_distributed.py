@@ -130,7 +130,7 @@ def watch_no_sync() -> list[Tensor]:
 
 
 def backward_twice() -> str:
-    engine = make_engine(4)
+    engine = make_engine(4, gradient_accumulation_steps=1)
     x, y = make_data()
     engine.backward(mse(engine(x), y))
     try:
@@ -224,7 +224,7 @@ def test_what_no_sync_kept_is_shared_by_the_backward_after_it(ranks: list[dict[s
     torch.testing.assert_close(shared, own + other)
 
 
-def test_a_second_backward_before_the_step_is_an_error(ranks: list[dict[str, Any]]) -> None:
+def test_a_second_backward_after_gradients_were_shared_is_an_error(ranks: list[dict[str, Any]]) -> None:
     for answers in ranks:
         assert answers["second backward"].startswith("backward: a second one before engine.step()")
 

@@ -145,10 +145,11 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told() -> None
     assert float((weights(clipped) - before).norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
-def test_without_clipping_no_norm_is_known() -> None:
-    engine = make_engine()
-    train(engine, 1)
-    assert engine.get_global_grad_norm() is None
+def test_the_norm_is_known_without_clipping_too() -> None:
+    free, clipped = make_engine(), make_engine(gradient_clipping=0.01)
+    train(free, 1)
+    train(clipped, 1)
+    assert free.get_global_grad_norm() == clipped.get_global_grad_norm()
 
 
 def test_no_norm_is_known_before_the_first_update() -> None:

@@ -73,8 +73,8 @@ def test_a_bad_config_is_refused_before_a_process_group_is_joined(monkeypatch: p
 
 
 def test_what_deepspeed_has_and_redline_has_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="fp16"):
-        start({"train_batch_size": 4, "fp16": {"enabled": True}})
+    with pytest.raises(ConfigError, match="zero_optimization"):
+        start({"train_batch_size": 4, "zero_optimization": {"stage": 3}})
 
 
 # -- alone and in company ------------------------------------------------------------------------------------
@@ -306,10 +306,12 @@ def said(caplog: pytest.LogCaptureFixture, config: Any) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "engine"]
 
 
-def test_one_line_says_what_will_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_and_a_table_of_formats_say_what_will_run(caplog: pytest.LogCaptureFixture) -> None:
     assert said(caplog, CONFIG) == [
-        "redline: 1 process on cpu, fp32; batch 4 = 4 x 1 accumulated x 1; AdamW (fused), fixed learning rate, "
-        "gradients clipped at 1"
+        "redline: 1 process on cpu; batch 4 = 4 x 1 accumulated x 1; AdamW (fused), fixed learning rate, "
+        "gradients clipped at 1\n"
+        "parameters  computation  gradients  reduction  master weights  optimizer state\n"
+        "float32     float32      float32    float32    -               float32"
     ]
 
 

@@ -12,13 +12,25 @@ from pydantic import Field
 
 from engine.config.section import TO_DEFAULT, Integer, Loose, NonNegative, Section
 
-__all__ = ["BF16Config", "DataTypesConfig", "FP16Config", "TorchAutocastConfig"]
+__all__ = ["SHORT", "BF16Config", "DataTypesConfig", "FP16Config", "TorchAutocastConfig"]
 
 DType = Literal["fp16", "float16", "half", "bf16", "bfloat16", "fp32", "float32", "float", "int8"]
 TorchDType = Literal[
     "fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "torch.bfloat16",
     "fp32", "float32", "float", "torch.float32",
 ]  # fmt: skip
+
+# Every spelling of a number format, as its short one.
+SHORT = {
+    spelling: short
+    for short, spellings in {
+        "fp16": ("fp16", "float16", "half", "torch.float16"),
+        "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
+        "fp32": ("fp32", "float32", "float", "torch.float32"),
+        "int8": ("int8",),
+    }.items()
+    for spelling in spellings
+}
 
 
 class FP16Config(Section):

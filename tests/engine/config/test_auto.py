@@ -46,6 +46,8 @@ def test_auto_is_the_default_or_inferred_and_its_origin_is_auto() -> None:
         "gradient_clipping",
         *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
         *(f"scheduler.params.warmup_{name}" for name in ("min_lr", "max_lr", "num_steps")),
+        "fp16.enabled",
+        "bf16.enabled",
     }
 
 

@@ -83,9 +83,9 @@ def test_validate_takes_several_files_and_shows_the_config_in_force(
     write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write('{"train_batch_size": 8}')
-    Path("fp16.json").write_text('{"train_batch_size": 8, "fp16": {"enabled": true}}')
+    Path("sharded.json").write_text('{"train_batch_size": 8, "tensor_parallel": {"autotp_size": 2}}')
     assert main(["validate", "ds_config.json"]) == 0
-    assert main(["validate", "ds_config.json", "fp16.json"]) == 3
+    assert main(["validate", "ds_config.json", "sharded.json"]) == 3
     capsys.readouterr()
     assert main(["validate", "--effective", "ds_config.json"]) == 0
     assert "gradient_clipping               default  1.0\n" in capsys.readouterr().out

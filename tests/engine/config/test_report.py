@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from engine.config import load_config, origins, validate
+from engine.config import EngineConfig, load_config, origins, validate
 from engine.errors import ConfigError
 
 TEXT = """{
   "train_batch_size": 8,
-  "optimizer": {"type": "Lion", "params": {}},
-  "fp16": {"enabled": true},
-  "bf16": {"enabled": false},
-  "dump_state": true
+  "optimizer": {"type": "OneBitAdam", "params": {}},
+  "tensor_parallel": {"autotp_size": 2},
+  "amp": {"enabled": false},
+  "vocabulary_size": 50000
 }
 """
 
@@ -26,9 +26,9 @@ TEXT = """{
     ("settings", "valid", "runnable", "exit_code"),
     [
         ({"train_batch_size": 8}, True, True, 0),
-        ({"train_batch_size": 8, "fp16": {"enabled": True}}, True, False, 3),
+        ({"train_batch_size": 8, "tensor_parallel": {"autotp_size": 2}}, True, False, 3),
         ({"train_batch_size": -8}, False, False, 1),
-        ({"train_batch_size": -8, "fp16": {"enabled": True}}, False, False, 1),
+        ({"train_batch_size": -8, "tensor_parallel": {"autotp_size": 2}}, False, False, 1),
     ],
 )
 def test_the_exit_code_tells_what_runs(settings: dict[str, Any], valid: bool, runnable: bool, exit_code: int) -> None:
@@ -67,12 +67,20 @@ def test_the_json_has_the_agreed_shape(write: Callable[[str], Path]) -> None:
             {
                 "path": "optimizer.type",
                 "status": "refused",
-                "note": '"Lion" is not built; use AdamW with a rate 3 to 10 times as high, or pass an '
-                "optimizer of your own to initialize, or register it",
+                "note": '"OneBitAdam" is not built; it compresses communication, and DeepSpeed has '
+                "removed it; use Adam",
             },
-            {"path": "fp16", "status": "refused", "note": "not built yet; leave it out to train in fp32"},
-            {"path": "bf16", "status": "no effect", "note": "it switches nothing on"},
-            {"path": "dump_state", "status": "no effect", "note": "redline validate prints the config in force"},
+            {
+                "path": "tensor_parallel",
+                "status": "refused",
+                "note": "not built yet; shard the model with torch.distributed.tensor.parallel first",
+            },
+            {"path": "amp", "status": "no effect", "note": "it switches nothing on"},
+            {
+                "path": "vocabulary_size",
+                "status": "no effect",
+                "note": "DeepSpeed only warns when it is no multiple of 8",
+            },
         ],
         "resolved": {},
     }
@@ -82,35 +90,24 @@ def test_the_config_in_force_has_every_value() -> None:
     resolved = validate({"train_batch_size": 8, "optimizer": {"type": "sgd".upper()}}, world_size=2).to_json()[
         "resolved"
     ]
-    assert resolved == {
-        "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,
-        "optimizer": {
-            "type": "SGD",
-            "params": {
-                "lr": 0.001,
-                "weight_decay": 0.0,
-                "foreach": None,
-                "fused": None,
-                "momentum": 0.0,
-                "dampening": 0.0,
-                "nesterov": False,
-                "maximize": False,
-                "differentiable": False,
-            },
-            "legacy_fusion": False,
+    assert set(resolved) == set(EngineConfig.model_fields)
+    assert [resolved[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "fp16")] == [8, 4, None]
+    assert resolved["optimizer"] == {
+        "type": "SGD",
+        "params": {
+            "lr": 0.001,
+            "weight_decay": 0.0,
+            "foreach": None,
+            "fused": None,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "nesterov": False,
+            "maximize": False,
+            "differentiable": False,
         },
-        "scheduler": None,
-        "gradient_clipping": 1.0,
-        "steps_per_print": None,
-        "dataloader_drop_last": False,
-        "redline": {
-            "schedules": "deepspeed",
-            "find_unused_parameters": False,
-            "range_test": {"output_dir": "range_test"},
-        },
+        "legacy_fusion": False,
     }
+    assert resolved["redline"]["schedules"] == "deepspeed"
 
 
 def test_every_value_has_an_origin() -> None:
@@ -137,17 +134,19 @@ def test_every_value_has_an_origin() -> None:
 def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) -> None:
     assert validate(write(TEXT), world_size=2).to_text() == (
         "ds_config.json: valid DeepSpeed, but asks for 2 things that Redline does not have\n"
-        '  ds_config.json:3:17: optimizer.type: "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
-        "or pass an optimizer of your own to initialize, or register it\n"
-        "  ds_config.json:4:3: fp16: not built yet; leave it out to train in fp32\n"
+        '  ds_config.json:3:17: optimizer.type: "OneBitAdam" is not built; it compresses communication, and DeepSpeed '
+        "has removed it; use Adam\n"
+        "  ds_config.json:4:3: tensor_parallel: not built yet; shard the model with "
+        "torch.distributed.tensor.parallel first\n"
         "\n"
         "  train_batch_size  honoured   samples per optimizer step\n"
         "  optimizer         honoured   torch's optimizers, with DeepSpeed's names and defaults\n"
-        '  optimizer.type    refused    "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
-        "or pass an optimizer of your own to initialize, or register it\n"
-        "  fp16              refused    not built yet; leave it out to train in fp32\n"
-        "  bf16              no effect  it switches nothing on\n"
-        "  dump_state        no effect  redline validate prints the config in force\n"
+        '  optimizer.type    refused    "OneBitAdam" is not built; it compresses communication, and DeepSpeed '
+        "has removed it; use Adam\n"
+        "  tensor_parallel   refused    not built yet; shard the model with "
+        "torch.distributed.tensor.parallel first\n"
+        "  amp               no effect  it switches nothing on\n"
+        "  vocabulary_size   no effect  DeepSpeed only warns when it is no multiple of 8\n"
         "\n"
         "batch: 8 = 4 a process x 1 accumulated x world size 2"
     )
@@ -156,7 +155,7 @@ def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) ->
 def test_color_changes_nothing_but_color() -> None:
     import re
 
-    report = validate({"train_batch_size": 8, "fp16": {"enabled": True}, "lr": 1})
+    report = validate({"train_batch_size": 8, "tensor_parallel": {"autotp_size": 2}, "lr": 1})
     assert "\x1b[31m" in report.to_text(color=True)
     assert re.sub(r"\x1b\[\d+m", "", report.to_text(color=True)) == report.to_text()
 

@@ -1,0 +1,307 @@
+"""Number formats: what the model computes in, what the optimizer updates, and how the loss is scaled.
+
+In fp16 and bf16 the model's parameters are in that format, and the optimizer works on fp32 copies of them,
+the master weights: the model's gradients are added to the masters' after every backward, and the masters are
+written back after every update. Buffers keep their format unless the config names one. After DeepSpeed's
+`runtime/engine.py`, `runtime/zero/stage_1_and_2.py` and `runtime/fp16/loss_scaler.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+
+__all__ = ["AmpLossScale", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype"]
+
+_DTYPES = {
+    "fp16": torch.float16, "float16": torch.float16, "half": torch.float16, "torch.float16": torch.float16,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "torch.bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "float32": torch.float32, "float": torch.float32, "torch.float32": torch.float32,
+}  # fmt: skip
+
+
+def to_dtype(name: str) -> torch.dtype:
+    """torch's type for a config's name of a number format."""
+    return _DTYPES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The formats of one training run.
+
+    Attributes:
+        compute: of the parameters, and so of forward and backward.
+        autocast: of `torch.autocast` around the forward pass; None without.
+        accumulate: in which gradients of micro-batches add up.
+        reduce: in which gradients are summed over processes.
+        masters: the fp32 weights behind the model's; None where the optimizer has the model's own.
+        loss_scale: the factor of the loss; None where there is none.
+        skips: whether an update with a gradient that is not finite is left out.
+    """
+
+    compute: torch.dtype
+    autocast: torch.dtype | None
+    accumulate: torch.dtype
+    reduce: torch.dtype
+    masters: Masters | None
+    loss_scale: LossScale | None
+    skips: bool
+
+
+def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer | None) -> Precision:
+    """Bring a model and its optimizer into the config's formats, in place.
+
+    Args:
+        config: its sections fp16, bf16, torch_autocast, data_types, and communication_data_type.
+        module: on its device; parameters become what the config says, and keep their identity.
+        optimizer: over the module's parameters; gets masters in their place.
+    """
+    low = torch.float16 if _on(config.fp16) else torch.bfloat16 if _on(config.bf16) else None
+    types = config.data_types
+    autocast = None
+    if config.torch_autocast is not None and config.torch_autocast.enabled:
+        autocast = to_dtype(config.torch_autocast.dtype or "bf16")
+    masters = None
+    if low is not None:
+        kept_low = config.bf16 is not None and _on(config.bf16) and config.bf16.bf16_master_weights_and_grads
+        low_state = kept_low and config.bf16 is not None and config.bf16.bf16_optimizer_states
+        if optimizer is not None and not low_state:
+            masters = Masters(optimizer, rounded=kept_low)
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(low)
+                parameter.grad = None
+        if masters is not None:
+            masters.publish()
+    if types is not None and types.buffer_dtype is not None:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(to_dtype(types.buffer_dtype))
+    accumulate = torch.float32 if low is None or masters is not None else low
+    if types is not None and types.grad_accum_dtype is not None and low is not None and masters is not None:
+        accumulate = to_dtype(types.grad_accum_dtype)
+    return Precision(
+        compute=low or torch.float32,
+        autocast=autocast,
+        accumulate=accumulate,
+        reduce=to_dtype(config.communication_data_type or "fp32"),
+        masters=masters,
+        loss_scale=_loss_scale(config, autocast),
+        skips=low is torch.float16
+        or autocast is torch.float16
+        or (low is torch.bfloat16 and config.bf16 is not None and config.bf16.check_grad_overflow),
+    )
+
+
+def _on(section: Any) -> bool:
+    return section is not None and bool(section.enabled)
+
+
+def _loss_scale(config: EngineConfig, autocast: torch.dtype | None) -> LossScale | None:
+    fp16 = config.fp16
+    if fp16 is not None and fp16.enabled:
+        return LossScale(
+            fp16.loss_scale or 2.0**fp16.initial_scale_power,
+            dynamic=fp16.loss_scale == 0,
+            window=fp16.loss_scale_window,
+            hysteresis=fp16.hysteresis,
+            consecutive_hysteresis=fp16.consecutive_hysteresis,
+            minimum=fp16.min_loss_scale,
+        )
+    return AmpLossScale() if autocast is torch.float16 else None
+
+
+class LossScale:
+    """The factor of the loss that keeps small gradients from vanishing in fp16.
+
+    Follows DeepSpeed's `DynamicLossScaler`: an overflow halves it, once `hysteresis` - 1 overflows have been let pass;
+    `window` updates without one double it.
+
+    Args:
+        scale: the first, or with `dynamic` False the only, value.
+        dynamic: whether it moves.
+        window: updates without an overflow after which it doubles.
+        hysteresis: overflows until it is halved.
+        consecutive_hysteresis: count overflows anew after every update without one, rather than when it doubles.
+        minimum: smallest value.
+
+    Attributes:
+        value: the factor of the next loss.
+    """
+
+    def __init__(
+        self,
+        scale: float,
+        *,
+        dynamic: bool,
+        window: int = 1000,
+        hysteresis: int = 2,
+        consecutive_hysteresis: bool = False,
+        minimum: float = 1.0,
+    ) -> None:
+        self.value = float(scale)
+        self.dynamic = dynamic
+        self._window = window
+        self._hysteresis = hysteresis
+        self._consecutive = consecutive_hysteresis
+        self._minimum = float(minimum)
+        self._patience = hysteresis
+        self._updates = 0
+        self._last_overflow = -1
+        self._first_bad = -1  # of the overflows since the scale last grew
+
+    def update(self, overflow: bool) -> None:
+        """Move on after an update.
+
+        Raises:
+            EngineError: an overflow with the smallest value that is allowed.
+        """
+        if self.dynamic:
+            if overflow:
+                self._shrink()
+            else:
+                self._grow()
+        self._updates += 1
+
+    def _shrink(self) -> None:
+        if self._first_bad < 0 or self._last_overflow != self._updates - 1:
+            self._first_bad = self._updates
+        if self._hysteresis == 1 or self._patience == 1:
+            if self.value == self._minimum:
+                raise EngineError(
+                    f"fp16: the gradients of update {self._updates} are not finite, and the loss scale is at its "
+                    f"minimum, {self.value:g}; the first bad update in this row was {self._first_bad}; lower the "
+                    "learning rate, warm it up, clip gradients, or train in bf16"
+                )
+            self.value = max(self.value / 2, self._minimum)
+        else:
+            self._patience -= 1
+        self._last_overflow = self._updates
+
+    def _grow(self) -> None:
+        if self._consecutive:
+            self._patience = self._hysteresis
+        stable = self._updates - self._last_overflow - 1
+        if stable > 0 and stable % self._window == 0:
+            self._patience = self._hysteresis
+            self.value *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands; its rules come from the config."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        for name in self._STATE:
+            setattr(self, name, state[name])
+
+    _STATE = ("value", "_patience", "_updates", "_last_overflow", "_first_bad")
+
+
+class AmpLossScale(LossScale):
+    """The scale of fp16 autocast, by the rule of `torch.amp.GradScaler`, which DeepSpeed uses there."""
+
+    def __init__(self, scale: float = 2.0**16, window: int = 2000) -> None:
+        super().__init__(scale, dynamic=True, window=window, hysteresis=1, minimum=0.0)
+
+    def _shrink(self) -> None:
+        self.value /= 2
+        self._last_overflow = self._updates
+
+    def _grow(self) -> None:
+        if (self._updates - self._last_overflow) % self._window == 0:
+            self.value *= 2
+
+
+class Masters:
+    """fp32 copies of the parameters that an optimizer updates, in their place in its groups.
+
+    Args:
+        optimizer: over parameters in any format; its state, if there is some, moves to the masters.
+        rounded: whether they take the model's precision after every update: DeepSpeed's
+            `bf16_master_weights_and_grads` with moments in fp32.
+
+    Attributes:
+        model: the model's parameters, as the optimizer had them.
+        weights: the masters, in the same order.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, rounded: bool = False) -> None:
+        self.model: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self._rounded = rounded
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if not parameter.is_floating_point():
+                    continue
+                master = nn.Parameter(parameter.detach().float().clone(), requires_grad=parameter.requires_grad)
+                self.model.append(parameter)
+                self.weights.append(master)
+                group["params"][index] = master
+                if parameter in optimizer.state:
+                    optimizer.state[master] = optimizer.state.pop(parameter)
+        self.of = dict(zip(self.model, self.weights))
+
+    def collect(self) -> None:
+        """Add the model's gradients to the masters', and free them."""
+        for parameter, master in zip(self.model, self.weights):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if master.grad is None:
+                master.grad = grad.float()
+            else:
+                master.grad.add_(grad)
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Free the model's gradients: the masters have them."""
+        for parameter in self.model:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters into the model."""
+        torch._foreach_copy_(self.model, self.weights)
+        if self._rounded:
+            torch._foreach_copy_(self.weights, self.model)
+
+
+def lower(value: Any, dtype: torch.dtype) -> Any:
+    """A model's arguments with every floating-point tensor in `dtype`, in nested lists, tuples and mappings, too."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        items = [lower(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [lower(item, dtype) for item in value]
+    if isinstance(value, dict):
+        return {key: lower(item, dtype) for key, item in value.items()}
+    return value
+
+
+def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:
+    """Which format holds what, as a table of two lines."""
+    moments = precision.compute if precision.masters is None else torch.float32
+    columns = {
+        "parameters": precision.compute,
+        "computation": precision.autocast or precision.compute,
+        "gradients": precision.accumulate,
+        "reduction": precision.reduce,
+        "master weights": torch.float32 if precision.masters is not None else None,
+        "optimizer state": moments if optimizer is not None else None,
+    }
+    cells = [(name, "-" if dtype is None else str(dtype).removeprefix("torch.")) for name, dtype in columns.items()]
+    widths = [max(map(len, cell)) for cell in cells]
+    return "\n".join("  ".join(cell[row].ljust(width) for cell, width in zip(cells, widths)).rstrip() for row in (0, 1))
