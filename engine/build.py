@@ -96,7 +96,15 @@ def _choose_optimizer(
         return optimizer
     if config.optimizer is None:
         return None
-    return build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters)
+    optimizer = build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters)
+    if any(getattr(each, "sparse", False) for each in module.modules() if isinstance(each, _EMBEDDINGS)):
+        for settings in (optimizer.defaults, *optimizer.param_groups):  # the fused kernels take no sparse gradients
+            if settings.get("fused"):
+                settings["fused"] = None
+    return optimizer
+
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:

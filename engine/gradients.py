@@ -120,6 +120,7 @@ def communication_hook(reduction: Reduction, masters: Masters | None) -> Callabl
 
         return reduction.start(whole.to(reduction.dtype)).then(hand_over)
 
+    hook.__annotations__.clear()  # DDP reads them, and takes classes only
     return hook
 
 
