@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,7 +91,6 @@ class Engine(nn.Module):
         global_steps: updates done, skipped ones included.
         global_samples: samples of these updates, over all processes.
         micro_steps: micro-batches done.
-        skipped_steps: updates that were left out for a gradient that was not finite; 0 in fp32.
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
@@ -118,7 +117,6 @@ class Engine(nn.Module):
         self.global_steps = 0
         self.global_samples = 0
         self.micro_steps = 0
-        self.skipped_steps = 0
         self.steps_per_print = parts.config.steps_per_print
 
         # Past nn.Module's own attribute look-up, which is slow and would list the model twice.
@@ -135,8 +133,11 @@ class Engine(nn.Module):
         self._accumulation = parts.config.gradient_accumulation_steps
         self._managed = parts.config.managed_gradient_accumulation
         self._clip_norm = parts.config.gradient_clipping
-        # The CPU's numbers cost nothing to read; on CUDA only what may skip an update has to be known at once.
-        self._reads_norm = parts.precision.skips or parts.world.device.type == "cpu"
+        self._skipped = 0
+        # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip an update by themselves, and
+        # the engine learns of it when the next one begins; other optimizers have to be told, which waits.
+        self._reads_norm = self.device.type == "cpu" or (parts.precision.skips and not _can_skip(parts.optimizer))
+        self._doubt: _Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
         self._boundary: bool | None = None  # as the script says; None: as the micro-batches count
         self._pending = False  # a backward whose step has not come yet
@@ -196,6 +197,7 @@ class Engine(nn.Module):
                 "backward: the parameters have gradients that are not the engine's: of a plain loss.backward(), which "
                 "neither accumulates nor shares nor scales; call engine.backward(loss) for every loss"
             )
+        self._know()
         if scale_wrt_gas and self._accumulation > 1:
             loss = loss / self._accumulation
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
@@ -277,40 +279,75 @@ class Engine(nn.Module):
         count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
         self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
         self._unfinished.backwards = self._unfinished.micro_batches = 0
-        if skipped:
-            self.skipped_steps += 1
-        if self._finite is not None:
-            self._watch(skipped)
+        assert self._grad_norm is not None
+        if skipped is not None:
+            self._judge(skipped, self._last_loss, self._grad_norm)
+        elif self._finite is not None and not self._precision.skips:
+            self._finite.see(self.global_steps - 1, self._last_loss, self._grad_norm)
         if self.steps_per_print and self.global_steps % self.steps_per_print == 0:
             self._print_progress()
         for observer in self.observers:
             observer.updated(self)
-        if self.scaler is not None:
-            self.scaler.update(skipped)
+        if skipped is None and self._precision.skips:
+            self._doubt = _Doubt(self._last_loss, self._grad_norm, _undo_of(self.lr_scheduler, optimizer))
         if self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
+        if self.scaler is not None and skipped is not None:
+            self.scaler.update(skipped)
 
-    def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool:
-        """Unscale, clip, step; whether the update was skipped instead."""
+    def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool | None:
+        """Unscale, clip, step; whether the update was skipped instead, None where only the device knows."""
         norm, limit = norm_of(gradients), self._clip_norm
-        if not self._reads_norm:
-            self._grad_norm = norm
-            if limit > 0:
-                clip(gradients, norm, limit)
-        else:
-            scale = 1.0 if self.scaler is None else self.scaler.value
+        scale = 1.0 if self.scaler is None else self.scaler.value
+        skipped: bool | None = None
+        if self._reads_norm:
             self._grad_norm = value = norm.item() / scale
             if self._precision.skips and not math.isfinite(value):
                 return True
+            skipped = False
             clips = limit > 0 and not value + 1e-6 <= limit
             if scale != 1.0:  # both at once, as DeepSpeed does
                 scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
             elif clips:
                 clip(gradients, norm, limit)
-        optimizer.step()
+            optimizer.step()
+        else:
+            self._grad_norm = norm / scale if scale != 1.0 else norm
+            if scale != 1.0:
+                larger = torch.clamp((self._grad_norm + 1e-6) / limit, min=1.0) if limit > 0 else 1.0
+                scale_by(gradients, 1.0 / (scale * larger))
+            elif limit > 0:
+                clip(gradients, norm, limit)
+            if self._precision.skips:
+                optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+            optimizer.step()
+            if self._precision.skips:
+                optimizer.found_inf = None  # type: ignore[attr-defined]
         if self._masters is not None:
             self._masters.publish()
-        return False
+        return skipped
+
+    def _judge(self, skipped: bool, loss: Tensor, norm: Tensor | float) -> None:
+        """Count the last update as made or as skipped, and say what was not finite."""
+        step = self.global_steps - 1
+        if skipped:
+            self._skipped += 1
+            if self._finite is not None:
+                scale = "" if self.scaler is None else f"; the loss scale was {self.scaler.value:g}"
+                self._finite.skipped(step, loss, float(norm), scale)
+        elif self._finite is not None:
+            self._finite.see(step, loss, norm)
+
+    def _settle(self, doubt: _Doubt) -> None:
+        """Learn whether the last update was skipped; if so, the schedule has moved too far."""
+        self._doubt = None
+        norm = doubt.norm()
+        skipped = not math.isfinite(norm)
+        if skipped:
+            doubt.undo()
+        self._judge(skipped, doubt.loss, norm)
+        if self.scaler is not None:
+            self.scaler.update(skipped)
 
     def _gradients(self) -> list[Tensor]:
         """Those that the update takes, of all processes; zeros for a weight without one, as in DeepSpeed."""
@@ -325,14 +362,6 @@ class Engine(nn.Module):
             self._reduction.reduce(gradients)
             self._reduced = True
         return gradients
-
-    def _watch(self, skipped: bool) -> None:
-        assert self._finite is not None and self._last_loss is not None and self._grad_norm is not None
-        if skipped:
-            scale = "" if self.scaler is None else f"; the loss scale was {self.scaler.value:g}"
-            self._finite.skipped(self.global_steps - 1, self._last_loss, float(self._grad_norm), scale)
-        else:
-            self._finite.see(self.global_steps - 1, self._last_loss, self._grad_norm)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -413,16 +442,29 @@ class Engine(nn.Module):
         return self._last_loss
 
     @property
+    def skipped_steps(self) -> int:
+        """Updates that were left out for a gradient that was not finite; 0 in fp32."""
+        self._know()
+        return self._skipped
+
+    def _know(self) -> None:
+        if self._doubt is not None:
+            self._settle(self._doubt)
+
+    @property
     def loss_scale(self) -> float | None:
         """The factor of the next loss in fp16; None where there is none."""
+        self._know()
         return None if self.scaler is None else self.scaler.value
 
     def get_lr(self) -> list[Any]:
         """The rate of each parameter group, for the update to come."""
+        self._know()
         return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
         """The momentum, or betas, of each parameter group, for the update to come."""
+        self._know()
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group["betas"] if "betas" in group else group.get("momentum") for group in groups]
 
@@ -477,6 +519,58 @@ class _Unfinished:
 
     backwards = 0
     micro_batches = 0
+
+
+class _Doubt:
+    """An update that the device may have skipped: its loss, its gradient norm on the way here, how to undo the rest."""
+
+    def __init__(self, loss: Tensor, norm: Tensor | float, undo: Callable[[], None]) -> None:
+        self.loss = loss
+        self.undo = undo
+        self._norm, self._arrived = norm, None
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            self._norm = torch.empty((), pin_memory=True).copy_(norm, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def norm(self) -> float:
+        """Waits for the end of that update's backward, when the next forward is under way already."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._norm)
+
+
+def _can_skip(optimizer: Optimizer | None) -> bool:
+    """Whether the optimizer leaves an update out by itself where `found_inf` says so."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return optimizer is not None and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _undo_of(schedule: Schedule | None, optimizer: Optimizer) -> Callable[[], None]:
+    """What puts a schedule, and what it has written into the optimizer, back to where they are now."""
+    if schedule is None:
+        return lambda: None
+    state = schedule.state_dict()
+    written = [
+        (group, {name: _copied(group[name]) for name in ("lr", "betas", "momentum") if name in group})
+        for group in optimizer.param_groups
+    ]
+
+    def undo() -> None:
+        schedule.load_state_dict(state)
+        for group, values in written:
+            for name, value in values.items():
+                if isinstance(group[name], Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+
+    return undo
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _say_unfinished(unfinished: _Unfinished, accumulation: int) -> None:

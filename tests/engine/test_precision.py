@@ -254,6 +254,36 @@ def test_a_half_precision_loss_does_not_overflow_by_its_scale() -> None:
     assert engine.skipped_steps in (0, 1)
 
 
+@LOW
+def test_what_the_device_judges_comes_to_the_same_as_what_the_host_reads(low: str) -> None:
+    def run(on_device: bool) -> tuple[list[Any], list[Any], Tensor]:
+        scheduler = {
+            "type": "OneCycle",
+            "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 6},
+        }
+        config = on(low, **({"initial_scale_power": 8, "loss_scale_window": 3} if low == "fp16" else {}))
+        engine = make_engine(scheduler=scheduler, gradient_clipping=0.5, **config)
+        if on_device:  # as on CUDA, where nothing is read before the next update
+            engine._reads_norm = False
+        seen: list[Any] = []
+        norms: list[Any] = []
+        for index in range(12):
+            if index in (0, 3, 4, 9):
+                spoil(engine)
+            else:
+                train(engine, 1, first=index)
+            seen.append((engine.get_lr(), engine.get_mom(), engine.skipped_steps, engine.loss_scale))
+            if index not in (0, 3, 4, 9):
+                norms.append(engine.get_global_grad_norm())
+        weights = torch.cat([parameter.detach().flatten().float() for parameter in engine.module.parameters()])
+        return seen, norms, weights
+
+    host, device = run(False), run(True)
+    assert device[0] == host[0]
+    assert device[1] == pytest.approx(host[1], rel=1e-2)
+    torch.testing.assert_close(device[2], host[2], rtol=1e-2, atol=1e-3)
+
+
 # -- the scale by itself -----------------------------------------------------------------------------------
 
 
