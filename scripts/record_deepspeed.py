@@ -1,7 +1,8 @@
 """Records what real DeepSpeed does, as the numbers that the tests expect of this engine.
 
-Writes ``tests/golden/schedules.json`` (every learning rate schedule, step by step, and every argument refused) and
-``tests/golden/training.json`` (short training runs through ``deepspeed.initialize`` on the CPU). The model, the data
+Writes ``tests/golden/schedules.json`` (every learning rate schedule, step by step, and every argument refused),
+``tests/golden/training.json`` (short training runs through ``deepspeed.initialize`` on the CPU, in fp32),
+``tests/golden/precision.json`` (the same in bf16 and fp16) and ``tests/golden/loss_scale.json``. The model, the data
 and the optimizers come from ``tests/golden/workload.py``, which the tests use too. Needs an environment with
 deepspeed==0.19.8 and torch; no other part of this repository. Recording again on one machine gives the same bytes.
 
@@ -16,7 +17,22 @@ A schedule case is one constructor call and what follows it:
     error                    the exception's type where construction refuses; the trace is then what it left behind
 
 A training case is one run; ``loss`` is the mean over micro-batches and processes, ``lr`` and ``momentum`` (betas, or the
-momentum of SGD) are what the update used, ``grad_norm`` is the norm of the averaged gradients before clipping.
+momentum of SGD) are what the update used, ``grad_norm`` is the norm of the averaged gradients before clipping. Some have
+
+    model                    not the perceptron; see ``workload.build_model_of``
+    backwards                micro-batches of each update, where the script decides (``managed_gradient_accumulation``)
+    overflow                 the steps in which a gradient is not finite; see ``workload.loss_of``
+    deepspeed                what DeepSpeed's config had besides: bf16 and fp16 are recorded at ZeRO stage 1, as at
+                             stage 0 DeepSpeed runs an update while it is built, and forgets to scale fp16's loss
+
+and in ``precision.json`` they record, after each step, ``skipped_steps`` (null with autocast, where DeepSpeed does not
+count them) and ``loss_scale`` (null where fp16 is off); at the end ``distance``, how far all weights together have
+gone, and ``error_at``, the step that found the loss scale at its floor, or null. The norm of a skipped step is null.
+Where the loss scale grows, clipping is to less than half the norm: DeepSpeed divides the gradients of such a step by the
+new scale, twice too much, and only clipping makes up for it. Torch's schedules are missing, as DeepSpeed refuses them beside ZeRO.
+
+A loss scale case is one ``DynamicLossScaler``, told of an overflow ("1") or of none ("0") update after update: ``scales``
+after each, and ``error``, whether the last one found the scale at its floor.
 """
 
 # ruff: noqa: E501  (the cases are tables, one line each)
@@ -26,8 +42,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -397,7 +415,15 @@ def record_schedule(case: Case) -> Case:
 
 # A large eps and weight decay make Adam feel the size of its gradients: a clip left out or a wrong average shows.
 ADAM_PARAMS = {"lr": 0.01, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.1}
+COARSE_ADAM = {**ADAM_PARAMS, "eps": 1e-2}  # where bf16's rounding would hide the rest
 SGD_PARAMS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}
+ADAGRAD_PARAMS = {"lr": 0.05, "lr_decay": 0.02, "eps": 1e-3, "weight_decay": 0.02, "initial_accumulator_value": 0.1}
+RAMP = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 5, "lr_range_test_step_rate": 3.0}
+CYCLE = {"cycle_min_lr": 0.002, "cycle_max_lr": 0.03, "cycle_first_step_size": 8}
+WARM = {"warmup_min_lr": 0.0005, "warmup_max_lr": 0.03, "warmup_num_steps": 6}
+TOTAL = {"total_num_steps": 20}
+# DeepSpeed wants to be told that SGD may be partitioned.
+ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
 def training_case(
@@ -412,8 +438,10 @@ def training_case(
     clipping: float | None = None,
     accumulation: int = 1,
     batch: dict[str, int] | None = None,
+    also: dict[str, Any] | None = None,
+    **rest: Any,
 ) -> Case:
-    """One run; ``clipping`` None leaves the key out, ``batch`` replaces the two batch keys."""
+    """One run; ``clipping`` None leaves the key out, ``batch`` replaces the two batch keys, ``also`` adds keys."""
     config: dict[str, Any] = batch or {
         "train_micro_batch_size_per_gpu": workload.MICRO_BATCH,
         "gradient_accumulation_steps": accumulation,
@@ -423,19 +451,16 @@ def training_case(
         config["scheduler"] = {"type": scheduler, "params": scheduler_params or {}}
     if clipping is not None:
         config["gradient_clipping"] = clipping
-    return {"name": name, "processes": processes, "accumulation": accumulation, "config": config}
+    return {"name": name, "processes": processes, "accumulation": accumulation, "config": config | (also or {}), **rest}
 
 
 # fmt: off
 def training_cases() -> list[Case]:
     case = training_case
     adam, sgd = ADAM_PARAMS, SGD_PARAMS
+    ramp, cycle, warm, total = RAMP, CYCLE, WARM, TOTAL
     tiny = {**ADAM_PARAMS, "eps": 1e-8, "weight_decay": 0.0}
-    ramp = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 5, "lr_range_test_step_rate": 3.0}
-    cycle = {"cycle_min_lr": 0.002, "cycle_max_lr": 0.03, "cycle_first_step_size": 8}
     stairs = {"cycle_first_stair_count": 4, "decay_step_size": 2, "decay_lr_rate": 0.5, "decay_mom_rate": 0.01}
-    warm = {"warmup_min_lr": 0.0005, "warmup_max_lr": 0.03, "warmup_num_steps": 6}
-    total = {"total_num_steps": 20}
     return [
         case("adam-is-adamw", "Adam", adam),
         case("adam-with-l2", "Adam", {**adam, "adam_w_mode": False}),
@@ -466,6 +491,188 @@ def training_cases() -> list[Case]:
         case("two-sgd-warmup-decay-accumulated", "SGD", sgd, "WarmupDecayLR", {**warm, **total}, processes=2, clipping=1.0, accumulation=4),
         case("two-adamw-one-cycle-accumulated", "AdamW", adam, "OneCycle", cycle, processes=2, accumulation=4),
         case("two-adam-warmup-cosine-train-batch-given", "Adam", {**adam, "adam_w_mode": False}, "WarmupCosineLR", {"warmup_num_steps": 6, **total, "cos_min_ratio": 0.1}, processes=2, clipping=1.0, batch={"train_batch_size": 16}),
+        *optimizer_cases(),
+        *reduction_cases(),
+        *unused_cases(),
+        *unmanaged_cases(),
+    ]
+
+
+def optimizer_cases() -> list[Case]:
+    case = training_case
+    adam, sgd, adagrad = ADAM_PARAMS, SGD_PARAMS, ADAGRAD_PARAMS
+    one_cycle = {"max_lr": 0.03, "total_steps": 30}
+    return [
+        case("adagrad", "Adagrad", adagrad, clipping=0.0),
+        case("adagrad-tight-clipping-accumulated-by-2", "Adagrad", adagrad, clipping=0.05, accumulation=2),
+        case("adagrad-warmup", "Adagrad", adagrad, "WarmupLR", WARM, clipping=1.0),
+        case("adam-with-l2-accumulated-by-2", "Adam", {**adam, "adam_w_mode": False}, clipping=1.0, accumulation=2),
+        case("adamw-tight-clipping-accumulated-by-2", "AdamW", adam, clipping=0.05, accumulation=2),
+        case("sgd-accumulated-by-2", "SGD", sgd, clipping=1.0, accumulation=2),
+        case("torch-cosine-sgd", "SGD", sgd, "CosineAnnealingLR", {"T_max": 16, "eta_min": 0.001}, clipping=1.0, accumulation=2),
+        case("torch-one-cycle-adamw", "AdamW", adam, "OneCycleLR", one_cycle, clipping=1.0),
+        case("two-adagrad-accumulated", "Adagrad", adagrad, processes=2, clipping=1.0, accumulation=4),
+        case("two-torch-one-cycle-sgd", "SGD", sgd, "OneCycleLR", one_cycle, processes=2, clipping=1.0, accumulation=2),
+    ]
+
+
+def reduction_cases() -> list[Case]:
+    case = training_case
+    adam, sgd, adagrad = ADAM_PARAMS, SGD_PARAMS, ADAGRAD_PARAMS
+    add, before = {"gradient_allreduce_op": "sum"}, {"prescale_gradients": True}
+
+    def by(factor: float) -> dict[str, float]:
+        return {"gradient_predivide_factor": factor}
+
+    return [
+        case("sum-of-one-process", "SGD", sgd, accumulation=2, clipping=0.0, also=add),
+        case("prescale-of-one-process", "Adam", adam, clipping=1.0, also=before),
+        case("predivide-of-one-process", "AdamW", adam, clipping=0.05, also=by(2.0)),
+        case("two-sum-sgd-no-clipping", "SGD", {**sgd, "lr": 0.01}, processes=2, clipping=0.0, also=add),
+        case("two-sum-adam-accumulated-by-2", "Adam", adam, processes=2, clipping=1.0, accumulation=2, also=add),
+        case("two-sum-adagrad-warmup", "Adagrad", adagrad, "WarmupLR", WARM, processes=2, clipping=0.0, also=add),
+        case("two-sum-outranks-prescale-and-predivide", "SGD", sgd, processes=2, clipping=100.0, also={**add, **before, **by(4.0)}),
+        case("two-prescale-sgd", "SGD", sgd, processes=2, clipping=0.0, also=before),
+        case("two-prescale-outranks-predivide", "Adam", adam, processes=2, clipping=1.0, accumulation=2, also={**before, **by(8.0)}),
+        case("two-predivide-by-2-sgd", "SGD", sgd, processes=2, clipping=0.0, also=by(2.0)),
+        case("two-predivide-by-4-adamw-accumulated", "AdamW", adam, processes=2, clipping=0.05, accumulation=4, also=by(4.0)),
+    ]
+
+
+def unused_cases() -> list[Case]:
+    case = training_case
+    adam, sgd, adagrad = ADAM_PARAMS, {**SGD_PARAMS, "weight_decay": 0.1}, ADAGRAD_PARAMS
+    find = {"redline": {"find_unused_parameters": True}}
+    return [
+        case("unused-sgd", "SGD", sgd, clipping=0.0, model="turns"),
+        case("unused-adam", "Adam", {**adam, "adam_w_mode": False}, clipping=1.0, model="turns"),
+        case("unused-adamw-accumulated-by-2", "AdamW", adam, clipping=1.0, accumulation=2, model="turns"),
+        case("unused-adagrad", "Adagrad", {**adagrad, "weight_decay": 0.2}, clipping=1.0, model="turns"),
+        case("two-unused-sgd", "SGD", sgd, processes=2, clipping=0.0, model="turns", also=find),
+        case("two-unused-adamw-accumulated-by-2", "AdamW", adam, processes=2, clipping=1.0, accumulation=2, model="turns", also=find),
+        case("two-unused-by-one-rank-sgd", "SGD", sgd, processes=2, clipping=0.0, model="turns by rank", also=find),
+        case("two-unused-by-one-rank-adam", "Adam", adam, processes=2, clipping=1.0, model="turns by rank", also=find),
+    ]
+
+
+def unmanaged_cases() -> list[Case]:
+    def case(name: str, optimizer: str, params: dict[str, Any], backwards: list[int], **given: Any) -> Case:
+        """At ZeRO stage 1, which tells the norm; the rest is stage 0's."""
+        also = {"managed_gradient_accumulation": False}
+        return training_case(f"unmanaged-{name}", optimizer, params, "WarmupLR", WARM, also=also, backwards=backwards, deepspeed=ZERO_1, **given)
+
+    adam, sgd = ADAM_PARAMS, {**SGD_PARAMS, "lr": 0.01}
+    return [
+        case("sgd-sums-its-micro-batches", "SGD", sgd, [1, 3, 2], clipping=100.0),
+        case("adam-divides-by-the-config", "Adam", adam, [2, 1, 4], clipping=1.0, accumulation=2),
+        case("two-sgd", "SGD", sgd, [2, 1, 3], clipping=100.0, accumulation=2, processes=2),
+    ]
+
+
+def precision_cases() -> list[Case]:
+    return [*bf16_cases(), *bf16_cases_of_two(), *autocast_cases(), *fp16_cases()]
+
+
+def low_precision(prefix: str, section: dict[str, Any]) -> Any:
+    """``training_case`` in a number format: the section, and ZeRO stage 1 to record at."""
+
+    def case(name: str, optimizer: str, params: dict[str, Any], *schedule: Any, also: dict[str, Any] | None = None, **given: Any) -> Case:
+        return training_case(f"{prefix}-{name}", optimizer, params, *schedule, also={**section, **(also or {})}, deepspeed=ZERO_1, **given)
+
+    return case
+
+
+def bf16_cases() -> list[Case]:
+    case = low_precision("bf16", {"bf16": {"enabled": True}})
+    adam, sgd, adagrad = COARSE_ADAM, SGD_PARAMS, ADAGRAD_PARAMS
+    fp32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    all_bf16 = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    return [
+        case("adam-is-adamw", "Adam", adam),
+        case("adam-with-l2", "Adam", {**adam, "adam_w_mode": False}, clipping=1.0),
+        case("adam-with-l2-accumulated-no-clipping", "Adam", {**adam, "adam_w_mode": False}, clipping=0.0, accumulation=4),
+        case("adamw-tight-clipping-accumulated-by-2", "AdamW", adam, clipping=0.05, accumulation=2),
+        case("sgd-no-clipping", "SGD", sgd, clipping=0.0),
+        case("sgd-tight-clipping", "SGD", sgd, clipping=0.05),
+        case("sgd-accumulated-by-2", "SGD", sgd, clipping=1.0, accumulation=2),
+        case("adagrad", "Adagrad", adagrad, clipping=0.0),
+        case("adagrad-tight-clipping-accumulated", "Adagrad", adagrad, clipping=0.05, accumulation=4),
+        case("range-test-sgd", "SGD", sgd, "LRRangeTest", RAMP, clipping=0.0),
+        case("one-cycle-adam", "Adam", adam, "OneCycle", CYCLE, clipping=1.0),
+        case("warmup-adam-accumulated-by-2", "Adam", adam, "WarmupLR", WARM, clipping=1.0, accumulation=2),
+        case("warmup-decay-adamw", "AdamW", adam, "WarmupDecayLR", {**WARM, **TOTAL}, clipping=1.0),
+        case("warmup-cosine-sgd", "SGD", sgd, "WarmupCosineLR", {"warmup_num_steps": 6, **TOTAL}, clipping=1.0),
+        case("overflow-adam", "Adam", adam, "WarmupLR", WARM, clipping=1.0, overflow=[0, 3, 4, 11]),
+        case("overflow-sgd-no-clipping", "SGD", sgd, "OneCycle", CYCLE, clipping=0.0, accumulation=2, overflow=[2, 9]),
+        case("fp32-accumulation-and-communication", "Adam", adam, clipping=1.0, accumulation=4, also=fp32),
+        case("bf16-master-weights-and-moments", "Adam", adam, clipping=1.0, also=all_bf16),
+        case("unused-sgd", "SGD", {**sgd, "weight_decay": 0.1}, clipping=0.0, model="turns"),
+    ]
+
+
+def bf16_cases_of_two() -> list[Case]:
+    case = low_precision("bf16-two", {"bf16": {"enabled": True}})
+    adam, sgd, adagrad = COARSE_ADAM, SGD_PARAMS, ADAGRAD_PARAMS
+    add = {"gradient_allreduce_op": "sum"}
+    fp32 = {"communication_data_type": "fp32"}
+    return [
+        case("adam-tight-clipping", "Adam", adam, processes=2, clipping=0.05),
+        case("adamw-one-cycle-accumulated-by-2", "AdamW", adam, "OneCycle", CYCLE, processes=2, clipping=1.0, accumulation=2),
+        case("sgd-no-clipping-accumulated", "SGD", sgd, processes=2, clipping=0.0, accumulation=4),
+        case("adagrad-warmup", "Adagrad", adagrad, "WarmupLR", WARM, processes=2, clipping=1.0),
+        case("sum-sgd-no-clipping", "SGD", {**sgd, "lr": 0.01}, processes=2, clipping=0.0, also=add),
+        case("sum-adam-accumulated-by-2", "Adam", adam, processes=2, clipping=1.0, accumulation=2, also=add),
+        case("prescale-sgd", "SGD", sgd, processes=2, clipping=0.0, also={"prescale_gradients": True}),
+        case("predivide-adamw", "AdamW", adam, processes=2, clipping=0.05, also={"gradient_predivide_factor": 2.0}),
+        case("fp32-communication", "SGD", sgd, processes=2, clipping=1.0, also=fp32),
+        case("overflow-on-one-rank", "SGD", sgd, "WarmupDecayLR", {**WARM, **TOTAL}, processes=2, clipping=1.0, overflow=[1, 8, 9]),
+    ]
+
+
+def autocast_cases() -> list[Case]:
+    """At stage 0, where weights and gradients are fp32's; the autocast is torch's own."""
+    bf16, fp16 = ({"torch_autocast": {"enabled": True, "dtype": dtype}} for dtype in ("bfloat16", "float16"))
+    return [
+        training_case("autocast-bf16-adam", "Adam", COARSE_ADAM, clipping=1.0, also=bf16),
+        training_case("autocast-bf16-two-sgd-accumulated-by-2", "SGD", SGD_PARAMS, "OneCycle", CYCLE, processes=2, clipping=1.0, accumulation=2, also=bf16),
+        training_case("autocast-fp16-adam", "Adam", ADAM_PARAMS, clipping=1.0, also=fp16),
+    ]
+
+
+def fp16_cases() -> list[Case]:
+    adam, sgd = ADAM_PARAMS, SGD_PARAMS
+
+    def case(name: str, optimizer: str, params: dict[str, Any], fp16: dict[str, Any], *schedule: Any, **given: Any) -> Case:
+        return low_precision("fp16", {"fp16": {"enabled": True, **fp16}})(name, optimizer, params, *schedule, **given)
+
+    def dynamic(name: str, overflow: list[int], *, window: int, hysteresis: int, power: int = 6, **fp16: Any) -> Case:
+        section = {"initial_scale_power": power, "loss_scale_window": window, "hysteresis": hysteresis, **fp16}
+        return case(name, "Adam", adam, section, "WarmupLR", WARM, clipping=0.5, overflow=overflow)
+
+    eager = {"initial_scale_power": 5, "loss_scale_window": 3, "hysteresis": 1}
+    add = {"gradient_allreduce_op": "sum"}
+    return [
+        case("static", "SGD", sgd, {"loss_scale": 8}, "WarmupLR", WARM, clipping=1.0, overflow=[2, 9, 10]),
+        case("static-no-clipping", "Adam", adam, {"loss_scale": 128}, clipping=0.0, accumulation=2),
+        case("static-1", "SGD", sgd, {"loss_scale": 1}, clipping=0.05),
+        case("overflows-by-itself", "Adam", adam, {"initial_scale_power": 18}, clipping=1.0),
+        case("window-1000-no-clipping", "SGD", sgd, {"initial_scale_power": 10}, "OneCycle", CYCLE, clipping=0.0, overflow=[4, 5, 6]),
+        dynamic("window-2-hysteresis-1", [3, 4, 11], window=2, hysteresis=1),
+        dynamic("window-2-hysteresis-2", [3, 4, 5, 11, 14], window=2, hysteresis=2),
+        dynamic("window-2-hysteresis-2-consecutive", [3, 4, 5, 11, 14], window=2, hysteresis=2, consecutive_hysteresis=True),
+        dynamic("window-3-hysteresis-2", [0, 1, 2, 8, 10, 12], window=3, hysteresis=2),
+        dynamic("window-3-hysteresis-2-consecutive", [0, 2, 4, 8, 9, 10, 12], window=3, hysteresis=2, consecutive_hysteresis=True),
+        dynamic("window-4-hysteresis-1-consecutive", [2, 3, 12], window=4, hysteresis=1, consecutive_hysteresis=True),
+        dynamic("window-5-hysteresis-2", [6, 7, 13, 20], window=5, hysteresis=2),
+        dynamic("window-6-hysteresis-1", [6, 14], window=6, hysteresis=1),
+        dynamic("window-8-hysteresis-2", [9, 10, 11], window=8, hysteresis=2),
+        dynamic("floor-touched", [1, 2, 5], window=4, hysteresis=1, power=5, min_loss_scale=4),
+        dynamic("floor-no-power-of-2", [1, 2, 3], window=4, hysteresis=1, power=4, min_loss_scale=3),
+        dynamic("floor-hit", [2, 5, 7], window=4, hysteresis=1, power=2),
+        dynamic("floor-hit-hysteresis-2", [2, 3, 4, 7], window=8, hysteresis=2, power=3, min_loss_scale=2),
+        case("accumulated-by-2", "AdamW", adam, eager, "WarmupCosineLR", {"warmup_num_steps": 6, **TOTAL}, clipping=0.5, accumulation=2, overflow=[5, 6]),
+        case("two-overflow-on-one-rank", "SGD", sgd, eager, "WarmupDecayLR", {**WARM, **TOTAL}, processes=2, clipping=0.5, accumulation=2, overflow=[1, 8]),
+        case("two-sum", "SGD", {**sgd, "lr": 0.01}, {"loss_scale": 64}, processes=2, clipping=0.0, also=add),
     ]
 
 
@@ -478,40 +685,129 @@ def record_training(cases: list[Case]) -> list[Case]:
     return [{**case, **_train(deepspeed, case)} for case in cases]
 
 
-def _train(deepspeed: Any, case: Case) -> dict[str, list[Any]]:
+def _train(deepspeed: Any, case: Case) -> dict[str, Any]:
     """One run: per optimizer step the loss, and the rates, betas (or momenta) and gradient norm its update used."""
-    model = workload.build_model()
-    config = json.loads(json.dumps(case["config"]))
+    model = workload.build_model_of(case)
+    config = json.loads(json.dumps({**case["config"], **case.get("deepspeed", {})}))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    started_at = _weights(model)
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     dataset = workload.build_dataset()
-    record: dict[str, list[Any]] = {"loss": [], "lr": [], "momentum": [], "grad_norm": []}
+    record: dict[str, Any] = {"loss": [], "lr": [], "momentum": [], "grad_norm": []}
+    after: dict[str, Any] = {"skipped_steps": [], "loss_scale": []}
+    error_at = None
     for step in range(workload.NUM_STEPS):
         losses = []
-        for index in range(step * case["accumulation"], (step + 1) * case["accumulation"]):
-            x, y = workload.micro_batch(dataset, index, rank, world_size)
-            loss = workload.loss_fn(engine(x), y)
+        indices = workload.micro_steps(case, step)
+        for index in indices:
+            loss = workload.loss_of(case, engine, dataset, step, index, rank, world_size)
             engine.backward(loss)
             losses.append(loss.detach().double())
-            if engine.is_gradient_accumulation_boundary():  # reduced and averaged by backward, clipped only in step
+            if index == indices[-1]:
                 record["lr"].append([float(lr) for lr in engine.get_lr()])
                 record["momentum"].append(engine.get_mom())
-                gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-                record["grad_norm"].append(float(gradients.double().norm()))
-            engine.step()
+                if "deepspeed" not in case:  # reduced and averaged by backward, clipped only in step
+                    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+                    scaler = engine.torch_autocast_z0_gradscaler  # of an autocast to fp16
+                    scale = 1.0 if scaler is None else scaler.get_scale()
+                    record["grad_norm"].append(_finite(float(gradients.double().norm()) / scale))
+            if index == indices[-1] or "backwards" not in case:
+                try:
+                    engine.step()
+                except Exception as error:
+                    assert "already at minimum" in str(error), error
+                    error_at = step
         mean = torch.stack(losses).mean()
         torch.distributed.all_reduce(mean)
         record["loss"].append(float(mean / world_size))
+        if error_at is not None:
+            break
+        if "deepspeed" in case:
+            record["grad_norm"].append(_finite(float(engine.get_global_grad_norm())))
+        after["skipped_steps"].append(engine.skipped_steps)
+        after["loss_scale"].append(engine._get_optimizer_loss_scale())
+    if _in_low_precision(case):
+        if "fp16" not in config:
+            after["loss_scale"] = None
+        if "torch_autocast" in config:
+            after["skipped_steps"] = None
+        record |= {**after, "distance": float((_weights(model) - started_at).norm()), "error_at": error_at}
     _assert_ranks_agree(record)
-    assert engine.global_steps == workload.NUM_STEPS == len(record["lr"])
+    assert engine.global_steps == (workload.NUM_STEPS if error_at is None else error_at)
     engine.destroy()
     return record
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+
+
+def _in_low_precision(case: Case) -> bool:
+    return not {"bf16", "fp16", "torch_autocast"}.isdisjoint(case["config"])
 
 
 def _assert_ranks_agree(record: dict[str, list[Any]]) -> None:
     records: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(records, record)
     assert all(other == record for other in records), "the ranks hold different numbers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss scale
+
+
+def loss_scale_cases() -> list[Case]:
+    """Each way to set a scaler up, under patterns of overflows from rare to nearly always."""
+    draw = random.Random(0)
+    cases = []
+    for hysteresis in (1, 2, 3):
+        for consecutive in (False, True):
+            for window in (1, 2, 3, 5, 8):
+                for frequency in (0.05, 0.2, 0.5, 0.8):
+                    start, floor = draw.choice([(2.0**16, 1), (2.0**6, 1), (2.0**5, 4), (16.0, 3), (2.0, 8)])
+                    overflows = "".join("01"[draw.random() < frequency] for _ in range(40))
+                    settings = {
+                        "scale": start,
+                        "window": window,
+                        "hysteresis": hysteresis,
+                        "consecutive_hysteresis": consecutive,
+                        "minimum": floor,
+                    }
+                    cases.append({**settings, "overflows": overflows})
+    return cases
+
+
+def record_loss_scales(cases: list[Case]) -> list[Case]:
+    """Runs in one process, as the scaler asks for its rank."""
+    import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    _quiet()
+    deepspeed.init_distributed("gloo")
+    return [_scales(DynamicLossScaler, case) for case in cases]
+
+
+def _scales(scaler_class: Any, case: Case) -> Case:
+    scaler = scaler_class(
+        init_scale=case["scale"],
+        scale_window=case["window"],
+        min_scale=case["minimum"],
+        delayed_shift=case["hysteresis"],
+        consecutive_hysteresis=case["consecutive_hysteresis"],
+    )
+    scales: list[float] = []
+    try:
+        for overflow in case["overflows"]:
+            scaler.update_scale(overflow == "1")
+            scales.append(scaler.cur_scale)
+    except Exception as error:
+        assert "already at minimum" in str(error), error
+    told = case["overflows"][: len(scales) + 1]
+    return {**case, "overflows": told, "scales": scales, "error": len(scales) < len(told)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,20 +832,41 @@ def record_schedules_file(directory: Path) -> None:
 
 
 def record_training_file(directory: Path) -> None:
-    cases = training_cases()
+    write(directory / "training.json", _record_runs(training_cases()), workload=_settings())
+
+
+def record_precision_file(directory: Path) -> None:
+    """Losses and norms to seven digits, which is more than the formats have."""
+    recorded = _record_runs(precision_cases())
+    for case in recorded:
+        for name in ("loss", "grad_norm"):
+            case[name] = [None if value is None else float(f"{value:.7g}") for value in case[name]]
+    write(directory / "precision.json", recorded, workload=_settings())
+
+
+def record_loss_scale_file(directory: Path) -> None:
+    write(directory / "loss_scale.json", run_ranks(record_loss_scales, 1, loss_scale_cases(), timeout=900.0)[0])
+
+
+def _record_runs(cases: list[Case]) -> list[Case]:
+    """By number of processes; with autocast apart, as DeepSpeed keeps that in a global that ZeRO reads."""
     _assert_names_differ(cases)
     recorded: list[Case] = []
     for processes in (1, 2):
-        chosen = [case for case in cases if case["processes"] == processes]
-        recorded += run_ranks(record_training, processes, chosen, timeout=900.0)[0]
-    settings = {
+        for autocast in (False, True):
+            chosen = [c for c in cases if c["processes"] == processes and ("torch_autocast" in c["config"]) == autocast]
+            recorded += run_ranks(record_training, processes, chosen, timeout=900.0)[0] if chosen else []
+    return recorded
+
+
+def _settings() -> dict[str, Any]:
+    return {
         "model_seed": workload.MODEL_SEED,
         "data_seed": workload.DATA_SEED,
         "num_steps": workload.NUM_STEPS,
         "micro_batch": workload.MICRO_BATCH,
         "fingerprint": workload.fingerprint(),
     }
-    write(directory / "training.json", recorded, workload=settings)
 
 
 def _assert_names_differ(cases: list[Case]) -> None:
@@ -561,13 +878,21 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+FILES = {
+    "schedules": record_schedules_file,
+    "training": record_training_file,
+    "precision": record_precision_file,
+    "loss_scale": record_loss_scale_file,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python scripts/record_deepspeed.py all     (a minute or two; the first time DeepSpeed compiles)",
     )
-    parser.add_argument("what", choices=["schedules", "training", "all"], help="which file to write")
+    parser.add_argument("what", choices=[*FILES, "all"], help="which file to write")
     parser.add_argument(
         "--output",
         type=Path,
@@ -585,10 +910,9 @@ def main() -> int:
         parser.error(f"the tests expect the numbers of DeepSpeed {DEEPSPEED_VERSION}; this is {deepspeed.__version__}")
     _quiet()
     given.output.mkdir(parents=True, exist_ok=True)
-    if given.what in ("schedules", "all"):
-        record_schedules_file(given.output)
-    if given.what in ("training", "all"):
-        record_training_file(given.output)
+    for name, record in FILES.items():
+        if given.what in (name, "all"):
+            record(given.output)
     return 0
 
 

@@ -5,10 +5,13 @@ file runs beside DeepSpeed and beside this engine.
 
     schedules.json   ``build_optimizer(case)``, ``decode(case["args"])``, ``snapshot(optimizer)``
     training.json    ``build_model()``, ``build_dataset()``, ``micro_batch(dataset, index, ...)``, ``loss_fn``
+    precision.json   the same
+    both             ``build_model_of(case)``, ``micro_steps(case, step)``, ``loss_of(case, engine, dataset, ...)``
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +30,25 @@ def build_model() -> nn.Sequential:
     """A 16-32-4 perceptron with Tanh, its weights drawn after ``torch.manual_seed(0)``."""
     torch.manual_seed(MODEL_SEED)
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+
+
+class Turns(nn.Module):
+    """A trunk and two heads, of which a forward uses one: the other gets no gradient, but has moments and decays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(MODEL_SEED)
+        self.trunk = nn.Linear(16, 32)
+        self.heads = nn.ModuleList([nn.Linear(32, 4), nn.Linear(32, 4)])
+
+    def forward(self, x: Tensor, turn: int) -> Tensor:
+        answer: Tensor = self.heads[turn % 2](torch.tanh(self.trunk(x)))
+        return answer
+
+
+def build_model_of(case: dict[str, Any]) -> nn.Module:
+    """The perceptron, or what the case's ``model`` says: "turns", or "turns by rank"."""
+    return Turns() if "model" in case else build_model()
 
 
 def build_dataset() -> tuple[Tensor, Tensor]:
@@ -52,6 +74,45 @@ def micro_batch(
     start = (index * world_size + rank) * MICRO_BATCH
     x, y = dataset
     return x[start : start + MICRO_BATCH], y[start : start + MICRO_BATCH]
+
+
+def micro_steps(case: dict[str, Any], step: int) -> range:
+    """Micro-batches of one update, counted from 0 over the whole run.
+
+    There are ``accumulation`` of them, or as many as the case's ``backwards`` says, over and over.
+    """
+    counts: list[int] = case.get("backwards", [case["accumulation"]])
+    before = sum(counts[earlier % len(counts)] for earlier in range(step))
+    return range(before, before + counts[step % len(counts)])
+
+
+def loss_of(
+    case: dict[str, Any],
+    engine: Callable[..., Tensor],
+    dataset: tuple[Tensor, Tensor],
+    step: int,
+    index: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """The loss of one micro-batch, in fp32.
+
+    The inputs have the config's number format. In the steps of the case's ``overflow`` the last process finds an
+    infinity in its first micro-batch: the loss stays finite, as Tanh bounds it, but the gradients do not.
+    """
+    x, y = micro_batch(dataset, index, rank, world_size)
+    x = x.to(compute_dtype(case["config"]))
+    if step in case.get("overflow", []) and index == micro_steps(case, step)[0] and rank == world_size - 1:
+        x = x.clone()
+        x[0, 0] = torch.inf
+    model = case.get("model")
+    turn = () if model is None else (step + rank if model == "turns by rank" else step,)
+    return loss_fn(engine(x, *turn).float(), y)
+
+
+def compute_dtype(config: dict[str, Any]) -> torch.dtype:
+    """What the config's model computes in."""
+    return torch.float16 if "fp16" in config else torch.bfloat16 if "bf16" in config else torch.float32
 
 
 def fingerprint() -> dict[str, float]:
