@@ -77,10 +77,7 @@ def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer 
         low_state = kept_low and config.bf16 is not None and config.bf16.bf16_optimizer_states
         if optimizer is not None and not low_state:
             masters = Masters(optimizer, rounded=kept_low)
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(low)
-                parameter.grad = None
+        _lower_parameters(module, low, whole=types is not None and types.buffer_dtype is not None)
         if masters is not None:
             masters.publish()
     if types is not None and types.buffer_dtype is not None:
@@ -101,6 +98,17 @@ def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer 
         or autocast is torch.float16
         or (low is torch.bfloat16 and config.bf16 is not None and config.bf16.check_grad_overflow),
     )
+
+
+def _lower_parameters(module: nn.Module, dtype: torch.dtype, *, whole: bool) -> None:
+    for each in module.modules():
+        # Batch norm takes low inputs with fp32 weights, but no low weights with fp32 statistics.
+        if not whole and getattr(each, "running_mean", None) is not None:
+            continue
+        for parameter in each.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+                parameter.grad = None
 
 
 def _on(section: Any) -> bool:

@@ -86,6 +86,16 @@ def test_buffers_keep_their_format_unless_the_config_names_one() -> None:
     assert named.module[1].num_batches_tracked.dtype == torch.int64
 
 
+@LOW
+def test_batch_norm_keeps_fp32_and_trains(low: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    engine = make_engine(model, **on(low))
+    before = model[1].weight.detach().clone()
+    train(engine, 3)
+    assert model[1].weight.dtype == torch.float32 and model[0].weight.dtype == DTYPES[low]
+    assert not torch.equal(model[1].weight, before)
+
+
 def test_tied_and_frozen_parameters_stay_so() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
     model[1].weight = model[0].weight
