@@ -194,8 +194,9 @@ class Engine(nn.Module):
             )
         if self._has_strange_gradients():
             raise EngineError(
-                "backward: the parameters have gradients that are not the engine's: of a plain loss.backward(), which "
-                "neither accumulates nor shares nor scales; call engine.backward(loss) for every loss"
+                "backward: the parameters have gradients that are not the engine's, or have lost those that were: by a "
+                "plain loss.backward(), which neither accumulates nor shares nor scales, or by zero_grad() within an "
+                "update; call engine.backward(loss) for every loss, and leave clearing to the engine"
             )
         self._know()
         if scale_wrt_gas and self._accumulation > 1:

@@ -131,6 +131,14 @@ def test_a_plain_backward_is_refused_where_it_would_be_half_done() -> None:
         engine.backward(loss_of(engine, 1))
 
 
+def test_gradients_that_were_cleared_within_an_update_are_missed() -> None:
+    engine = make_engine(gradient_accumulation_steps=2)
+    train(engine, 1)
+    engine.zero_grad()
+    with pytest.raises(EngineError, match=r"zero_grad\(\) within an update"):
+        engine.backward(loss_of(engine, 1))
+
+
 def test_without_managed_accumulation_every_step_updates() -> None:
     engine = make_engine(managed_gradient_accumulation=False, gradient_accumulation_steps=2)
     reference = make_engine(gradient_accumulation_steps=2)
