@@ -71,6 +71,7 @@ def build_parts(
             micro_batch=config.train_micro_batch_size_per_gpu,
             collate_fn=collate_fn,
             drop_last=config.dataloader_drop_last,
+            **config.redline.data.arguments(),
         )
     parallel = wrap_model(module, world, find_unused_parameters=config.redline.find_unused_parameters)
     return Parts(config, world, module, parallel, chosen, schedule, loader, recorder)
