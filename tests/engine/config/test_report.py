@@ -108,6 +108,7 @@ def test_the_config_in_force_has_every_value() -> None:
         "redline": {
             "schedules": "deepspeed",
             "find_unused_parameters": False,
+            "data": {"seed": 0, "shuffle": True, "workers": 0, "prefetch_factor": 2, "pin_memory": True},
             "range_test": {"output_dir": "range_test"},
         },
     }
