@@ -318,7 +318,7 @@ class _Seeded:
         seed, indices = batch
         assert get_worker_info() is not None, "the main process keeps its own random numbers"
         random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, for devices
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
         if getattr(self.dataset, "__getitems__", None):

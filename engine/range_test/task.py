@@ -154,12 +154,14 @@ def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
     Raises:
         RangeTestError: a source without any.
     """
+    empty = False
     while True:
         count = 0
         for batch in source:
             count += 1
             yield to_device(batch, device)
-        if count == 0:
+        empty, was_empty = count == 0, empty
+        if empty and was_empty:  # once may be: the rest of an epoch that was resumed at its end
             raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
 
 

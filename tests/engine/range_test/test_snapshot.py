@@ -312,6 +312,16 @@ def test_a_snapshot_can_be_restored_any_number_of_times(tmp_path: Any) -> None:
         assert differences(story.fingerprint() | {"record": None}, expected) == []
 
 
+def test_a_pass_that_was_broken_off_before_a_test_is_over_after_it(tmp_path: Any) -> None:
+    following = []
+    for test in (short_test, lambda engine, data: None):
+        engine = Story("fixed", str(tmp_path)).engine
+        next(iter(engine.training_dataloader))
+        test(engine, engine.training_dataloader)
+        following.append([batch[2].tolist() for batch in engine.training_dataloader])
+    assert following[0] == following[1]
+
+
 def test_the_generator_of_a_loader_under_another_is_found(tmp_path: Any) -> None:
     story = Story("fixed", str(tmp_path))
     snapshot = Snapshot(story.engine, SimpleNamespace(dataloader=story.own_loader))
