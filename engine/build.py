@@ -73,6 +73,7 @@ def build_parts(
             micro_batch=config.train_micro_batch_size_per_gpu,
             collate_fn=collate_fn,
             drop_last=config.dataloader_drop_last,
+            **config.redline.data.arguments(),
         )
     precision = set_precision(config, module, chosen)
     reduction = Reduction.of(config, world.size, precision.reduce)

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
-from engine.data import Loader
+from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
@@ -434,6 +435,47 @@ class Engine(nn.Module):
             return 'backward: there is no optimizer; give the config an "optimizer" section or initialize one'
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
         return f"backward: got {given}; expected a scalar tensor, such as loss.mean()"
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: Literal["train", "eval", "predict"] = "train",
+        pin_memory: bool = True,
+        data_sampler: Iterable[int] | None = None,
+        collate_fn: CollateFn | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Loader:
+        """A loader over this process's share of another dataset; an evaluation's, say.
+
+        Args:
+            dataset: map-style or iterable.
+            batch_size: samples of one forward on one process; None takes the micro-batch.
+            route: "train" is shuffled as the config says, "eval" and "predict" are in order.
+            pin_memory: put batches into pinned memory where the device is a GPU.
+            data_sampler: indices of this process's samples, in place of the order.
+            collate_fn: samples to batch; None takes the one of the training data.
+            num_local_io_workers: processes that read ahead; None takes the config's.
+
+        Returns:
+            Micro-batches on the device; every process has as many as the others, some samples twice if need be.
+        """
+        data = self.config.redline.data
+        if collate_fn is None and self.training_dataloader is not None:
+            collate_fn = self.training_dataloader.collate_fn
+        return build_loader(
+            dataset,
+            self.world,
+            micro_batch=self.config.train_micro_batch_size_per_gpu if batch_size is None else batch_size,
+            collate_fn=collate_fn,
+            sampler=data_sampler,
+            shuffle=data.shuffle and route == "train",
+            seed=data.seed,
+            drop_last=self.config.dataloader_drop_last,
+            workers=data.workers if num_local_io_workers is None else num_local_io_workers,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=pin_memory,
+        )
 
     # -- what a user may ask ---------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from engine.agreement import check_agreement
 from engine.build import OptimizerLike, ScheduleLike, build_parts
-from engine.data import CollateFn
-from engine.distributed import join_world
+from engine.data import CollateFn, Loader
+from engine.distributed import World, join_world
 from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
@@ -79,6 +79,8 @@ def initialize(
         collate_fn=collate_fn,
     )
     log.info("%s\n%s", _summary(parts), dtype_table(parts.precision, parts.optimizer))
+    if parts.training_dataloader is not None:
+        log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
     return Engine(parts)
 
 
@@ -87,6 +89,24 @@ def _unscheduled(config: EngineConfig) -> ConfigError:
     document = config.as_written()
     message = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
     return ConfigError([document.problem(("scheduler",), message)], document.source)
+
+
+def _epoch_summary(loader: Loader, config: EngineConfig, world: World) -> str:
+    """What an epoch is, in one line."""
+    try:
+        samples, micro_batches = len(loader.dataset), len(loader)
+    except TypeError:
+        return "data: an iterable dataset; its length is not known"
+    accumulation = config.gradient_accumulation_steps
+    whole, left = divmod(micro_batches, accumulation)
+    share = "" if world.size == 1 else " per process"
+    epoch = f"data: {samples} samples; an epoch is {micro_batches} micro-batches{share} and "
+    if not left:
+        return f"{epoch}{whole} updates"
+    return (
+        f"{epoch}{micro_batches / accumulation:.6g} updates; {accumulation} accumulated do not divide it, so that an "
+        "update spans the end of an epoch and nothing is dropped"
+    )
 
 
 def _summary(parts: Parts) -> str:

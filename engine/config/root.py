@@ -15,7 +15,7 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section
+from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 
 __all__ = ["EngineConfig"]
@@ -29,6 +29,24 @@ class RangeTestConfig(Section):
     )
 
 
+class DataConfig(Section):
+    """How a loader that the engine builds reads its dataset."""
+
+    seed: Whole = Field(default=0, description="Seed of the order of samples, and of random numbers in workers.")
+    shuffle: bool = Field(default=True, description="Give a map-style dataset a new order each epoch.")
+    workers: Whole = Field(
+        default=0, description="Processes per rank that read ahead; 0 reads in the training process itself."
+    )
+    prefetch_factor: Count = Field(default=2, description="Micro-batches that each worker reads ahead.")
+    pin_memory: bool = Field(
+        default=True, description="Put batches into pinned memory, from where they are copied to a GPU without waiting."
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """As `engine.data.build_loader` takes them."""
+        return self.model_dump()
+
+
 class RedlineConfig(Section):
     """Options that DeepSpeed does not have, and ignores."""
 
@@ -38,6 +56,7 @@ class RedlineConfig(Section):
     find_unused_parameters: bool = Field(
         default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
     )
+    data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
     range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from engine.data import Loader
 from engine.engine import Engine
 
 __all__ = ["Snapshot"]
@@ -41,6 +42,7 @@ class Snapshot:
         self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
         self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
         self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
+        self._positions = [(part, part.position) for part in data if isinstance(part, Loader)]
         self._random = _random_state()
 
     def restore(self) -> None:
@@ -63,6 +65,8 @@ class Snapshot:
             generator.set_state(state)
         for part, state in self._loaders:
             part.load_state_dict(copy.deepcopy(state))
+        for loader, position in self._positions:
+            loader.position = position  # a loaded state would go on with a pass that was broken off
         _set_random_state(self._random)
 
 

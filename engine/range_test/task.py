@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from engine.data import Loader, build_loader, to_device
+from engine.data import build_loader, to_device
 from engine.distributed import World
 from engine.errors import RangeTestError
 
@@ -144,8 +144,7 @@ def validation_batches(data: Any, world: World, *, micro_batch: int) -> Iterable
     """As `training_batches`, in order, each sample on exactly one process."""
     data = _as_dataset(data)
     if _is_dataset(data) and not isinstance(data, IterableDataset):
-        share = Subset(data, range(world.rank, len(data), world.size))
-        return Loader(DataLoader(share, batch_size=micro_batch), world.device)
+        return build_loader(data, world, micro_batch=micro_batch, shuffle=False, even=False)
     return training_batches(data, world, micro_batch=micro_batch)
 
 
@@ -155,12 +154,14 @@ def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
     Raises:
         RangeTestError: a source without any.
     """
+    empty = False
     while True:
         count = 0
         for batch in source:
             count += 1
             yield to_device(batch, device)
-        if count == 0:
+        empty, was_empty = count == 0, empty
+        if empty and was_empty:  # once may be: the rest of an epoch that was resumed at its end
             raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
 
 

@@ -1,18 +1,28 @@
-"""Each process's share of the data: disjoint, whole, shuffled alike; seen without any process but this one."""
+"""Each process's share of the data: disjoint, whole, shuffled alike, and resumed where it was left."""
 
 from __future__ import annotations
 
-from collections import Counter, namedtuple
+import copy
+import random
+from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from math import ceil
+from types import MappingProxyType
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
+from engine import EngineError, initialize
 from engine.data import Loader, build_loader, to_device
 from engine.distributed import World
+from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -69,7 +79,7 @@ def test_a_saved_epoch_is_gone_on_with() -> None:
     loader, resumed = loaders(numbers(24), 1, micro_batch=4)[0], loaders(numbers(24), 1, micro_batch=4)[0]
     epoch(loader)
     epoch(loader)
-    assert loader.state_dict() == {"epoch": 2}
+    assert (loader.epoch, loader.samples) == (2, 0)
     resumed.load_state_dict(loader.state_dict())
     assert epoch(resumed) == epoch(loader)
 
@@ -115,3 +125,343 @@ def test_every_tensor_of_a_nested_batch_goes_to_the_device() -> None:
     assert moved["pair"].y[1][0].device == meta
     assert isinstance(moved["pair"].y[1], tuple)
     assert (moved["pair"].y[1][1], moved["number"], moved["none"]) == ("text", 3, None)
+
+
+# -- filling up, dropping, and DeepSpeed's order ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_are_those_of_torchs_distributed_sampler_as_deepspeed_uses_it(world_size: int, drop_last: bool) -> None:
+    data = numbers(23)
+    for rank, loader in enumerate(loaders(data, world_size, micro_batch=4, drop_last=drop_last)):
+        sampler = DistributedSampler(data, num_replicas=world_size, rank=rank)
+        theirs = DataLoader(data, batch_size=4, sampler=sampler, drop_last=drop_last)
+        for number in range(2):
+            sampler.set_epoch(number)
+            assert [x.tolist() for (x,) in loader] == [x.tolist() for (x,) in theirs]
+        assert len(loader) == len(theirs)
+
+
+def test_uneven_shares_give_each_sample_once() -> None:
+    shares = [epoch(loader) for loader in loaders(numbers(7), 3, micro_batch=2, shuffle=False, even=False)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_another_seed_is_another_order() -> None:
+    orders = {tuple(epoch(loaders(numbers(24), 1, micro_batch=4, seed=seed)[0])) for seed in range(3)}
+    assert len(orders) == 3
+
+
+def test_an_empty_dataset_is_refused() -> None:
+    with pytest.raises(EngineError, match="data: the dataset is empty; give it at least one sample"):
+        loaders([], 1, micro_batch=2)
+
+
+# -- resuming inside an epoch ----------------------------------------------------------------------------------
+
+
+def batches_of(loader: Loader, count: int) -> list[Any]:
+    """The next micro-batches, over as many epochs as it takes."""
+    return list(islice(chain.from_iterable(repeat(loader)), count))
+
+
+def resumed(loader: Loader, fresh: Loader) -> Loader:
+    fresh.load_state_dict(copy.deepcopy(loader.state_dict()))
+    return fresh
+
+
+def shapes(**more: Any) -> Any:
+    """Sizes that divide and sizes that do not."""
+    return {
+        "size": st.integers(1, 40),
+        "world_size": st.integers(1, 4),
+        "micro_batch": st.integers(1, 5),
+        "drop_last": st.booleans(),
+        **more,
+    }
+
+
+@given(**shapes(done=st.integers(0, 25)))
+def test_an_interrupted_sequence_of_batches_equals_an_uninterrupted_one(
+    size: int, world_size: int, micro_batch: int, drop_last: bool, done: int
+) -> None:
+    arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
+    whole, first, second = (loaders(range(size), world_size, **arguments) for _ in range(3))
+    assume(len(whole[0]))
+    for never, before, after in zip(whole, first, second):
+        expected = batches_of(never, done + 12)
+        assert batches_of(before, done) == expected[:done]
+        assert batches_of(resumed(before, after), 12) == expected[done:]
+        assert after.state_dict() == never.state_dict()
+
+
+@given(**shapes())
+def test_processes_have_equal_batches_and_together_each_sample(
+    size: int, world_size: int, micro_batch: int, drop_last: bool
+) -> None:
+    arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
+    passes = [list(loader) for loader in loaders(range(size), world_size, **arguments)]
+    assert len({tuple(map(len, each)) for each in passes}) == 1
+    seen = Counter(chain(*chain(*passes)))
+    share = ceil(size / world_size)
+    dealt = share // micro_batch * micro_batch if drop_last else share
+    assert seen.total() == dealt * world_size
+    if not drop_last:
+        assert seen.keys() == set(range(size))
+        assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@given(**shapes(then=st.integers(1, 4), smaller=st.integers(1, 5), done=st.integers(0, 10)))
+def test_another_number_of_processes_sees_what_is_left_and_nothing_else(
+    size: int, world_size: int, micro_batch: int, drop_last: bool, then: int, smaller: int, done: int
+) -> None:
+    before = loaders(range(size), world_size, micro_batch=micro_batch, collate_fn=list)
+    done = min(done, len(before[0]) - 1)
+    seen = set(chain(*chain(*(batches_of(loader, done) for loader in before))))
+    after = [resumed(before[0], loader) for loader in loaders(range(size), then, micro_batch=smaller, collate_fn=list)]
+    rest = [list(loader) for loader in after]
+    assert len({tuple(map(len, each)) for each in rest}) == 1
+    left = list(chain(*chain(*rest)))
+    filled_up = -(size - len(seen)) % then
+    assert len(left) == size - len(seen) + filled_up
+    assert seen | set(left) == set(range(size))
+    assert {loader.epoch for loader in after} == {1}
+
+
+def test_the_state_is_a_place_that_is_the_same_on_every_process() -> None:
+    ours, theirs = loaders(numbers(24), 2, micro_batch=4)
+    batches_of(ours, 4)
+    batches_of(theirs, 4)
+    assert ours.state_dict() == theirs.state_dict()
+    assert (ours.epoch, ours.samples) == (1, 8)
+
+
+def test_a_state_saved_at_an_epochs_last_batch_goes_on_with_the_next_epoch() -> None:
+    loader, fresh = (loaders(numbers(8), 1, micro_batch=4)[0] for _ in range(2))
+    batches_of(loader, 2)
+    assert resumed(loader, fresh).epoch == 1
+    assert len(list(fresh)) == 2
+
+
+def test_a_pass_that_is_broken_off_is_over() -> None:
+    loader, other = (loaders(numbers(24), 1, micro_batch=4)[0] for _ in range(2))
+    next(iter(loader))
+    epoch(other)
+    assert epoch(loader) == epoch(other)
+
+
+def test_an_iterator_under_way_goes_on_after_another_pass_and_a_loaded_state() -> None:
+    loader, other = (loaders(numbers(24), 1, micro_batch=4)[0] for _ in range(2))
+    expected = [x.tolist() for (x,) in other]
+    under_way = iter(loader)
+    found = [next(under_way)[0].tolist()]
+    state = copy.deepcopy(loader.state_dict())
+    list(loader)
+    loader.load_state_dict(state)
+    assert found + [x.tolist() for (x,) in under_way] == expected
+    assert epoch(loader) == epoch(other)
+
+
+def test_another_seed_in_the_middle_of_an_epoch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    loader, fresh = (loaders(numbers(24), 1, micro_batch=4, seed=seed)[0] for seed in (1, 2))
+    batches_of(loader, 2)
+    resumed(loader, fresh)
+    assert "data: seed was 1, is 2 since the state was saved" in caplog.text
+
+
+def test_a_sampler_of_ones_own_takes_the_place_of_the_order() -> None:
+    loader, fresh = (loaders(numbers(9), 1, micro_batch=2, sampler=[8, 6, 4, 2, 0])[0] for _ in range(2))
+    assert epoch(loader) == [8, 6, 4, 2, 0]
+    assert len(loader) == 3
+    next(iter(loader))
+    assert epoch(resumed(loader, fresh)) == [4, 2, 0]
+
+
+def test_a_pass_draws_one_number_from_the_global_generator_and_its_rest_none() -> None:
+    data, loader = numbers(8), loaders(numbers(8), 1, micro_batch=4)[0]
+    torch.manual_seed(1)
+    list(DataLoader(data, batch_size=4))
+    expected = torch.get_rng_state()
+    torch.manual_seed(1)
+    next(iter(loader))
+    assert torch.equal(torch.get_rng_state(), expected)
+    list(resumed(loader, loaders(data, 1, micro_batch=4)[0]))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# -- workers ---------------------------------------------------------------------------------------------------
+
+
+class Drawing(Dataset[Any]):
+    """Samples that draw from every generator."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> tuple[float, ...]:
+        return index, random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+def test_workers_draw_the_same_after_an_interruption_whatever_was_read_ahead() -> None:
+    whole, before, after, alone = (
+        loaders(Drawing(), 1, micro_batch=4, collate_fn=list, workers=workers)[0] for workers in (2, 2, 2, 1)
+    )
+    expected = batches_of(whole, 8)
+    assert batches_of(before, 3) == expected[:3]
+    assert batches_of(resumed(before, after), 5) == expected[3:]
+    assert batches_of(alone, 8) == expected
+    assert len({sample[1:] for batch in expected for sample in batch}) == 30
+
+
+def test_two_processes_workers_draw_different_numbers() -> None:
+    first, second = (list(each) for each in loaders(Drawing(), 2, micro_batch=4, collate_fn=list, workers=1))
+    assert not {sample[1] for sample in chain(*first)} & {sample[1] for sample in chain(*second)}
+
+
+def test_a_dataset_that_fetches_whole_batches_does_so_in_a_worker() -> None:
+    class Whole(Drawing):
+        def __getitems__(self, indices: list[int]) -> list[str]:
+            return [f"sample {index}" for index in indices]
+
+    assert next(iter(loaders(Whole(), 1, micro_batch=2, collate_fn=list, shuffle=False, workers=1)[0])) == [
+        "sample 0",
+        "sample 1",
+    ]
+
+
+# -- iterable datasets -----------------------------------------------------------------------------------------
+
+
+@given(**shapes(done=st.integers(0, 10)))
+def test_an_interrupted_iterable_dataset_is_read_on_to_its_place(
+    size: int, world_size: int, micro_batch: int, drop_last: bool, done: int
+) -> None:
+    arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
+    for whole, before, after in zip(*(loaders(Counting(size), world_size, **arguments) for _ in range(3))):
+        expected = list(whole)
+        assume(done <= len(expected))
+        list(islice(before, done))
+        assert list(resumed(before, after)) == expected[done:]
+
+
+def test_reading_on_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "engine")
+    loader, fresh = (loaders(Counting(8), 1, micro_batch=2)[0] for _ in range(2))
+    batches_of(loader, 2)
+    for _ in range(2):
+        assert epoch(resumed(loader, fresh)) == [4, 5, 6, 7]
+    assert caplog.text.count("reads on to the place, past 4 samples") == 1
+
+
+class Remembering(Counting):
+    """It knows where it is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.place, self.read, self.epoch = 0, 0, -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        while self.place < self.size:
+            self.place, self.read = self.place + 1, self.read + 1
+            yield self.place - 1
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.place = state_dict["place"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_iterable_dataset_with_a_state_is_asked_for_it(world_size: int) -> None:
+    before, after = Remembering(12), Remembering(12)
+    loader, fresh = (loaders(data, world_size, micro_batch=2)[0] for data in (before, after))
+    list(islice(loader, 2))
+    assert epoch(resumed(loader, fresh)) == list(range(4 * world_size, 12, world_size))
+    assert after.read == 12 - 4 * world_size
+    assert epoch(fresh) == list(range(0, 12, world_size))
+    assert after.epoch == 1
+
+
+def test_an_iterable_dataset_has_one_worker_and_no_duplicates(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "engine")
+    ours, theirs = loaders(Counting(8), 2, micro_batch=2, workers=3)
+    assert (epoch(ours), epoch(theirs)) == ([0, 2, 4, 6], [1, 3, 5, 7])
+    assert "read by 1 worker, not 3" in caplog.text
+
+
+def test_an_iterable_dataset_without_a_length_gives_its_loader_none() -> None:
+    with pytest.raises(TypeError, match="Counting is iterable and has no length"):
+        len(loaders(Counting(8), 1, micro_batch=2)[0])
+
+
+# -- in real processes -----------------------------------------------------------------------------------------
+
+
+def train_and_resume() -> list[Any]:
+    """Batch sizes of two epochs of training, and what came after an interruption in the second one."""
+
+    def start() -> Any:
+        torch.manual_seed(0)
+        config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+        return initialize(torch.nn.Linear(1, 1), config, training_data=TensorDataset(torch.arange(11.0)), device="cpu")
+
+    def train(engine: Any, batches: Any) -> list[list[float]]:
+        seen = []
+        for (x,) in batches:
+            engine.backward(engine(x[:, None]).mean())
+            engine.step()
+            seen.append(x.tolist())
+        return seen
+
+    engine, other = start(), start()
+    loader = engine.training_dataloader
+    seen = train(engine, loader)
+    under_way = iter(loader)
+    seen += train(engine, islice(under_way, 1))
+    other.training_dataloader.load_state_dict(loader.state_dict())
+    rest = train(engine, under_way)
+    return [seen + rest, rest == train(other, other.training_dataloader)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_that_do_not_divide_the_data_train_without_waiting_for_ever(world_size: int) -> None:
+    answers = run_ranks(train_and_resume, world_size)
+    assert all(equal for _, equal in answers)
+    assert len({tuple(map(len, seen)) for seen, _ in answers}) == 1
+    assert set(chain(*chain(*(seen for seen, _ in answers)))) == set(range(11))
+
+
+# -- to the device ---------------------------------------------------------------------------------------------
+
+
+class Encoding(UserDict[str, Any]):
+    """As tokenizers return them: a mapping that moves itself."""
+
+    def to(self, device: torch.device) -> Encoding:
+        self.data = {key: value.to(device) for key, value in self.data.items()}
+        return self
+
+
+@dataclass(frozen=True)
+class Example:
+    x: torch.Tensor
+    name: str
+
+
+def test_containers_keep_their_types_on_the_way_to_the_device() -> None:
+    meta, x = torch.device("meta"), torch.ones(2)
+    default = defaultdict(list, x=x)
+    for batch in (Encoding(x=x), OrderedDict(x=x), UserDict(x=x), MappingProxyType({"x": x}), default):
+        moved = to_device(batch, meta)
+        assert type(moved) is type(batch)
+        assert moved["x"].device == meta
+    assert default["x"] is x
+    example = to_device(Example(x, "one"), meta)
+    assert (type(example), example.x.device, example.name) == (Example, meta, "one")
+    assert to_device(range(3), meta) == range(3)

@@ -347,6 +347,45 @@ def test_training_data_becomes_a_loader_of_micro_batches() -> None:
     assert list(dropping.training_dataloader) == [4, 4]
 
 
+def test_the_data_section_reaches_the_loader() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(10))
+    engine = start({"train_batch_size": 2, "redline": {"data": {"shuffle": False}}}, training_data=data)
+    assert [x.tolist() for (x,) in engine.training_dataloader] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    orders = [
+        [
+            x.tolist()
+            for (x,) in start({"train_batch_size": 2, "redline": redline}, training_data=data).training_dataloader
+        ]
+        for redline in ({}, {"data": {"seed": 0}}, {"data": {"seed": 1}})
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "words"),
+    [
+        (1, "data: 10 samples; an epoch is 5 micro-batches and 5 updates"),
+        (2, "data: 10 samples; an epoch is 5 micro-batches and 2.5 updates; 2 accumulated do not divide it, so that "
+            "an update spans the end of an epoch and nothing is dropped"),
+    ],
+)  # fmt: skip
+def test_the_length_of_an_epoch_is_said(accumulated: int, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulated}
+    caplog.set_level("INFO", "engine")
+    start(config, training_data=torch.utils.data.TensorDataset(torch.arange(10)))
+    assert caplog.messages[-1] == words
+
+
+def test_a_loader_of_other_data_is_in_order_for_an_evaluation() -> None:
+    engine = start(
+        {"train_micro_batch_size_per_gpu": 2}, training_data=torch.utils.data.TensorDataset(torch.arange(10)),
+        collate_fn=list,
+    )  # fmt: skip
+    assert list(engine.deepspeed_io(range(5), route="eval")) == [[0, 1], [2, 3], [4]]
+    assert list(engine.deepspeed_io(range(5), 5, data_sampler=[3, 1], collate_fn=sum)) == [4]
+    assert sorted(*engine.deepspeed_io(range(5), 5)) == [0, 1, 2, 3, 4]
+
+
 def test_without_training_data_there_is_no_loader() -> None:
     assert start().training_dataloader is None
 

@@ -6,6 +6,7 @@ import atexit
 import copy
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine import Engine, RangeTestError, initialize, run_range_test
-from engine.data import Loader
 from engine.range_test.snapshot import Snapshot
 from tests.distributed import run_ranks
 
@@ -312,9 +312,19 @@ def test_a_snapshot_can_be_restored_any_number_of_times(tmp_path: Any) -> None:
         assert differences(story.fingerprint() | {"record": None}, expected) == []
 
 
-def test_the_generator_of_a_loader_under_the_engines_is_found(tmp_path: Any) -> None:
+def test_a_pass_that_was_broken_off_before_a_test_is_over_after_it(tmp_path: Any) -> None:
+    following = []
+    for test in (short_test, lambda engine, data: None):
+        engine = Story("fixed", str(tmp_path)).engine
+        next(iter(engine.training_dataloader))
+        test(engine, engine.training_dataloader)
+        following.append([batch[2].tolist() for batch in engine.training_dataloader])
+    assert following[0] == following[1]
+
+
+def test_the_generator_of_a_loader_under_another_is_found(tmp_path: Any) -> None:
     story = Story("fixed", str(tmp_path))
-    snapshot = Snapshot(story.engine, Loader(story.own_loader, torch.device("cpu")))
+    snapshot = Snapshot(story.engine, SimpleNamespace(dataloader=story.own_loader))
     state = story.own_loader.generator.get_state()
     list(story.own_loader)
     snapshot.restore()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from engine.data import Loader
 from engine.distributed import World
 from engine.errors import RangeTestError
 from engine.range_test.task import Task, batches, load_task, loss_of, training_batches, validation_batches
@@ -208,7 +207,7 @@ def test_validation_data_is_dealt_out_in_order_each_sample_once() -> None:
 
 
 def test_batches_begin_again_when_they_end() -> None:
-    source = Loader(DataLoader(TensorDataset(torch.arange(4)), batch_size=2), CPU)
+    source = DataLoader(TensorDataset(torch.arange(4)), batch_size=2)
     found = batches(source, CPU)
     assert [next(found)[0].tolist() for _ in range(5)] == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
 
