@@ -58,7 +58,7 @@ def main() -> None:
     for name in dict.fromkeys(SUBJECTS.values()):
         if not any(is_installed(subject) for subject, module in SUBJECTS.items() if module == name):
             say(f"{name.partition('.')[0]} is not installed, and left out; scripts/bench --peers installs it")
-    if machine.processes < 2:
+    if device == "cuda" and machine.processes < 2:
         say("there is one GPU: nothing is measured on two processes")
 
     results: dict[str, Any] = {

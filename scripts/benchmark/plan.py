@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmark.measure import Comparison, Effort
@@ -55,7 +55,9 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
 
     def comparison(title: str, measures: set[str], subjects: tuple[str, ...], **task: object) -> Comparison:
         made = Task(BY_HAND, device=machine.device, **task)  # type: ignore[arg-type]
-        return Comparison(title, made, subjects, frozenset(measures) | (watched if made.processes == 1 else frozenset()))
+        return Comparison(
+            title, made, subjects, frozenset(measures) | (watched if made.processes == 1 else frozenset())
+        )
 
     for clip in (1.0,) if quick else (1.0, 0.0):
         yield comparison(
@@ -65,31 +67,29 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
             workload="MLP 64-64-10",
             clip=clip,
         )
+    if quick:
+        yield from _quick(comparison, together)
+        return
     for processes in range(1, together + 1):
-        threads = max(1, machine.threads // processes)
-        beside = () if quick else ("by hand, again",)
-        for accumulation in (2,) if quick else (1, 4):
+        for accumulation in (1, 4):
             yield comparison(
                 f"digits MLP, batch 64, {_said(processes, accumulation)}",
                 {"throughput", *(["bytes"] if processes > 1 else [])},
-                (*beside, "Redline", *_PEERS),
+                ("by hand, again", "Redline", *_PEERS),
                 workload="digits MLP 64-256-256-10",
                 processes=processes,
                 accumulation=accumulation,
             )
-        for accumulation in (2,) if quick else (1, 4):
-            workload = "tiny GPT 1 x 32" if quick else "GPT 4 x 256"
+        for accumulation in (1, 4):
             yield comparison(
-                f"{workload}, {_said(processes, accumulation)}",
-                {"throughput", *(["bytes"] if processes > 1 else ["memory"] if quick or accumulation == 1 else [])},
-                (*beside, "Redline", *_PEERS),
-                workload=workload,
+                f"GPT 4 x 256, {_said(processes, accumulation)}",
+                {"throughput", *(["bytes"] if processes > 1 else ["memory"] if accumulation == 1 else [])},
+                ("by hand, again", "Redline", *_PEERS),
+                workload="GPT 4 x 256",
                 processes=processes,
                 accumulation=accumulation,
-                threads=threads,
+                threads=max(1, machine.threads // processes),
             )
-    if quick:
-        return
     large = [("GPT 4 x 256", False)]
     if machine.device == "cuda":
         large += [("GPT-2 12 x 768", False), ("GPT-2 12 x 768", True)]
@@ -103,6 +103,16 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
             compiled=compiled,
             threads=machine.threads,
         )
+
+
+def _quick(comparison: Callable[..., Comparison], together: int) -> Iterator[Comparison]:
+    """One of each kind."""
+    tiny, digits = "tiny GPT 1 x 32", "digits MLP 64-256-256-10"
+    subjects = ("Redline", *_PEERS)
+    yield comparison(f"{tiny}, {_said(1, 2)}", {"throughput", "memory"}, subjects, workload=tiny, accumulation=2)
+    if together > 1:
+        task = {"workload": digits, "processes": together, "accumulation": 2}
+        yield comparison(f"digits MLP, {_said(together, 2)}", {"throughput", "bytes"}, subjects, **task)
 
 
 def _said(processes: int, accumulation: int) -> str:

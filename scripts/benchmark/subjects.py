@@ -1,8 +1,8 @@
 """One update of the same training, as each subject would have it written.
 
 Each function takes a task, a workload's model on the device and its loss, and the batches, and returns the update:
-forward and backward for every micro-batch, clipping, the optimizer, the next learning rate. What an update returns is the
-loss of its last micro-batch, on the device, unread.
+forward and backward for every micro-batch, clipping, the optimizer, the next learning rate. What an update returns is
+the loss of its last micro-batch, on the device, unread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmark.task import LR, OPTIMIZER, RAMP, Task
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmark.task import LR, OPTIMIZER, RAMP, Task
 
 __all__ = ["BUILDERS", "Update"]
 
@@ -131,8 +132,8 @@ def accelerate(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) ->
         dynamo_backend="inductor" if task.compiled else None,
     )
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER, fused=True)
-    rate = _rate(optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
+    rate = _rate(optimizer)  # not before: it has replaced the parameter groups
     parameters = list(model.parameters())
 
     def update() -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+
 from benchmark.subjects import BUILDERS
 from benchmark.task import SUBJECTS, Task
 from benchmark.workloads import WORKLOADS
@@ -50,7 +51,7 @@ class Worker:
         times.append(self._now())
         self._losses = [self._update().detach()]
         times.append(self._now())
-        self._start_s = dict(zip(("import_s", "build_s", "first_s"), (b - a for a, b in zip(times, times[1:]))))
+        self._start_s = dict(zip(("import_s", "build_s", "first_s"), (b - a for a, b in itertools.pairwise(times))))
 
     def started(self) -> dict[str, Any]:
         """How long the start took, and the number of parameters."""
