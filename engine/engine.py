@@ -477,6 +477,42 @@ class Engine(nn.Module):
             pin_memory=pin_memory,
         )
 
+    # -- the compiler ----------------------------------------------------------------------------
+
+    def compile(
+        self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """From here on run the model as `torch.compile` makes it; once is enough, a second call does nothing.
+
+        In place: parameters, `module` and the keys of the state dict stay as they are. On several processes DDP
+        stays around the compiled model, where torch's compiler finds it and splits the graph at its buckets, so that
+        gradients are still sent while the backward runs.
+
+        Args:
+            backend: as in `torch.compile`.
+            compile_kwargs: its other arguments: `mode`, `dynamic`, `fullgraph`, `options`.
+
+        Raises:
+            EngineError: `compile_kwargs` names a backend, too.
+        """
+        if compile_kwargs and "backend" in compile_kwargs:
+            raise EngineError('compile: compile_kwargs has "backend"; give it as compile(backend=...)')
+        if self.is_compiled:
+            return
+        module = self._module
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        # What module.compile() does, but for the function above: the compiler passes over frames of torch's own, so
+        # that module.compile() leaves an nn.Sequential as it is, without a word.
+        module._compiled_call_impl = torch.compile(call, backend=backend, **(compile_kwargs or {}))
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model runs compiled."""
+        return self._module._compiled_call_impl is not None
+
     # -- what a user may ask ---------------------------------------------------------------------
 
     @property

@@ -1,146 +1,151 @@
-"""What a step of the engine costs over a hand-written loop: python scripts/bench.py [--json FILE]
+"""What the engine costs beside a loop written by hand, DeepSpeed, Accelerate and Lightning Fabric.
 
-The loop has torch's fused AdamW, its foreach clipping and a learning rate set by hand. Every subject first
-repeats the loop's losses; then they take turns, so that a machine whose speed drifts slows all alike. The
-overhead is the median, over the rounds, of the difference to the loop's time in the same round.
+    overhead     microseconds a step, on a model so small that the step is nearly all overhead
+    throughput   digits MLP and GPT: one process and two, accumulation 1 and 4, fp32 and bf16, on CUDA a GPT-2, too
+    bytes        sent for an update by two processes
+    memory       peak of the GPT runs
+    start        import, build and first step of a fresh process
+
+Each subject first repeats the loop's losses, and is timed only then. On CUDA it also says who waits for the GPU.
+Run by scripts/bench, which installs what it needs first.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import logging
-import statistics
+import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from benchmark.crew import CrewError
+from benchmark.measure import compare, measure_start
+from benchmark.plan import MEASURES, Machine, comparisons, effort_of, start_subjects, start_task
+from benchmark.report import page, text
+from benchmark.task import SUBJECTS, is_installed
 
-from engine import initialize
-from engine.range_test.recorder import Recorder
-
-BATCH = 8
-LR = 1e-3
-STEP_SIZE = 1000  # of the range test that the recording subject runs; by hand the loop does the same
-
-Step = Callable[[], Tensor]
-
-
-def build_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def build_batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(BATCH, 64, generator=generator), torch.randint(10, (BATCH,), generator=generator)
-
-
-def build_loop(clip: float) -> Step:
-    """The hand-written loop."""
-    model, (x, y) = build_model(), build_batch()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    count = 0
-
-    def step() -> Tensor:
-        nonlocal count
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        count += 1
-        optimizer.param_groups[0]["lr"] = LR * (1 + count / STEP_SIZE)
-        return loss
-
-    return step
-
-
-def build_engine(clip: float, *, recording: bool) -> Step:
-    """The same by the engine: with a schedule, and with the record of a range test if asked for."""
-    model, (x, y) = build_model(), build_batch()
-    test = {"lr_range_test_min_lr": LR, "lr_range_test_step_size": STEP_SIZE, "lr_range_test_step_rate": 1.0}
-    config = {
-        "train_batch_size": BATCH,
-        "gradient_clipping": clip,
-        "optimizer": {"type": "AdamW", "params": {"lr": LR}},
-        "scheduler": {"type": "LRRangeTest", "params": test},
-    }
-    engine = initialize(model, config, device="cpu")
-    engine.recorder = Recorder(engine.world) if recording else None  # in memory: the config's would write files
-
-    def step() -> Tensor:
-        loss = cross_entropy(engine(x), y)
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return step
-
-
-def build_subjects(clip: float) -> dict[str, Step]:
-    return {
-        "loop by hand": build_loop(clip),
-        "engine": build_engine(clip, recording=False),
-        "engine, recording": build_engine(clip, recording=True),
-    }
-
-
-def prove_equal(clip: float) -> None:
-    """Every subject has the loop's losses."""
-    losses = {name: [float(step().detach()) for _ in range(24)] for name, step in build_subjects(clip).items()}
-    for name, found in losses.items():
-        assert torch.allclose(torch.tensor(found), torch.tensor(losses["loop by hand"]), rtol=1e-6), name
-
-
-def measure(clip: float, rounds: int, steps: int) -> dict[str, dict[str, float]]:
-    """Microseconds a step, and over the loop, for each subject."""
-    subjects = build_subjects(clip)
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for step in subjects.values():
-        for _ in range(steps):
-            step()
-    for _ in range(rounds):
-        for name, step in subjects.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            times[name].append((time.perf_counter() - start) / steps * 1e6)
-    base = times["loop by hand"]
-    return {
-        name: {
-            "us": statistics.median(found),
-            "overhead_us": statistics.median(a - b for a, b in zip(found, base)),
-            "ratio": statistics.median(a / b for a, b in zip(found, base)),
-        }
-        for name, found in times.items()
-    }
+PROBE = """
+import json, torch
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(json.dumps({"gpus": gpus, "gpu": torch.cuda.get_device_name() if gpus else None}))
+"""
+PACKAGES = ("torch", "deepspeed", "accelerate", "lightning")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="turns of each subject (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a turn (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
+    options = parse()
+    probe = json.loads(subprocess.run([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, check=True).stdout)
+    device = options.device or ("cuda" if probe["gpus"] else "cpu")
+    if device == "cuda" and not probe["gpus"]:
+        sys.exit("bench: --device cuda, but torch finds no GPU here")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = options.threads or cores
+    machine = Machine(device, probe["gpus"] if device == "cuda" else max(2, cores), threads)
 
-    results = {}
-    print(f"MLP 64-64-10, batch {BATCH}, one thread, torch {torch.__version__}")
-    for clip in (1.0, 0.0):
-        prove_equal(clip)
-        results[f"clip {clip:g}"] = measure(clip, options.rounds, options.steps)
-        print(f"\n{'clipped at 1' if clip else 'not clipped':20}{'us a step':>12}{'overhead':>12}{'ratio':>8}")
-        for name, found in results[f"clip {clip:g}"].items():
-            print(f"{name:20}{found['us']:12.1f}{found['overhead_us']:+12.1f}{found['ratio']:8.2f}")
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    for name in dict.fromkeys(SUBJECTS.values()):
+        if not any(is_installed(subject) for subject, module in SUBJECTS.items() if module == name):
+            say(f"{name.partition('.')[0]} is not installed, and left out; scripts/bench --peers installs it")
+    if device == "cuda" and machine.processes < 2:
+        say("there is one GPU: nothing is measured on two processes")
+
+    results: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["scripts/bench", *sys.argv[1:]]),
+        "machine": {"name": probe["gpu"] if device == "cuda" else cpu_name(), **asdict(machine), "system": system()},
+        "versions": {"Python": platform.python_version(), **versions()},
+        "comparisons": [],
+    }
+    try:
+        for comparison in comparisons(machine, options.quick):
+            kept = comparison.measures & {*options.only, "waits"}
+            if kept <= {"waits"}:
+                continue
+            comparison = replace(comparison, measures=frozenset(kept))
+            found = compare(comparison, effort_of(comparison.task, options.quick), say)
+            results["comparisons"].append(
+                {
+                    "title": comparison.title,
+                    "task": {key: value for key, value in asdict(comparison.task).items() if key != "subject"},
+                    "measures": sorted(comparison.measures),
+                    "tolerance": comparison.tolerance,
+                    "subjects": {name: found[name] for name in SUBJECTS if name in found},
+                }
+            )
+            write(options, results)
+        if "start" in options.only:
+            task = start_task(machine)
+            results["start"] = measure_start(task, start_subjects(), effort_of(task, options.quick), say)
+            write(options, results)
+    except CrewError as error:
+        sys.exit(f"bench: the loop by hand failed: {error}")
+    print(text(results))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: CUDA if there is a GPU)")
+    parser.add_argument(
+        "--only", type=measures, default=MEASURES, metavar="A,B", help=f"some of {', '.join(MEASURES)} (default: all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small and few: to see that it runs, not for its figures")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
+    return parser.parse_args()
+
+
+def measures(names: str) -> tuple[str, ...]:
+    chosen = tuple(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in MEASURES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MEASURES)}")
+    return chosen
+
+
+def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """After every comparison: a long run that is cut short has its figures so far."""
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.markdown:
+        options.markdown.write_text(page(results))
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def system() -> str:
+    return f"{platform.system()} {platform.machine()}"
 
 
 if __name__ == "__main__":

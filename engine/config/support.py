@@ -99,7 +99,7 @@ _TABLE = (
            "shard the model with torch.distributed.tensor.parallel first", "autotp_size"),
     _later("expert_parallel", "parallelism:ExpertParallelConfig", _LEAVE_OUT),
     _later("hybrid_engine", "parallelism:HybridEngineConfig", "generate with the bare model between steps"),
-    _later("compile", "tuning:CompileConfig", "give initialize a model that torch.compile has made", "deepcompile"),
+    _later("compile", "tuning:CompileConfig", "engine.compile() compiles without it", "deepcompile"),
     _later("weight_quantization", "tuning:WeightQuantizationConfig", "quantize the model before initialize", on=True),
     # Data
     _later("data_efficiency", "data_efficiency:DataEfficiencyConfig", "give your own data loader"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -83,6 +84,7 @@ def work() -> dict[str, Any]:
     answers["numbers"] = agree_on_numbers(engine.world)
     answers["frozen"] = make_engine(4, model=nn.Flatten(), optimizer=None)._parallel is None
     answers["unused"] = leave_parameters_out()
+    answers["compiled"] = train_compiled()
     return answers
 
 
@@ -182,6 +184,23 @@ def leave_parameters_out() -> Tensor:
     return weights(engine)
 
 
+def train_compiled() -> dict[str, Any]:
+    """Training of a compiled model whose weights fill more than one of DDP's buckets."""
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 1))  # 1 MiB, then 25 at most
+    plain = train(make_engine(4, model=copy.deepcopy(model)), 4)
+    engine = make_engine(4, model=model)
+    engine.compile(backend=backend)
+    return {"plain": plain, "compiled": train(engine, 4), "graphs": graphs}
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     """What two gloo processes saw, by rank."""
@@ -260,6 +279,14 @@ def test_a_model_with_nothing_to_train_is_not_wrapped(ranks: list[dict[str, Any]
 
 def test_unused_parameters_are_found_where_the_config_says_so(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(ranks[0]["unused"], ranks[1]["unused"])
+
+
+def test_a_compiled_model_trains_the_same_and_is_split_at_ddps_buckets(ranks: list[dict[str, Any]]) -> None:
+    for answers in ranks:
+        compiled = answers["compiled"]
+        assert compiled["graphs"] == 2
+        assert compiled["compiled"]["losses"] == pytest.approx(compiled["plain"]["losses"], rel=1e-6)
+        torch.testing.assert_close(compiled["compiled"]["weights"], compiled["plain"]["weights"])
 
 
 # -- alone ---------------------------------------------------------------------------------------------------

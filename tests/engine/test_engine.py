@@ -409,3 +409,64 @@ def test_a_loss_that_is_not_a_number_is_trained_on_and_shown(caplog: pytest.LogC
         engine.backward(mse(engine(X), Y) * math.nan)
         engine.step()
     assert "loss=nan" in lines(caplog)[0]
+
+
+# -- the compiler --------------------------------------------------------------------------------------------
+
+
+class CountingBackend:
+    """A compiler that runs graphs as they are, and counts those it was given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compile_makes_the_compiler_run_the_model_and_changes_no_number() -> None:
+    torch.compiler.reset()
+    plain, compiled, backend = make_engine(), make_engine(), CountingBackend()
+    assert not compiled.is_compiled
+    compiled.compile(backend=backend)
+    assert compiled.is_compiled
+    torch.testing.assert_close(train(compiled, 6), train(plain, 6))
+    assert backend.graphs == 1
+    assert torch.equal(weights(compiled.module), weights(plain.module))
+
+
+def test_compile_leaves_module_and_state_dict_as_they_were() -> None:
+    engine = make_engine()
+    module, keys = engine.module, list(engine.state_dict())
+    engine.compile(backend="eager")
+    assert engine.module is module
+    assert list(engine.state_dict()) == keys
+
+
+def test_a_model_is_compiled_once() -> None:
+    torch.compiler.reset()
+    engine, first, second = make_engine(), CountingBackend(), CountingBackend()
+    engine.compile(backend=first)
+    engine.compile(backend=second)
+    train(engine, 2)
+    assert (first.graphs, second.graphs) == (1, 0)
+
+
+def test_compile_hands_its_arguments_on() -> None:
+    torch.compiler.reset()
+
+    class Breaking(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    engine = make_engine(Breaking(nn.Linear(4, 1)))
+    engine.compile(backend="eager", compile_kwargs={"fullgraph": True})
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train(engine, 1)
+
+
+def test_compile_wants_its_backend_named_once() -> None:
+    with pytest.raises(EngineError, match=r"compile\(backend=...\)"):
+        make_engine().compile(compile_kwargs={"backend": "eager"})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/usr/bin/env bash
 echo "$@" >> {log}
 case "$1 $2" in
-    "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 esac
 exit {code}
 """
@@ -69,6 +69,12 @@ def test_what_the_tests_need_serves_the_demo_too(checkout: Checkout) -> None:
     assert len(checkout.installed()) == 1
 
 
+def test_what_the_engine_is_compared_with_gets_an_environment_of_its_own(checkout: Checkout) -> None:
+    assert checkout.setup("bench")[0] == 0
+    assert (checkout.root / ".venv-bench" / "redline-bench").exists()
+    assert not (checkout.root / ".venv").exists()
+
+
 def test_it_installs_anew_when_the_needs_have_changed(checkout: Checkout) -> None:
     checkout.setup("demo")
     later = time.time() + 10
@@ -85,7 +91,7 @@ def test_an_unfit_python_is_named_with_the_remedy(checkout: Checkout) -> None:
     assert not (checkout.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["check", "demo", "lint", "setup", "test"])
+@pytest.mark.parametrize("name", ["bench", "check", "demo", "lint", "setup", "test"])
 def test_the_scripts_can_be_run(name: str) -> None:
     path = ROOT / "scripts" / name
     assert os.access(path, os.X_OK)

@@ -1,0 +1,148 @@
+"""A subject's worker processes, seen from the one that asks them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmark.task import SUBJECTS, Task
+
+__all__ = ["Crew", "CrewError"]
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+PATIENCE_S = 600  # for one answer: DeepSpeed compiles, and so does torch.compile
+
+# glibc gives freed memory back to the system and fetches it again, which costs up to a tenth of a step, more or less of
+# it from run to run: let it keep what it has.
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TOP_PAD_": "0"}
+
+
+class CrewError(Exception):
+    """A worker could not do what it was asked; the message is its last word."""
+
+
+class Crew:
+    """The processes of one task, one for each rank; they are started at once and speak when asked.
+
+    Use as a context manager: at the end of the block they are gone.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        port = _free_port()
+        self._workers = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), json.dumps(dataclasses.asdict(task))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                env=_environment(task, rank, port),
+                cwd=tempfile.gettempdir(),
+                bufsize=0,
+            )
+            for rank in range(task.processes)
+        ]
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.communicate()
+        self._said.close()
+
+    def started(self) -> dict[str, float]:
+        """The slowest rank's times of its start."""
+        answers = self._answers()
+        return {name: max(answer[name] for answer in answers) for name in answers[0]}
+
+    def losses(self, updates: int) -> list[float]:
+        """The losses of the first so many updates, of all ranks one after the other."""
+        return [loss for losses in self._ask("losses", updates) for loss in losses]
+
+    def seconds(self, updates: int) -> float:
+        """How long so many updates take, for the slowest rank."""
+        return max(self._ask("seconds", updates))
+
+    def memory_bytes(self) -> int:
+        """The largest peak of a rank."""
+        return max(self._ask("memory_bytes"))
+
+    def sent_bytes(self) -> int:
+        """What all ranks together send in one update."""
+        return sum(self._ask("sent_bytes"))
+
+    def waits(self, updates: int) -> str | None:
+        """Where so many updates wait for the GPU; None where they do not."""
+        return next((found for found in self._ask("waits", updates) if found), None)
+
+    def _ask(self, name: str, *arguments: Any) -> list[Any]:
+        for worker in self._workers:
+            assert worker.stdin is not None
+            try:
+                worker.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+            except BrokenPipeError:
+                raise CrewError(self._last_words()) from None
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        """One answer of each rank."""
+        values = []
+        for worker in self._workers:
+            assert worker.stdout is not None
+            ready, *_ = select.select([worker.stdout], [], [], PATIENCE_S)
+            line = worker.stdout.readline() if ready else b""
+            if not line:
+                raise CrewError(self._last_words() if ready else f"no answer in {PATIENCE_S} s")
+            answer = json.loads(line)
+            if "error" in answer:
+                raise CrewError(" ".join(answer["error"].split()))
+            values.append(answer["value"])
+        return values
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else "died without a word"
+
+
+def _environment(task: Task, rank: int, port: int) -> dict[str, str]:
+    """What torchrun would set, and what makes times comparable."""
+    environment = {
+        **os.environ,
+        **_KEEP_MEMORY,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # DeepSpeed wants ninja
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(task.threads),
+    }
+    if task.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if task.processes > 1 or SUBJECTS[task.subject] == "deepspeed":  # which wants a process group even when alone
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(task.processes),
+            "LOCAL_WORLD_SIZE": str(task.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "bench",
+        }
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,61 @@
+"""What a worker is to do, and who the subjects are; plain data, no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+__all__ = ["BY_HAND", "LR", "OPTIMIZER", "RAMP", "SUBJECTS", "Task", "is_installed"]
+
+BY_HAND = "by hand"  # what all others are compared with
+SUBJECTS = {  # and the module that each imports
+    BY_HAND: "torch",
+    "by hand, again": "torch",  # the same once more: what differs here is noise
+    "by hand, fp32 masters": "torch",
+    "Redline": "engine",
+    "Redline, recording": "engine",
+    "DeepSpeed": "deepspeed",
+    "DeepSpeed, ZeRO 1": "deepspeed",
+    "Accelerate": "accelerate",
+    "Fabric": "lightning.fabric",
+}
+
+# Adam forgives a wrong scale of the gradients unless epsilon is large; weight decay shows a step too many.
+LR = 1e-3
+OPTIMIZER = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+RAMP = 10_000  # updates in which the rate grows by LR
+
+
+@dataclass(frozen=True)
+class Task:
+    """One subject's training, the same on each of its processes.
+
+    Attributes:
+        subject: a name of SUBJECTS.
+        workload: a name of `workloads.WORKLOADS`.
+        device: "cpu" or "cuda".
+        processes: number of processes that train together.
+        accumulation: micro-batches of an update.
+        clip: the norm to which gradients are clipped; 0 for never.
+        precision: "fp32" or "bf16".
+        compiled: whether the model runs under torch.compile.
+        threads: of torch, in each process.
+    """
+
+    subject: str
+    workload: str
+    device: str
+    processes: int = 1
+    accumulation: int = 1
+    clip: float = 1.0
+    precision: str = "fp32"
+    compiled: bool = False
+    threads: int = 1
+
+
+def is_installed(subject: str) -> bool:
+    """Whether this Python has what the subject imports."""
+    module = SUBJECTS[subject].partition(".")[0]
+    return (
+        module == "engine" or importlib.util.find_spec(module) is not None
+    )  # the engine's workers find it beside them

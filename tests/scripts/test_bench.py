@@ -1,0 +1,150 @@
+"""The bench: that it runs, that its proof of equal numbers can fail, and that it counts bytes right. No timings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10  # of the digits MLP
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--device", "cpu", "--threads", "1", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
+    """What a smoke run measured, wrote as a page, and printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    ran = run_bench("--quick", "--json", str(folder / "bench.json"), "--markdown", str(folder / "bench.md"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return json.loads((folder / "bench.json").read_text()), (folder / "bench.md").read_text(), ran.stdout
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The bench's own modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark import crew, measure, report, task, worker
+
+    yield SimpleNamespace(crew=crew, measure=measure, report=report, task=task, worker=worker)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmark"]:
+        del sys.modules[name]
+
+
+# -- a whole run -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_where_when_and_of_what_it_is(quick: tuple[dict[str, Any], str, str]) -> None:
+    results, *_ = quick
+    assert results.keys() == {"date", "command", "machine", "versions", "comparisons", "start"}
+    assert results["machine"].keys() == {"name", "device", "processes", "threads", "system"}
+    assert {"Python", "torch"} <= results["versions"].keys()
+    assert results["command"].startswith("scripts/bench --device cpu")
+
+
+def test_every_kind_of_figure_is_there_for_the_loop_and_the_engine(quick: tuple[dict[str, Any], str, str]) -> None:
+    results, *_ = quick
+    figures = {
+        "overhead": "overhead_us",
+        "throughput": "ratio",
+        "bytes": "sent_bytes",
+        "memory": "memory_bytes",
+    }
+    seen = set()
+    for comparison in results["comparisons"]:
+        for measure in comparison["measures"]:
+            seen.add(measure)
+            for subject in ("by hand", "Redline"):
+                assert figures[measure] in comparison["subjects"][subject], (comparison["title"], subject)
+    assert seen == set(figures)
+    for subject in ("by hand", "Redline"):
+        assert results["start"][subject].keys() == {"import_s", "build_s", "first_s", "start_s"}
+
+
+def test_the_engine_repeats_the_loops_losses(quick: tuple[dict[str, Any], str, str]) -> None:
+    results, *_ = quick
+    for comparison in results["comparisons"]:
+        assert comparison["tolerance"] == 1e-6
+        assert comparison["subjects"]["Redline"]["loss_difference"] <= 1e-6
+
+
+def test_two_processes_send_each_gradient_once_both_ways(quick: tuple[dict[str, Any], str, str]) -> None:
+    (sending,) = [each for each in quick[0]["comparisons"] if "bytes" in each["measures"]]
+    # A ring of two: each sends half of the sum's parts, then half of the sum.
+    expected = 2 * 4 * PARAMETERS
+    assert sending["task"]["processes"] == 2
+    assert sending["task"]["accumulation"] == 2
+    assert sending["subjects"]["by hand"]["sent_bytes"] == expected
+    assert sending["subjects"]["Redline"]["sent_bytes"] == expected
+
+
+def test_the_tables_are_printed_and_written(quick: tuple[dict[str, Any], str, str]) -> None:
+    _, page, printed = quick
+    for title in ("Overhead a step (us)", "Throughput", "Sent for an update", "Peak memory (MiB)", "Start (s)"):
+        assert f"\n## {title}" in page
+        assert f"\n{title}" in printed
+    assert page.startswith("# Performance\n\nMeasured by `scripts/bench")
+    assert not [line for line in page.splitlines() if len(line) > 1 and line != line.rstrip()]
+
+
+def test_what_it_cannot_measure_is_named() -> None:
+    ran = run_bench("--only", "speed")
+    assert ran.returncode == 2
+    assert "'speed' is none of overhead, throughput, bytes, memory, start" in ran.stderr
+
+
+# -- the proof -------------------------------------------------------------------------------------------------
+
+
+def test_the_proof_finds_a_subject_that_does_not_clip(parts: SimpleNamespace) -> None:
+    task = parts.task.Task("by hand", "MLP 64-64-10", "cpu")
+    other = parts.task.Task("by hand, again", "MLP 64-64-10", "cpu", clip=0.0)
+    with parts.crew.Crew(task) as base, parts.crew.Crew(other) as unclipped:
+        crews = {"by hand": base, "by hand, again": unclipped}
+        results = parts.measure._prove(crews, 1e-6)
+    assert list(crews) == ["by hand"]
+    assert results["by hand, again"]["loss_difference"] > 1e-3
+    assert results["by hand, again"]["left_out"].startswith("its losses differ by ")
+
+
+def test_a_subject_that_fails_is_left_out_with_its_last_word(parts: SimpleNamespace) -> None:
+    task = parts.task.Task("by hand", "MLP 64-64-10", "cpu")
+    broken = parts.task.Task("Redline", "MLP 64-64-10", "cpu", clip=-1.0)
+    with parts.crew.Crew(task) as base, parts.crew.Crew(broken) as failing:
+        results = parts.measure._prove({"by hand": base, "Redline": failing}, 1e-6)
+    assert "gradient_clipping: got -1" in results["Redline"]["left_out"]
+
+
+@pytest.mark.parametrize(("value", "expected", "distance"), [(1.5, 1.0, 0.5), (float("nan"), 1.0, float("inf"))])
+def test_the_distance_of_losses(parts: SimpleNamespace, value: float, expected: float, distance: float) -> None:
+    assert parts.measure._distance(value, expected) == distance
+
+
+# -- the bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "kinds", "size"),
+    [
+        ("all_reduce", [[100]], ["float"], 600),  # twice three quarters of 400
+        ("all_gather", [[25]], ["float"], 300),  # its quarter to three others
+        ("_reduce_scatter_base", [[100]], ["c10::BFloat16"], 150),
+        ("barrier", [], [], 0),
+    ],
+)
+def test_what_each_of_four_processes_sends_in_a_ring(
+    parts: SimpleNamespace, operation: str, shapes: list[list[int]], kinds: list[str], size: int
+) -> None:
+    assert parts.worker._sent(operation, shapes, kinds, 4) == size
