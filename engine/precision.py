@@ -262,15 +262,23 @@ class Masters:
 
     def collect(self) -> None:
         """Add the model's gradients to the masters', and free them."""
+        first: tuple[list[Tensor], list[Tensor]] = [], []  # all at once: one kernel where torch has it
+        later: tuple[list[Tensor], list[Tensor]] = [], []
         for parameter, master in zip(self.model, self.weights):
             grad = parameter.grad
             if grad is None:
                 continue
+            sums, grads = later
             if master.grad is None:
-                master.grad = grad.float()
-            else:
-                master.grad.add_(grad)
+                master.grad = torch.empty_like(master)
+                sums, grads = first
+            sums.append(master.grad)
+            grads.append(grad.to_dense() if grad.is_sparse else grad)
             parameter.grad = None
+        if first[0]:
+            torch._foreach_copy_(*first)
+        if later[0]:
+            torch._foreach_add_(*later)
 
     def release(self) -> None:
         """Free the model's gradients: the masters have them."""
