@@ -1,4 +1,4 @@
-"""The config's optimizer section to a torch optimizer, fused where torch has it.
+"""The config's optimizer section to a torch optimizer, fused and lean where torch has a fused one.
 
 Names and defaults are DeepSpeed's (`deepspeed/runtime/engine.py`, `_configure_basic_optimizer`):
 ``Adam`` and ``AdamW`` are AdamW without weight decay unless the parameters say otherwise, and
@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from engine.errors import EngineError
+from engine.lean import lean
 
 __all__ = ["build_optimizer", "known", "register", "resolve"]
 
@@ -65,17 +66,19 @@ def build_optimizer(name: str, arguments: dict[str, Any], parameters: Iterable[A
         EngineError: the optimizer refuses its arguments or the parameters.
     """
     cls: Any
+    fused: Any
     cls, arguments = _deepspeed_adam(name, arguments)
+    fused = lean(cls)
     parameters = list(parameters)
     takes = inspect.signature(cls).parameters
     choice = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
     try:
         if "fused" in takes and not choice:
             try:
-                return _unfused_where_needed(cls(parameters, fused=True, **arguments))
+                return _unfused_where_needed(fused(parameters, fused=True, **arguments))
             except RuntimeError:  # torch's word for arguments that have no fused kernel
                 pass
-        plain: Optimizer = cls(parameters, **arguments)
+        plain: Optimizer = (fused if arguments.get("fused") else cls)(parameters, **arguments)
         return plain
     except (TypeError, ValueError, RuntimeError) as error:
         raise EngineError(f"optimizer {name}: {error}") from error
