@@ -293,7 +293,7 @@ def test_five_mistakes_of_five_kinds_are_named_at_once_with_line_and_remedy(writ
 
 
 def test_a_config_that_only_asks_for_what_is_not_built_is_told_apart() -> None:
-    config = {"train_batch_size": 8, "fp16": {"enabled": True}, "optimizer": {"type": "Lamb"}}
+    config = {"train_batch_size": 8, "fp16": {"enabled": True}, "optimizer": {"type": "MuAdam"}}
     with pytest.raises(UnsupportedConfigError) as caught:
         load_config(config)
     assert [problem.path for problem in caught.value.problems] == ["fp16", "optimizer.type"]

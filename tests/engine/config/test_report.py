@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 
 TEXT = """{
   "train_batch_size": 8,
-  "optimizer": {"type": "Lion", "params": {}},
+  "optimizer": {"type": "MuAdam", "params": {}},
   "fp16": {"enabled": true},
   "bf16": {"enabled": false},
   "dump_state": true
@@ -67,8 +67,8 @@ def test_the_json_has_the_agreed_shape(write: Callable[[str], Path]) -> None:
             {
                 "path": "optimizer.type",
                 "status": "refused",
-                "note": '"Lion" is not built; use AdamW with a rate 3 to 10 times as high, or pass an '
-                "optimizer of your own to initialize, or register it",
+                "note": '"MuAdam" is not built; use AdamW, or pass an '
+                "optimizer of your own to initialize, or register it (mup.MuAdam)",
             },
             {"path": "fp16", "status": "refused", "note": "not built yet; leave it out to train in fp32"},
             {"path": "bf16", "status": "no effect", "note": "it switches nothing on"},
@@ -137,14 +137,14 @@ def test_every_value_has_an_origin() -> None:
 def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) -> None:
     assert validate(write(TEXT), world_size=2).to_text() == (
         "ds_config.json: valid DeepSpeed, but asks for 2 things that Redline does not have\n"
-        '  ds_config.json:3:17: optimizer.type: "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
-        "or pass an optimizer of your own to initialize, or register it\n"
+        '  ds_config.json:3:17: optimizer.type: "MuAdam" is not built; use AdamW, '
+        "or pass an optimizer of your own to initialize, or register it (mup.MuAdam)\n"
         "  ds_config.json:4:3: fp16: not built yet; leave it out to train in fp32\n"
         "\n"
         "  train_batch_size  honoured   samples per optimizer step\n"
         "  optimizer         honoured   torch's optimizers, with DeepSpeed's names and defaults\n"
-        '  optimizer.type    refused    "Lion" is not built; use AdamW with a rate 3 to 10 times as high, '
-        "or pass an optimizer of your own to initialize, or register it\n"
+        '  optimizer.type    refused    "MuAdam" is not built; use AdamW, '
+        "or pass an optimizer of your own to initialize, or register it (mup.MuAdam)\n"
         "  fp16              refused    not built yet; leave it out to train in fp32\n"
         "  bf16              no effect  it switches nothing on\n"
         "  dump_state        no effect  redline validate prints the config in force\n"
