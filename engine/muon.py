@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.lean import lean
+from engine.log import log
 
 __all__ = ["Muon", "split"]
 
@@ -84,6 +85,7 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
         arguments: the config's ``optimizer.params``.
         names: of the model's parameters.
     """
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     parameters = list(parameters)
     groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
     halves = []
@@ -98,6 +100,11 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
             own = {key: value for key, value in group.items() if key in options}
             if half:
                 halves.append({"params": half, "use_muon": use_muon, **options, **given, **own})
+    filters = [each for half in halves for each in half["params"] if each.ndim > 2]
+    if filters:
+        log.warning(
+            "Muon: torch's takes matrices alone; weights of more dimensions that Adam updates: %d", len(filters)
+        )
     return halves
 
 

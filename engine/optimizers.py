@@ -109,23 +109,23 @@ _DEEPSPEEDS = ("Lamb", "Lion", "Muon")  # what is neither torch's, as it is here
 
 # Parameters that choose among DeepSpeed's implementations and mean nothing to these; the config has refused the
 # values that would change the training.
-_WITHOUT_EFFECT = ("torch_adam", "set_grad_none", "fp32_optimizer_states", "amsgrad")
+_WITHOUT_EFFECT = ("torch_adam", "set_grad_none", "fp32_optimizer_states")
 
 
 def _as_deepspeed(name: str, arguments: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:
     """DeepSpeed's reading of a name: a class and its arguments."""
-    if name in _DEEPSPEEDS:
-        rest = {key: value for key, value in arguments.items() if key not in _WITHOUT_EFFECT}
-        if name == "Lamb":
-            return Lamb, rest
-        if name == "Lion":
-            return _lion(), {"lr": 1e-3, "betas": (0.9, 0.999), **rest}  # the library's are 1e-4 and (0.9, 0.99)
-        return Muon, {key: value for key, value in rest.items() if key == "adam_w_mode"}
+    rest = {key: value for key, value in arguments.items() if key not in _WITHOUT_EFFECT}
+    if name == "Lamb":
+        rest.pop("amsgrad", None)  # only false
+        return Lamb, rest
+    if name == "Lion":
+        return _lion(), {"lr": 1e-3, "betas": (0.9, 0.999), **rest}  # the library's are 1e-4 and (0.9, 0.99)
+    if name == "Muon":  # all others are in the groups
+        return Muon, {"adam_w_mode": arguments.get("adam_w_mode", True)}
     if name.lower() not in ("adam", "adamw"):
         return resolve(name), arguments
-    ignored = {*_WITHOUT_EFFECT, "adam_w_mode", "bias_correction"} - {"amsgrad"}
-    rest = {key: value for key, value in arguments.items() if key not in ignored}
-    decoupled = name.lower() == "adamw" or arguments.get("adam_w_mode", True)
+    rest.pop("bias_correction", None)  # only true
+    decoupled = rest.pop("adam_w_mode", True) or name.lower() == "adamw"
     if not arguments.get("torch_adam", False):
         rest.setdefault("weight_decay", 0.0)  # torch's AdamW has 0.01
     return torch.optim.AdamW if decoupled else torch.optim.Adam, rest

@@ -443,3 +443,13 @@ def test_a_kernel_that_fails_leaves_gradients_on() -> None:
     with pytest.raises(TypeError):
         ours.step()
     assert torch.is_grad_enabled()
+
+
+def test_a_compiled_step_is_torchs() -> None:
+    both = pair("AdamW")
+    for optimizer in both:
+        compiled = torch.compile(optimizer.step, backend="eager")
+        for step in range(3):
+            feed(optimizer, step)
+            compiled()
+    assert_same(both)

@@ -49,6 +49,14 @@ def test_hidden_matrices_are_muons_and_embedding_head_and_the_rest_adams() -> No
     assert len(members(model, adam)) == 6
 
 
+def test_a_warning_says_how_many_weights_muon_would_have_in_deepspeed(caplog: pytest.LogCaptureFixture) -> None:
+    halves(nn.Linear(2, 2))
+    assert not caplog.records
+    halves(Small())
+    (record,) = caplog.records
+    assert record.getMessage() == "Muon: torch's takes matrices alone; weights of more dimensions that Adam updates: 1"
+
+
 def test_a_parameter_may_choose_for_itself() -> None:
     model = Small()
     model.hidden.weight.use_muon = False  # type: ignore[assignment]
@@ -59,6 +67,7 @@ def test_a_parameter_may_choose_for_itself() -> None:
 def test_rates_go_from_the_general_to_the_particular() -> None:
     model = nn.Linear(2, 2)
     assert [group["lr"] for group in halves(model)] == [0.02, 3e-4]
+    assert [group["lr"] for group in halves(model, lr=None, muon_lr=None)] == [0.02, 3e-4]
     assert [group["lr"] for group in halves(model, lr=0.5)] == [0.5, 0.5]
     assert [group["lr"] for group in halves(model, lr=0.5, muon_lr=0.1, adam_lr=0.2)] == [0.1, 0.2]
     own = [{"params": [model.weight], "lr": 0.7, "momentum": 0.5}, {"params": model.bias, "weight_decay": 0.3}]
