@@ -445,6 +445,7 @@ def test_a_kernel_that_fails_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
 def test_a_compiled_step_is_torchs() -> None:
     both = pair("AdamW")
     for optimizer in both:
