@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
@@ -97,7 +97,8 @@ def _choose_optimizer(
         return optimizer
     if config.optimizer is None:
         return None
-    optimizer = build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    optimizer = build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters, names=names)
     if any(getattr(each, "sparse", False) for each in module.modules() if isinstance(each, _EMBEDDINGS)):
         for settings in (optimizer.defaults, *optimizer.param_groups):  # the fused kernels take no sparse gradients
             if settings.get("fused"):

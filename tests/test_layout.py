@@ -24,7 +24,7 @@ PACKAGES = ("engine", "schedulers")
 # Who may import whom: each module those on its own level or on one above this line. Data flows the same way.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
-    ("engine.errors", "engine.log", "engine.textplot"),
+    ("engine.errors", "engine.lamb", "engine.lean", "engine.log", "engine.muon", "engine.textplot"),
     ("engine.config", "engine.optimizers", "engine.distributed"),
     ("engine.agreement", "engine.data", "engine.finite", "engine.precision"),
     ("engine.gradients",),

@@ -79,8 +79,9 @@ class Component(Section):
         if reason and (name not in known or known[name].__module__.startswith("torch.")):  # not a registered one
             raise wrong(REFUSAL, f"{shown(name)} is not built; {reason}")
         if name not in known:
-            guess = nearest(name, known)
-            names = sorted(name for name in known if name.lower() not in cls.not_built)
+            usable = {**known, **cls.models}
+            guess = nearest(name, usable)
+            names = sorted(name for name in usable if name.lower() not in cls.not_built)
             hint = f'did you mean "{guess}"?' if guess else f"known: {', '.join(names)}"
             raise wrong(MISTAKE, f"unknown {cls.kind} {shown(name)}; {hint}")
         return name

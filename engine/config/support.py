@@ -164,6 +164,7 @@ _INSIDE = (
     *_own("optimizer", NO_EFFECT, "chose an older kernel of DeepSpeed's fp16 Adam", "legacy_fusion"),
     *_own("optimizer.params", NO_EFFECT, "gradients are always set to None, which saves memory", "set_grad_none"),
     *_own("optimizer.params", NO_EFFECT, "the moments have the parameters' type", "fp32_optimizer_states"),
+    *_own("optimizer.params", NO_EFFECT, "torch's Muon has one order of its iteration", "ns_method"),
     # Precision
     *_own("fp16", NO_EFFECT, "floating-point inputs are always cast", "auto_cast"),
     *_own("fp16", REFUSED, _FP32_STATE, "fp16_master_weights_and_grads"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from engine import initialize
 from engine.errors import EngineError
+from engine.lamb import Lamb
 from engine.optimizers import build_optimizer, known, register, resolve
+from tests.distributed import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +71,155 @@ def test_keys_that_only_deepspeeds_own_adam_has_do_not_reach_torch() -> None:
 def test_parameters_may_come_from_a_generator() -> None:
     optimizer = build_optimizer("SGD", {"lr": 0.1}, (parameter for parameter in parameters()))
     assert len(optimizer.param_groups[0]["params"]) == 1
+
+
+# -- DeepSpeed's own -------------------------------------------------------------------------------------------
+
+
+def test_deepspeeds_names_cannot_be_registered() -> None:
+    for name in ("Lamb", "Lion", "Muon"):
+        with pytest.raises(ValueError, match=f"{name}: the name is taken"):
+            register(name, torch.optim.SGD)
+
+
+def test_lambs_parameters_reach_it() -> None:
+    given = {"lr": 0.1, "max_coeff": 0.3, "min_coeff": 0.01, "bias_correction": False, "amsgrad": False}
+    optimizer = build_optimizer("Lamb", given, parameters())
+    assert isinstance(optimizer, Lamb)
+    assert (optimizer.defaults["max_coeff"], optimizer.defaults["bias_correction"]) == (0.3, False)
+
+
+def test_lion_makes_deepspeeds_updates() -> None:
+    pytest.importorskip("pytorch_optimizer", reason="needs the extra optimizers")
+    parameter = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+    optimizer = build_optimizer("Lion", {"lr": 0.01, "weight_decay": 0.1, "set_grad_none": True}, [parameter])
+    for step in range(4):
+        factor = 0.3 if step % 2 else -0.2
+        parameter.grad = (torch.arange(6.0).reshape(2, 3) - 2.5) * factor + 0.1 * step
+        optimizer.step()
+    # deepspeed 0.19.8, DeepSpeedCPULion with these gradients
+    expected = [-0.9959861, -0.5975837, -0.2191812, 0.1792012, 0.5975837, 0.9959861]
+    torch.testing.assert_close(parameter.detach().flatten(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_without_the_extra_lion_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(EngineError, match=r"optimizer Lion: needs pytorch-optimizer; .*pip install 'redline\[opt"):
+        build_optimizer("Lion", {}, parameters())
+
+
+# -- what a script may bring, on one process and on two ------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A frozen layer, and two layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, batch: Tensor) -> Any:
+        return self.second(torch.tanh(self.first(self.frozen(batch))))
+
+
+def two_groups(model: Tied) -> list[dict[str, Any]]:
+    return [
+        {"params": [model.first.weight], "lr": 0.05},
+        {"params": [model.first.bias, model.second.bias], "lr": 0.01, "weight_decay": 0.0},
+    ]
+
+
+def own_adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
+BRINGS = ("nothing", "an optimizer", "a function", "groups", "Lamb", "Muon")
+
+
+def train(brings: str) -> tuple[list[float], list[Tensor], list[float]]:
+    """Losses, weights and rates of six updates over the same 8 samples, however many processes share them."""
+    torch.manual_seed(0)
+    model = Tied()
+    frozen = model.frozen.weight.clone()
+    section = {"type": brings if brings in ("Lamb", "Muon") else "AdamW", "params": {"lr": 0.02}}
+    given: dict[str, Any] = {}
+    if brings == "an optimizer":
+        given["optimizer"] = torch.optim.SGD(two_groups(model), lr=0.1, momentum=0.9)
+    elif brings == "a function":
+        given["optimizer"] = own_adam
+    elif brings == "groups":
+        given["model_parameters"] = two_groups(model)
+    config: dict[str, Any] = {"train_batch_size": 8, "gradient_clipping": 1.0}
+    if "optimizer" not in given:
+        config["optimizer"] = section
+    engine = initialize(model, config, device="cpu", **given)
+    batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    share = batch.chunk(engine.world_size)[engine.global_rank]
+    losses = []
+    for _ in range(6):
+        loss = (engine(share) - 1).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert model.first.weight is model.second.weight
+    assert torch.equal(model.frozen.weight, frozen)
+    return losses, [parameter.detach() for parameter in model.parameters()], engine.get_lr()
+
+
+def train_all() -> list[Any]:
+    return [train(brings) for brings in BRINGS if brings != "Muon" or hasattr(torch.optim, "Muon")]
+
+
+@pytest.mark.parametrize("brings", BRINGS)
+def test_whatever_a_script_brings_it_trains(brings: str) -> None:
+    if brings == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has Muon from 2.9 on")
+    losses, _, rates = train(brings)
+    assert losses[-1] < losses[0]
+    if brings in ("an optimizer", "groups"):
+        assert rates == [0.05, 0.01]
+
+
+def test_two_processes_make_the_updates_of_one() -> None:
+    alone = train_all()
+    for together in run_ranks(train_all, 2):
+        for (_, weights, rates), (_, theirs, their_rates) in zip(alone, together):
+            assert rates == their_rates
+            # bfloat16's last bits, in Muon, are a two hundredth of an update
+            torch.testing.assert_close(weights, theirs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ratio"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": [0.2, 0.04], "warmup_num_steps": 4}}, 5),
+        (
+            {
+                "type": "WarmupDecayLR",
+                "params": {"warmup_max_lr": [0.2, 0.04], "warmup_num_steps": 2, "total_num_steps": 9},
+            },
+            5,
+        ),
+        ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 2, "total_num_steps": 9}}, 5),
+        ({"type": "LRRangeTest", "params": {"lr_range_test_min_lr": [0.2, 0.04]}}, 5),
+        ({"type": "OneCycle", "params": {"cycle_min_lr": [0.1, 0.02], "cycle_max_lr": [0.5, 0.1]}}, 5),
+        ({"type": "StepLR", "params": {"step_size": 2}}, 5),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_groups_keep_their_proportion_under_a_schedule(
+    schedule: dict[str, Any], ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the range test writes its record
+    model = Tied()
+    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "scheduler": schedule}
+    engine = initialize(model, config, device="cpu", model_parameters=two_groups(model))
+    for _ in range(6):
+        engine.backward(engine(torch.ones(8, 3)).mean())
+        engine.step()
+        first, second = engine.get_lr()
+        assert first == pytest.approx(ratio * second)
+    assert first > 0

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 
 import engine.optimizers
 import schedulers
-from engine import ConfigError, Engine, EngineError, initialize, load_config
+from engine import ConfigError, Engine, EngineError, initialize, lean, load_config
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25}}
 CONFIG = {"train_batch_size": 4, "optimizer": ADAM}
@@ -114,7 +114,7 @@ def test_half_an_environment_is_an_error_that_shows_it(
 
 def test_adam_is_adamw_without_weight_decay() -> None:
     optimizer = with_optimizer("Adam", lr=0.5)
-    assert type(optimizer) is torch.optim.AdamW
+    assert type(optimizer) is lean.AdamW
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.0)
 
 
@@ -124,13 +124,13 @@ def test_adamw_has_no_weight_decay_unless_given() -> None:
 
 
 def test_adam_w_mode_false_is_the_classic_adam() -> None:
-    assert type(with_optimizer("Adam", adam_w_mode=False)) is torch.optim.Adam
-    assert type(with_optimizer("AdamW", adam_w_mode=False)) is torch.optim.AdamW
+    assert type(with_optimizer("Adam", adam_w_mode=False)) is lean.Adam
+    assert type(with_optimizer("AdamW", adam_w_mode=False)) is lean.AdamW
 
 
 def test_torch_adam_takes_torchs_weight_decay() -> None:
     optimizer = with_optimizer("Adam", torch_adam=True)
-    assert type(optimizer) is torch.optim.AdamW
+    assert type(optimizer) is lean.AdamW
     assert optimizer.defaults["weight_decay"] == torch.optim.AdamW([torch.zeros(1)]).defaults["weight_decay"]
 
 

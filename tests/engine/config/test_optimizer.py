@@ -10,7 +10,7 @@ import torch
 
 from engine import optimizers
 from engine.config import OptimizerConfig, UnsupportedConfigError, load_config
-from engine.config.optimizer import AdamParams, SGDParams
+from engine.config.optimizer import AdagradParams, AdamParams, SGDParams
 from engine.errors import ConfigError
 
 
@@ -53,7 +53,56 @@ def test_sgd_has_torchs_parameters_and_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "canonical"), [("adam", "Adam"), ("ADAMW", "AdamW"), ("AdaGrad", "Adagrad"), ("RMSprop", "RMSprop")]
+    ("name", "signature"),
+    [
+        # deepspeed 0.19.8, inspect.signature of FusedLamb, less max_grad_norm, which is refused, and of FusedLion
+        ("Lamb", {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "eps": 1e-8, "eps_inside_sqrt": False,
+                  "weight_decay": 0.0, "max_coeff": 10.0, "min_coeff": 0.01, "amsgrad": False}),
+        ("Lion", {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "set_grad_none": True}),
+        # what MuonWithAuxAdam sets where the config says nothing
+        ("Muon", {"momentum": 0.95, "weight_decay": 0.0, "ns_method": "gram", "betas": (0.9, 0.95), "eps": 1e-10}),
+    ],
+    ids=["Lamb", "Lion", "Muon"],
+)  # fmt: skip
+def test_deepspeeds_own_have_its_parameters_and_defaults(name: str, signature: dict[str, Any]) -> None:
+    model = OptimizerConfig.models[name]
+    assert {each: model.model_fields[each].default for each in signature} == signature
+
+
+def test_adagrad_has_torchs_parameters_and_defaults() -> None:
+    _, *parameters = inspect.signature(torch.optim.Adagrad).parameters.values()
+    assert {name: field.default for name, field in AdagradParams.model_fields.items()} == {
+        parameter.name: parameter.default for parameter in parameters
+    }
+
+
+def test_deepspeeds_own_refuse_by_path_what_they_cannot_do() -> None:
+    assert wrong("Lamb", max_coeff=-1, amsgrad=True) == [
+        "optimizer.params.max_coeff: got -1; expected a number >= 0",
+        "optimizer.params.amsgrad: got true; expected false",
+    ]
+    assert wrong("Lamb", max_coeff=0.1, min_coeff=0.5) == [
+        "optimizer.params.min_coeff: got 0.5; expected at most max_coeff, which is 0.1"
+    ]
+    assert wrong("Muon", momentum=1, ns_method="grams") == [
+        "optimizer.params.momentum: got 1; expected a number >= 0 and < 1",
+        'optimizer.params.ns_method: got "grams"; expected "gram" or "standard"; did you mean "gram"?',
+    ]
+    with pytest.raises(UnsupportedConfigError, match=r"optimizer\.params\.per_head_muon: true is not built"):
+        load({"type": "Muon", "params": {"per_head_muon": True}})
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("adam", "Adam"),
+        ("ADAMW", "AdamW"),
+        ("AdaGrad", "Adagrad"),
+        ("RMSprop", "RMSprop"),
+        ("LAMB", "Lamb"),
+        ("lion", "Lion"),
+        ("muon", "Muon"),
+    ],
 )
 def test_names_are_read_in_the_case_that_deepspeed_reads_them_in(written: str, canonical: str) -> None:
     assert load({"type": written}).type == canonical
@@ -72,12 +121,12 @@ def test_arguments_are_what_was_given_and_nothing_else() -> None:
 
 def test_every_optimizer_of_torch_that_can_step_without_the_loss_is_accepted() -> None:
     for name in optimizers.known():
-        if name not in ("LBFGS", "Muon"):
+        if name != "LBFGS":
             assert load({"type": name, "params": {"lr": 0.1}}).arguments() == {"lr": 0.1}
 
 
 @pytest.mark.parametrize(
-    "name", ["Lamb", "Lion", "Muon", "muon", "MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", "ZeroOneAdam", "LBFGS"]
+    "name", ["MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", "OneBitLamb", "ZeroOneAdam", "CPUAdam", "LBFGS"]
 )
 def test_what_only_deepspeed_has_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedConfigError, match=f'optimizer.type: "{name}" is not built; .*use'):
@@ -85,17 +134,17 @@ def test_what_only_deepspeed_has_is_refused_by_name(name: str) -> None:
 
 
 def test_a_registered_optimizer_is_checked_against_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lion(torch.optim.SGD):
+    class Mine(torch.optim.SGD):
         def __init__(self, params: Any, lr: float, *, nuance: int = 1, schema: str = "") -> None:
             super().__init__(params, lr)
 
-    monkeypatch.setattr(optimizers, "_registered", {"Lion": Lion})
+    monkeypatch.setattr(optimizers, "_registered", {"Mine": Mine})
     given = {"lr": 0.1, "nuance": 2e3, "schema": "x"}
-    assert load({"type": "Lion", "params": given}).arguments() == {"lr": 0.1, "nuance": 2000, "schema": "x"}
-    assert wrong("Lion", nuanse=2, schema=1) == [
+    assert load({"type": "Mine", "params": given}).arguments() == {"lr": 0.1, "nuance": 2000, "schema": "x"}
+    assert wrong("Mine", nuanse=2, schema=1) == [
         'optimizer.params.nuanse: unknown key; did you mean "nuance"?',
         "optimizer.params.schema: got 1; expected a string",
-        "optimizer.params.lr: missing; Lion needs it",
+        "optimizer.params.lr: missing; Mine needs it",
     ]
 
 

@@ -33,7 +33,10 @@ def test_what_is_ours_alone_is_torchs_or_older_or_redlines() -> None:
     known |= {key.rpartition(".")[0] for key in known}
     extra = {entry.key for entry in catalog().values() if entry.key not in known}
     torchs = {"foreach", "fused", "momentum", "dampening", "nesterov", "maximize", "differentiable"}
-    assert {key for key in extra if not key.startswith("redline")} == {f"optimizer.params.{name}" for name in torchs}
+    torchs |= {"lr_decay", "initial_accumulator_value"}
+    lambs, muons = {"eps_inside_sqrt", "max_coeff", "min_coeff"}, {"muon_lr", "adam_lr", "ns_method", "per_head_muon"}
+    ours = {f"optimizer.params.{name}" for name in torchs | lambs | muons}
+    assert {key for key in extra if not key.startswith("redline")} == ours - known
 
 
 def test_a_removed_key_says_so() -> None:

@@ -1,0 +1,119 @@
+"""DeepSpeed's Muon: torch's Muon for the hidden matrices and AdamW for the rest, as one optimizer.
+
+Which parameter goes where is DeepSpeed's rule (`deepspeed/__init__.py`, `set_optimizer_flags`), as are the names
+and defaults (`deepspeed/runtime/engine.py`, `_muon_param_groups`); the updates are torch's. They agree in momentum,
+Nesterov's look ahead, the coefficients and number of Newton-Schulz steps and the factor sqrt(max(1, rows / columns)).
+They differ in three things: torch orthogonalizes in bfloat16 everywhere, which is DeepSpeed's `ns_method` "standard"
+("gram" is the same iteration in float16); torch takes matrices alone, so convolutions go to AdamW; and a
+parameter without a gradient stays as it is, where DeepSpeed decays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from engine.lean import lean
+from engine.log import log
+
+__all__ = ["Muon", "split"]
+
+_MATRICES: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
+_REST: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+
+
+class Muon(Optimizer):
+    """Steps torch's Muon and Adam, which share its groups and its state.
+
+    Args:
+        groups: each with ``use_muon``, and the options of the optimizer that this chooses.
+        adam_w_mode: decouple the weight decay of those that Adam updates.
+
+    Raises:
+        RuntimeError: torch has no Muon.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, adam_w_mode: bool = True) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(f"torch {torch.__version__} has no Muon; use torch >= 2.9, or AdamW")
+        super().__init__(groups, {"adam_w_mode": adam_w_mode})
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the matrices, then the rest."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({**(_MATRICES if param_group["use_muon"] else _REST), **param_group})
+        self._link()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link()
+
+    def _link(self) -> None:
+        """Make the two optimizers over the groups as they are; torch's complete these in place."""
+        adam: Any = lean(torch.optim.AdamW if self.defaults["adam_w_mode"] else torch.optim.Adam)
+        matrices = [group for group in self.param_groups if group["use_muon"]]
+        rest = [group for group in self.param_groups if not group["use_muon"]]
+        self._parts: list[Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices))
+        if rest:
+            self._parts.append(adam(rest, fused=_can_fuse(rest)))
+        for part, groups in zip(self._parts, [each for each in (matrices, rest) if each]):
+            part.param_groups, part.state = groups, self.state
+
+
+def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
+    """Each group's parameters as a group for Muon and one for Adam, with their options.
+
+    A group's own option goes before ``muon_lr`` and ``adam_lr``, and these before ``lr``. A parameter may choose by
+    an attribute ``use_muon``.
+
+    Args:
+        parameters: tensors, or groups.
+        arguments: the config's ``optimizer.params``.
+        names: of the model's parameters.
+    """
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    parameters = list(parameters)
+    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
+    halves = []
+    for group in groups:
+        inside = group["params"]
+        members = [inside] if isinstance(inside, Tensor) else list(inside)
+        for use_muon, options, own_lr in ((True, _MATRICES, "muon_lr"), (False, _REST, "adam_lr")):
+            half = [each for each in members if _is_for_muon(each, names.get(each, "")) is use_muon]
+            given = {key: arguments[key] for key in options if key in arguments}
+            if own_lr in arguments:
+                given["lr"] = arguments[own_lr]
+            own = {key: value for key, value in group.items() if key in options}
+            if half:
+                halves.append({"params": half, "use_muon": use_muon, **options, **given, **own})
+    filters = [each for half in halves for each in half["params"] if each.ndim > 2]
+    if filters:
+        log.warning(
+            "Muon: torch's takes matrices alone; weights of more dimensions that Adam updates: %d", len(filters)
+        )
+    return halves
+
+
+def _is_for_muon(parameter: Tensor, name: str) -> bool:
+    """Whether a parameter is a hidden layer's matrix."""
+    hidden = not any(word in name.lower() for word in ("embed", "lm_head"))
+    return parameter.ndim == 2 and bool(getattr(parameter, "use_muon", hidden))
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool | None:
+    members = [parameter for group in groups for parameter in group["params"]]
+    return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in members) or None
