@@ -29,17 +29,25 @@ class Loader:
     Attributes:
         epoch: index of the next pass; it seeds the shuffling.
         dataloader: torch's loader underneath.
+        through: what each pass goes through on its way out, one after the other: a clock, a bar.
     """
 
     def __init__(self, dataloader: DataLoader[Any], device: torch.device) -> None:
         self.dataloader = dataloader
         self.device = device
         self.epoch = 0
+        self.through: list[Callable[[Iterator[Any]], Iterator[Any]]] = []
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
     def __iter__(self) -> Iterator[Any]:
+        batches = self._pass()
+        for through in self.through:
+            batches = through(batches)
+        return batches
+
+    def _pass(self) -> Iterator[Any]:
         if isinstance(self.dataloader.sampler, DistributedSampler):
             self.dataloader.sampler.set_epoch(self.epoch)
         self.epoch += 1

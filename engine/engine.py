@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from engine.data import Loader
 from engine.distributed import World
 from engine.errors import EngineError
-from engine.log import log
 from engine.parallel import wrap_model
 
 if TYPE_CHECKING:
@@ -86,7 +85,8 @@ class Engine(nn.Module):
         skipped_steps: updates that were left out for an overflow; 0 in fp32.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
-        steps_per_print: updates between two lines about progress; None for no lines.
+        steps_per_print: updates between two lines about progress; None for no lines. May be changed at any time, on
+            all processes alike.
     """
 
     _parallel: DistributedDataParallel | None
@@ -195,8 +195,6 @@ class Engine(nn.Module):
         if self.recorder is not None:
             self.recorder.record(self.global_steps, self.optimizer.param_groups[0]["lr"], self._last_loss)
         self.global_steps += 1
-        if self.steps_per_print and self.global_steps % self.steps_per_print == 0:
-            self._print_progress()
         for observer in self.observers:
             observer.updated(self)
         if self.lr_scheduler is not None:
@@ -243,6 +241,11 @@ class Engine(nn.Module):
     def loss(self) -> Tensor | None:
         """This process's mean loss over the micro-batches of the last update, on the device; None before it."""
         return self._last_loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The last update's gradient norm before clipping, over all processes, on the device; None without clipping."""
+        return self._grad_norm
 
     @property
     def global_samples(self) -> int:
@@ -294,23 +297,3 @@ class Engine(nn.Module):
         """
         if self.recorder is not None:
             self.recorder.record_validation(self.global_steps, loss)
-
-    def _print_progress(self) -> None:
-        assert self._last_loss is not None
-        values = {
-            "step": self.global_steps,
-            "skipped": self.skipped_steps,
-            "loss": _shown(float(self.world.mean(self._last_loss))),
-            "lr": _shown(self.get_lr()),
-            "mom": _shown(self.get_mom()),
-        }
-        if self._grad_norm is not None:
-            values["norm"] = _shown(float(self._grad_norm))
-        log.info("%s", ", ".join(f"{name}={value}" for name, value in values.items()))
-
-
-def _shown(value: Any) -> str:
-    """A number to six digits; lists of them, one for each parameter group, likewise."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    return "None" if value is None else f"{float(value):.6g}"

@@ -17,6 +17,7 @@ from engine.distributed import join_world
 from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
+from engine.watch import attach
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -55,7 +56,7 @@ def initialize(
 
     Raises:
         ConfigError: the config cannot be obeyed; it lists every problem.
-        EngineError: the parts do not go together.
+        EngineError: the parts do not go together, or a package is missing that the config needs.
     """
     from engine.config import load_config  # here, not above: pydantic takes longer to import than all the rest
 
@@ -78,7 +79,9 @@ def initialize(
         collate_fn=collate_fn,
     )
     log.info("%s", _summary(parts))
-    return Engine(parts)
+    engine = Engine(parts)
+    attach(engine)
+    return engine
 
 
 def _unscheduled(config: EngineConfig) -> ConfigError:

@@ -70,7 +70,7 @@ _COUNTERS = (
     "micro_steps",
     "skipped_steps",
     "recorder",
-    "steps_per_print",
+    "observers",
     "_pending",
     "_loss",
     "_last_loss",

@@ -1,0 +1,101 @@
+"""`wall_clock_breakdown`: where the time of an update goes.
+
+The names are DeepSpeed's (`fwd`, `bwd`, `step`), which prints each micro-step and each update; here it is the mean
+over the updates since the last line. `data` is the wait for ``engine.training_dataloader``; `update` is all of the
+time between two updates, and so what the script does itself, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from engine.engine import Engine
+from engine.watch.stopwatch import Stopwatch, stamp
+
+__all__ = ["Timings", "surround"]
+
+
+class Timings:
+    """Times forward, backward and step with a stamp before and after: a CUDA event, or a look at the clock."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watch = Stopwatch()
+        self._step_begin: Any = None
+        self._warm = False
+        surround(engine, self._timed)
+        if engine.training_dataloader is not None:
+            engine.training_dataloader.through.append(self._pass)
+
+    def updated(self, engine: Engine) -> None:
+        if self._step_begin is not None:  # the step ends here: what is printed now is no part of it
+            self._watch.add("step", self._step_begin, stamp(engine.device))
+            self._step_begin = None
+        if not self._warm:  # the first update is not to be counted
+            self._watch.clear()
+            self._warm = True
+
+    def line(self, updates: int, seconds: float) -> str | None:
+        """The mean of each over the updates since the last line; None before the second one."""
+        spans = self._watch.totals()
+        self._watch.clear()
+        if not updates:
+            return None
+        parts = {str(name): spans[name].ms for name in ("data", "fwd", "bwd", "step") if name in spans}
+        parts["update"] = seconds * 1e3
+        return "time (ms): " + ", ".join(f"{name}={ms / updates:.2f}" for name, ms in parts.items())
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        device = self._engine.device
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = stamp(device)
+            if name == "step":
+                self._step_begin = begin
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if name != "step":
+                    self._watch.add(name, begin, stamp(device))
+                elif self._step_begin is not None:  # no update in it
+                    self._watch.add(name, begin, stamp(device))
+                    self._step_begin = None
+
+        return timed
+
+    def _pass(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """A pass over the loader, each wait for it noted."""
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if self._engine.observers:
+                self._watch.add("data", begin, time.perf_counter())
+            yield batch
+
+
+def surround(engine: Engine, put_around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put something around an engine's `fwd`, `bwd` and `step` where it trains and is watched; not where it evaluates.
+
+    Args:
+        engine: gets instance attributes, so that an engine which nobody looks into pays nothing.
+        put_around: of a name and a call; makes a call of it.
+    """
+
+    def where_watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        watched = put_around(name, call)
+
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            look = engine.observers and torch.is_grad_enabled()
+            return watched(*args, **kwargs) if look else call(*args, **kwargs)
+
+        return choose
+
+    for method, name in (("forward", "fwd"), ("backward", "bwd"), ("step", "step")):
+        setattr(engine, method, where_watched(name, getattr(engine, method)))
