@@ -36,19 +36,21 @@ def attach(engine: Engine) -> None:
         dump_state(config)
     if config.comms_logger is not None and config.comms_logger.enabled:
         engine.observers.append(CommsLog(engine, config.comms_logger))
+    monitor = None
+    if wants_writers(config):
+        monitor = Monitor(engine.world, build_writers(config) if engine.global_rank == 0 else [])
+        engine.observers.append(monitor)
     gauges: list[Gauge] = []
     if config.wall_clock_breakdown:
-        timings = Timings(engine)
+        timings = Timings(engine, monitor)
         engine.observers.append(timings)
         gauges.append(timings)
     if config.flops_profiler is not None and config.flops_profiler.enabled and engine.global_rank == 0:
         engine.observers.append(FlopsProfiler(engine, config.flops_profiler))
     if config.memory_breakdown:
         memory = Memory(engine.device)
-        log.info("%s, with the model built", memory.line())
+        log.info("the model is built; %s", memory.line())
         gauges.append(memory)
-    if wants_writers(config):
-        engine.observers.append(Monitor(engine.world, build_writers(config) if engine.global_rank == 0 else []))
     if wants_bar(engine):
         engine.observers.append(Bar(engine))
     _print_at_intervals(engine, config, gauges)

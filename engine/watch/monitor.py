@@ -1,7 +1,8 @@
 """What a run writes down about every update, for TensorBoard, Weights & Biases, Comet and CSV files.
 
 Names and x-axis are DeepSpeed's: ``Train/Samples/train_loss``, ``lr`` and ``loss_scale`` against the samples that all
-processes have trained on; ``grad_norm`` is ours. An update's rate is the one it ran at; DeepSpeed writes the next one.
+processes have trained on, and the times of `wall_clock_breakdown`; ``grad_norm`` is ours. An update's rate is the one it
+ran at; DeepSpeed writes the next one.
 
 Numbers stay on the device and are written in batches: every so many updates, with each line of `steps_per_print`, and
 at the end of the process, also after an exception. Losses are averaged over the processes once a batch. At the end that
@@ -91,6 +92,15 @@ class Monitor:
         if notes:
             self._write(notes, self._world.mean(_stacked([note.loss for note in notes])).tolist())
 
+    def publish(self, values: dict[str, float], samples: int) -> None:
+        """Write numbers that rank zero has at hand.
+
+        Args:
+            values: by name, such as "Train/Samples/lr".
+            samples: trained on so far.
+        """
+        self._send([Point(name, value, samples) for name, value in values.items()])
+
     def close(self) -> None:
         """Write what has been noted so far and let the writers go; no collective."""
         atexit.unregister(self.close)
@@ -117,6 +127,9 @@ class Monitor:
             if note.loss_scale is not None:
                 values["loss_scale"] = float(note.loss_scale)
             points += [Point(f"Train/Samples/{name}", value, note.samples) for name, value in values.items()]
+        self._send(points)
+
+    def _send(self, points: list[Point]) -> None:
         for writer in list(self._writers):
             self._attempt(writer, lambda writer=writer: writer.write(points))
 

@@ -14,15 +14,24 @@ from typing import Any
 import torch
 
 from engine.engine import Engine
+from engine.watch.monitor import Monitor
 from engine.watch.stopwatch import Stopwatch, stamp
 
 __all__ = ["Timings", "surround"]
 
+_NAMES = {"fwd": "forward", "bwd": "backward", "step": "step"}  # in lines and in monitors
+
 
 class Timings:
-    """Times forward, backward and step with a stamp before and after: a CUDA event, or a look at the clock."""
+    """Times forward, backward and step with a stamp before and after: a CUDA event, or a look at the clock.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: what is timed.
+        monitor: gets what is printed, too, under DeepSpeed's names.
+    """
+
+    def __init__(self, engine: Engine, monitor: Monitor | None = None) -> None:
+        self._monitor = monitor
         self._engine = engine
         self._watch = Stopwatch()
         self._step_begin: Any = None
@@ -45,9 +54,12 @@ class Timings:
         self._watch.clear()
         if not updates:
             return None
-        parts = {str(name): spans[name].ms for name in ("data", "fwd", "bwd", "step") if name in spans}
-        parts["update"] = seconds * 1e3
-        return "time (ms): " + ", ".join(f"{name}={ms / updates:.2f}" for name, ms in parts.items())
+        parts = {name: spans[name].ms / updates for name in ("data", *_NAMES) if name in spans}
+        if self._monitor is not None:
+            times = {f"Train/Samples/elapsed_time_ms_{_NAMES[name]}": parts[name] for name in _NAMES if name in parts}
+            self._monitor.publish(times, self._engine.global_samples)
+        parts["update"] = seconds * 1e3 / updates
+        return "time (ms): " + ", ".join(f"{name}={ms:.2f}" for name, ms in parts.items())
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         device = self._engine.device
@@ -97,5 +109,5 @@ def surround(engine: Engine, put_around: Callable[[str, Callable[..., Any]], Cal
 
         return choose
 
-    for method, name in (("forward", "fwd"), ("backward", "bwd"), ("step", "step")):
+    for name, method in _NAMES.items():
         setattr(engine, method, where_watched(name, getattr(engine, method)))

@@ -72,7 +72,7 @@ def test_the_json_has_the_agreed_shape(write: Callable[[str], Path]) -> None:
             },
             {"path": "fp16", "status": "refused", "note": "not built yet; leave it out to train in fp32"},
             {"path": "bf16", "status": "no effect", "note": "it switches nothing on"},
-            {"path": "dump_state", "status": "no effect", "note": "redline validate prints the config in force"},
+            {"path": "dump_state", "status": "honoured", "note": "each value with its origin"},
         ],
         "resolved": {},
     }
@@ -105,9 +105,20 @@ def test_the_config_in_force_has_every_value() -> None:
         "gradient_clipping": 1.0,
         "steps_per_print": None,
         "dataloader_drop_last": False,
+        "tensorboard": None,
+        "wandb": None,
+        "csv_monitor": None,
+        "comet": None,
+        "flops_profiler": None,
+        "comms_logger": None,
+        "timers": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
         "redline": {
             "schedules": "deepspeed",
             "find_unused_parameters": False,
+            "progress": None,
             "range_test": {"output_dir": "range_test"},
         },
     }
@@ -147,7 +158,7 @@ def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) ->
         "or pass an optimizer of your own to initialize, or register it\n"
         "  fp16              refused    not built yet; leave it out to train in fp32\n"
         "  bf16              no effect  it switches nothing on\n"
-        "  dump_state        no effect  redline validate prints the config in force\n"
+        "  dump_state        honoured   each value with its origin\n"
         "\n"
         "batch: 8 = 4 a process x 1 accumulated x world size 2"
     )
