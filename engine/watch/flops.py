@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.engine import Engine
 from engine.log import log
-from engine.watch.stopwatch import Stopwatch, stamp
+from engine.watch.stopwatch import Stopwatch
 from engine.watch.table import table
 from engine.watch.timings import surround
 
@@ -80,14 +80,12 @@ class FlopsProfiler:
         self._counts: dict[str, int] = {}
         self._flops = {"fwd": 0, "bwd": 0}
         self._watch = Stopwatch()
-        self._step_begin: Any = None
         self._left = 2  # updates to look at: one to count, one to time
         surround(engine, self._profiled)
 
     def updated(self, engine: Engine) -> None:
-        if self._step_begin is not None:
-            self._watch.add("step", self._step_begin, stamp(engine.device))
-            self._step_begin = None
+        if self._left == 1:
+            self._watch.end("step", engine.device)
             self._report()
         elif self._left == 2 and self._counts:
             self._left = 1
@@ -124,14 +122,11 @@ class FlopsProfiler:
             self._flops[name] += self._counter.get_total_flops() - before
 
     def _timed(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        begin = stamp(self._engine.device)
-        if name == "step" and self._engine.is_gradient_accumulation_boundary():
-            self._step_begin = begin  # `updated` ends it
-            return call(*args, **kwargs)
+        self._watch.begin(name, self._engine.device)
         try:
             return call(*args, **kwargs)
         finally:
-            self._watch.add(name, begin, stamp(self._engine.device))
+            self._watch.end(name, self._engine.device)
 
     def _report(self) -> None:
         self._left = 0

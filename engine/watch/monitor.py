@@ -1,8 +1,8 @@
 """What a run writes down about every update, for TensorBoard, Weights & Biases, Comet and CSV files.
 
 Names and x-axis are DeepSpeed's: ``Train/Samples/train_loss``, ``lr`` and ``loss_scale`` against the samples that all
-processes have trained on, and the times of `wall_clock_breakdown`; ``grad_norm`` is ours. An update's rate is the one it
-ran at; DeepSpeed writes the next one.
+processes have trained on, and the times of `wall_clock_breakdown`; ``grad_norm`` is ours. An update's rate is the one
+it ran at; DeepSpeed writes the next one.
 
 Numbers stay on the device and are written in batches: every so many updates, with each line of `steps_per_print`, and
 at the end of the process, also after an exception. Losses are averaged over the processes once a batch. At the end that

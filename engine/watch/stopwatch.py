@@ -31,11 +31,22 @@ def stamp(device: torch.device) -> Stamp:
 
 
 class Stopwatch:
-    """Adds up spans by key."""
+    """Adds up spans by key; those of one key do not overlap, unless they are added whole."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[Any, Stamp, Stamp]] = []  # a list: other threads add to it, too
         self._totals: dict[Any, Span] = {}
+        self._open: dict[Any, Stamp] = {}
+
+    def begin(self, key: Any, device: torch.device) -> None:
+        """A span of this key begins now."""
+        self._open[key] = stamp(device)
+
+    def end(self, key: Any, device: torch.device) -> None:
+        """It ends now, if it has not ended already."""
+        begin = self._open.pop(key, None)
+        if begin is not None:
+            self.add(key, begin, stamp(device))
 
     def add(self, key: Any, begin: Stamp, end: Stamp) -> None:
         """Note a span between two stamps of one device."""

@@ -15,7 +15,7 @@ import torch
 
 from engine.engine import Engine
 from engine.watch.monitor import Monitor
-from engine.watch.stopwatch import Stopwatch, stamp
+from engine.watch.stopwatch import Stopwatch
 
 __all__ = ["Timings", "surround"]
 
@@ -34,16 +34,13 @@ class Timings:
         self._monitor = monitor
         self._engine = engine
         self._watch = Stopwatch()
-        self._step_begin: Any = None
         self._warm = False
         surround(engine, self._timed)
         if engine.training_dataloader is not None:
             engine.training_dataloader.through.append(self._pass)
 
     def updated(self, engine: Engine) -> None:
-        if self._step_begin is not None:  # the step ends here: what is printed now is no part of it
-            self._watch.add("step", self._step_begin, stamp(engine.device))
-            self._step_begin = None
+        self._watch.end("step", engine.device)  # what is printed now is no part of it
         if not self._warm:  # the first update is not to be counted
             self._watch.clear()
             self._warm = True
@@ -65,17 +62,11 @@ class Timings:
         device = self._engine.device
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = stamp(device)
-            if name == "step":
-                self._step_begin = begin
+            self._watch.begin(name, device)
             try:
                 return call(*args, **kwargs)
             finally:
-                if name != "step":
-                    self._watch.add(name, begin, stamp(device))
-                elif self._step_begin is not None:  # no update in it
-                    self._watch.add(name, begin, stamp(device))
-                    self._step_begin = None
+                self._watch.end(name, device)
 
         return timed
 
