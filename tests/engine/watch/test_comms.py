@@ -55,29 +55,41 @@ def counted(logger: dict[str, Any], **config: Any) -> dict[Any, int]:
     return {key: span.times for key, span in totals.items()}
 
 
-def test_gradients_are_counted_once_an_update_and_numbers_once_a_line() -> None:
-    for found in run_ranks(counted, 2, {}):
-        assert found == {("all_reduce", GRADIENT_BYTES, ""): 6}
+def every_way() -> dict[str, Any]:
+    """All that the tests below look at on two ranks, in one start of them."""
+    return {
+        "plain": counted({}),
+        "callers": counted({"debug": True}, gradient_accumulation_steps=2, steps_per_print=1),
+        "objects only": counted({"prof_all": False, "prof_ops": ["all_gather_object"]}),
+        "all_reduce only": counted({"prof_all": False, "prof_ops": ["all_reduce"]}),
+        "weights": weights_with_and_without(),
+        "after a range test": after_a_range_test(),
+        "said": said_while_training(),
+    }
 
 
-def every_way() -> list[dict[Any, int]]:
-    return [
-        counted({"debug": True}, gradient_accumulation_steps=2, steps_per_print=1),
-        counted({"prof_all": False, "prof_ops": ["all_gather_object"]}),
-        counted({"prof_all": False, "prof_ops": ["all_reduce"]}),
-    ]
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(every_way, 2)
 
 
-def test_callers_are_told_apart_and_kinds_can_be_chosen() -> None:
-    for found in run_ranks(every_way, 2):
-        assert found == [
-            {
-                ("all_reduce", GRADIENT_BYTES, "gradients, bucket 0"): 3,
-                ("all_reduce", 4, "engine.watch.progress._print"): 3,
-            },
-            {},
-            {("all_reduce", GRADIENT_BYTES, ""): 6},
-        ]
+def test_gradients_are_counted_once_an_update(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["plain"] == {("all_reduce", GRADIENT_BYTES, ""): 6}
+
+
+def test_callers_are_told_apart_and_so_are_lines_of_progress(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["callers"] == {
+            ("all_reduce", GRADIENT_BYTES, "gradients, bucket 0"): 3,
+            ("all_reduce", 4, "engine.watch.progress._print"): 3,
+        }
+
+
+def test_kinds_can_be_chosen(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["objects only"] == {}
+        assert rank["all_reduce only"] == {("all_reduce", GRADIENT_BYTES, ""): 6}
 
 
 def weights_with_and_without() -> list[torch.Tensor]:
@@ -89,11 +101,11 @@ def weights_with_and_without() -> list[torch.Tensor]:
     return found
 
 
-def test_measuring_changes_no_bit_of_the_training_on_two_ranks() -> None:
-    ranks = run_ranks(weights_with_and_without, 2)
-    for without, measured in ranks:
+def test_measuring_changes_no_bit_of_the_training_on_two_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        without, measured = rank["weights"]
         assert torch.equal(without, measured)
-    assert torch.equal(ranks[0][1], ranks[1][1])
+    assert torch.equal(ranks[0]["weights"][1], ranks[1]["weights"][1])
 
 
 def after_a_range_test() -> int:
@@ -104,8 +116,8 @@ def after_a_range_test() -> int:
     return sum(span.times for span in log_of(engine)._watch.totals().values()) - before
 
 
-def test_the_ddp_that_a_range_test_leaves_is_measured_too() -> None:
-    assert run_ranks(after_a_range_test, 2) == [3, 3]
+def test_the_ddp_that_a_range_test_leaves_is_measured_too(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["after a range test"] for rank in ranks] == [3, 3]
 
 
 def said_while_training() -> tuple[list[str], list[str]]:
@@ -118,8 +130,8 @@ def said_while_training() -> tuple[list[str], list[str]]:
     return verbose, "\n".join(said).splitlines()
 
 
-def test_each_is_printed_after_its_update_and_the_table_when_asked_for_by_rank_zero() -> None:
-    (verbose, table), other = run_ranks(said_while_training, 2)
+def test_each_is_printed_after_its_update_and_the_table_when_asked_for(ranks: list[dict[str, Any]]) -> None:
+    (verbose, table), other = (rank["said"] for rank in ranks)
     assert [line.partition(" in ")[0] for line in verbose] == [f"step={n}: all_reduce: 20 B" for n in (1, 2)]
     assert table[0] == "collectives of process 0 of 2"
     assert table[1].split() == ["collective", "size", "count", "ms", "ms", "each", "bus", "Gbit/s"]
