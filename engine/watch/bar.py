@@ -102,7 +102,7 @@ class Glance:
             self._value, self._coming = float(self._coming[0]), None
         if self._coming is None:
             host = torch.empty((), dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor, non_blocking=True)
+            host.copy_(tensor.detach().reshape(()), non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._coming = host, event

@@ -112,7 +112,7 @@ class CommsLog:
         """What the slowest link carries: as NCCL's tests count it, 2 (n - 1) / n of the size in an all-reduce."""
         if op != "all_reduce" or not span.ms:
             return ""
-        return f"{size * 8 * span.times * 2 * (self._size - 1) / self._size / (span.ms * 1e6):.3g}"
+        return f"{size * 8 * span.times * 2 * (self._size - 1) / self._size / (span.ms * 1e6):.2f}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -88,9 +88,11 @@ class Monitor:
 
     def flush(self) -> None:
         """Write what has been noted; a collective, and the device is waited for."""
-        notes, self._notes = self._notes, []
-        if notes:
-            self._write(notes, self._world.mean(_stacked([note.loss for note in notes])).tolist())
+        if not self._notes:
+            return
+        losses = self._world.mean(_stacked([note.loss for note in self._notes])).tolist()
+        notes, self._notes = self._notes, []  # now, and not above: Ctrl-C may come while the device is waited for
+        self._write(notes, losses)
 
     def publish(self, values: dict[str, float], samples: int) -> None:
         """Write numbers that rank zero has at hand.
