@@ -61,6 +61,7 @@ class Loader:
         collate_fn: samples to batch; None for torch's default.
         epoch: index of the pass under way, or of the first.
         samples: of this epoch that were handed out, over all processes.
+        through: what each pass goes through on its way out, one after the other: a clock, a bar.
     """
 
     def __init__(
@@ -71,12 +72,19 @@ class Loader:
         self._stride = micro_batch * world.size
         self.epoch, self.samples = 0, 0
         self._resumes = False  # whether the next pass goes on from `samples`
+        self.through: list[Callable[[Iterator[Any]], Iterator[Any]]] = []
 
     def __len__(self) -> int:
         """Micro-batches of a whole pass; TypeError for an iterable dataset without a length."""
         return self._source.num_batches(0)
 
     def __iter__(self) -> Iterator[Any]:
+        batches = self._pass()
+        for through in self.through:
+            batches = through(batches)
+        return batches
+
+    def _pass(self) -> Iterator[Any]:
         if self.samples and not self._resumes:
             self.epoch, self.samples = self.epoch + 1, 0
         epoch, samples = self.epoch, self.samples

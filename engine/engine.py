@@ -95,7 +95,8 @@ class Engine(nn.Module):
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
-        steps_per_print: updates between two lines about progress; None for no lines.
+        steps_per_print: updates between two lines about progress; None for no lines. May be changed at any time, on
+            all processes alike.
     """
 
     _parallel: DistributedDataParallel | None
@@ -286,8 +287,6 @@ class Engine(nn.Module):
             self._judge(skipped, self._last_loss, self._grad_norm)
         elif self._finite is not None and not self._precision.skips:
             self._finite.see(self.global_steps - 1, self._last_loss, self._grad_norm)
-        if self.steps_per_print and self.global_steps % self.steps_per_print == 0:
-            self._print_progress()
         for observer in self.observers:
             observer.updated(self)
         if skipped is None and self._precision.skips:
@@ -531,6 +530,11 @@ class Engine(nn.Module):
             self._settle(self._doubt)
 
     @property
+    def grad_norm(self) -> Tensor | float | None:
+        """The last update's gradient norm before clipping, over all processes; on CUDA a tensor there."""
+        return self._grad_norm
+
+    @property
     def loss_scale(self) -> float | None:
         """The factor of the next loss in fp16; None where there is none."""
         self._know()
@@ -578,19 +582,6 @@ class Engine(nn.Module):
         """
         if self.recorder is not None:
             self.recorder.record_validation(self.global_steps, loss)
-
-    def _print_progress(self) -> None:
-        assert self._last_loss is not None
-        values = {
-            "step": self.global_steps,
-            "skipped": self.skipped_steps,
-            "loss": _shown(float(self.world.mean(self._last_loss))),
-            "lr": _shown(self.get_lr()),
-            "mom": _shown(self.get_mom()),
-        }
-        if self._grad_norm is not None:
-            values["norm"] = _shown(float(self._grad_norm))
-        log.info("%s", ", ".join(f"{name}={value}" for name, value in values.items()))
 
 
 class _Unfinished:
@@ -659,10 +650,3 @@ def _say_unfinished(unfinished: _Unfinished, accumulation: int) -> None:
             "engine.flush() after the last one, or give a number of micro-batches that divides",
             unfinished.micro_batches, accumulation,
         )  # fmt: skip
-
-
-def _shown(value: Any) -> str:
-    """A number to six digits; lists of them, one for each parameter group, likewise."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    return "None" if value is None else f"{float(value):.6g}"

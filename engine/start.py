@@ -18,6 +18,7 @@ from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
 from engine.precision import dtype_table
+from engine.watch import attach
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -56,7 +57,7 @@ def initialize(
 
     Raises:
         ConfigError: the config cannot be obeyed; it lists every problem.
-        EngineError: the parts do not go together.
+        EngineError: the parts do not go together, or a package is missing that the config needs.
     """
     from engine.config import load_config  # here, not above: pydantic takes longer to import than all the rest
 
@@ -81,7 +82,9 @@ def initialize(
     log.info("%s\n%s", _summary(parts), dtype_table(parts.precision, parts.optimizer))
     if parts.training_dataloader is not None:
         log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
-    return Engine(parts)
+    engine = Engine(parts)
+    attach(engine)
+    return engine
 
 
 def _unscheduled(config: EngineConfig) -> ConfigError:

@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.gradients",),
     ("engine.parallel",),
     ("engine.engine",),
-    ("engine.range_test",),
+    ("engine.range_test", "engine.watch"),
     ("engine.build",),
     ("engine.preview", "engine.start"),
     ("engine.cli",),
@@ -202,7 +202,7 @@ environment, state, draws = dict(os.environ), random.getstate(), torch.get_rng_s
 handlers = list(logging.getLogger().handlers)
 torchs_own = set(sys.modules)
 import engine, schedulers
-extras = ["matplotlib", "sklearn", "tqdm", "jsonschema", "pydantic"]
+extras = ["matplotlib", "sklearn", "tqdm", "jsonschema", "pydantic", "tensorboard", "wandb", "comet_ml"]
 print(json.dumps({
     "extras": [name for name in extras if name in set(sys.modules) - torchs_own],
     "environment": dict(os.environ) == environment,

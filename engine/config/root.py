@@ -17,6 +17,15 @@ from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
 from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
+from engine.config.sections.records import (
+    CometConfig,
+    CommsLoggerConfig,
+    CsvMonitorConfig,
+    FlopsProfilerConfig,
+    TensorBoardConfig,
+    TimersConfig,
+    WandbConfig,
+)
 
 __all__ = ["EngineConfig"]
 
@@ -57,6 +66,10 @@ class RedlineConfig(Section):
         default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
     )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
+    progress: bool | None = Field(
+        default=None,
+        description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
+    )
     range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
 
 
@@ -114,6 +127,26 @@ class EngineConfig(Section):
         default=None, description="Optimizer steps between two lines of progress; null for none."
     )
     dataloader_drop_last: bool = Field(default=False, description="Drop the last batch of an epoch if it is not full.")
+    tensorboard: Annotated[TensorBoardConfig | None, OR_OFF] = Field(
+        default=None, description="Event files for TensorBoard."
+    )
+    wandb: Annotated[WandbConfig | None, OR_OFF] = Field(default=None, description="Weights & Biases.")
+    csv_monitor: Annotated[CsvMonitorConfig | None, OR_OFF] = Field(
+        default=None, description="One CSV file for each number."
+    )
+    comet: Annotated[CometConfig | None, OR_OFF] = Field(default=None, description="Comet.")
+    flops_profiler: Annotated[FlopsProfilerConfig | None, OR_OFF] = Field(
+        default=None, description="Operations and time of each module, counted in one step."
+    )
+    comms_logger: Annotated[CommsLoggerConfig | None, OR_OFF] = Field(
+        default=None, description="Time and size of each collective."
+    )
+    timers: Annotated[TimersConfig | None, OR_OFF] = Field(default=None, description="DeepSpeed's timers.")
+    wall_clock_breakdown: bool | None = Field(
+        default=False, description="Print the time of data, forward, backward and step."
+    )
+    memory_breakdown: bool | None = Field(default=False, description="Print memory in use.")
+    dump_state: bool | None = Field(default=False, description="Print the config in force at the start.")
     redline: RedlineConfig = Field(default=RedlineConfig(), description="Redline's own options.")
 
     _document: Document | None = PrivateAttr(default=None)

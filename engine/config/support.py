@@ -42,7 +42,6 @@ def _removed(name: str, meaning: str, instead: str, kind: Any = SECTION) -> Key:
 
 
 _LEAVE_OUT = "leave it out"
-_RECORD = "print with steps_per_print, or write to it from your script"
 _FP32 = "leave it out to train in fp32"
 _SAVE = "save with torch.save from your script"
 _FORMAT = Literal["fp16", "bf16", "fp32"]
@@ -104,19 +103,16 @@ _TABLE = (
     # Data
     _later("data_efficiency", "data_efficiency:DataEfficiencyConfig", "give your own data loader"),
     # Records
-    _later("tensorboard", "records:TensorBoardConfig", _RECORD),
-    _later("wandb", "records:WandbConfig", _RECORD),
-    _later("csv_monitor", "records:CsvMonitorConfig", _RECORD),
-    _later("comet", "records:CometConfig", _RECORD),
-    _later("flops_profiler", "records:FlopsProfilerConfig", "use torch.profiler"),
-    _later("comms_logger", "records:CommsLoggerConfig", "use torch.profiler"),
-    _unread("timers", "records:TimersConfig", "nothing is timed; use torch.profiler"),
-    _harmless("wall_clock_breakdown", bool, False,
-              "Print the time of forward, backward and step.", "nothing is timed; use torch.profiler"),
-    _harmless("memory_breakdown", bool, False,
-              "Print memory in use.", "no memory is reported; use torch.cuda.memory_summary"),
-    _harmless("dump_state", bool, False,
-              "Print the config at the start.", "redline validate prints the config in force"),
+    Key("tensorboard", HONOURED, "needs tensorboard, of the extra of that name"),
+    Key("wandb", HONOURED, "needs wandb, of the extra of that name"),
+    Key("csv_monitor", HONOURED, "DeepSpeed's files; the header comes once"),
+    Key("comet", HONOURED, "needs comet_ml, of the extra comet"),
+    Key("flops_profiler", HONOURED, "counted by torch, forward and backward each"),
+    Key("comms_logger", HONOURED, "gradients, and the engine's own numbers"),
+    Key("timers", HONOURED, "samples per second in the lines of steps_per_print"),
+    Key("wall_clock_breakdown", HONOURED, "with the lines of steps_per_print; every 10 updates if that is null", False),
+    Key("memory_breakdown", HONOURED, "after the start, and with the lines of steps_per_print", False),
+    Key("dump_state", HONOURED, "each value with its origin", False),
     _harmless("log_level", str, None, "Level of DeepSpeed's logger.", "set the level of the Python logger"),
     _harmless("vocabulary_size", Integer, None,
               "Tokens of the vocabulary.", "DeepSpeed only warns when it is no multiple of 8"),
@@ -196,6 +192,8 @@ _INSIDE = (
     Key("zero_optimization.mics_shard_size", REFUSED, _GONE, -1),
     Key("zero_optimization.mics_hierarchical_params_gather", REFUSED, _GONE, False),
     Key("zero_optimization.zeropp_loco_param", REFUSED, _GONE),
+    # Records
+    *_own("timers.throughput", NO_EFFECT, "the clock is read where the loss is, which has waited", "synchronized"),
     # Checkpoints
     Key("checkpoint.load_universal", REFUSED, f"DeepSpeed's universal format is not read; {_LEAVE_OUT}", False),
     Key("checkpoint.use_node_local_storage", REFUSED, f"not built yet; {_SAVE}", False),

@@ -163,7 +163,6 @@ class _Plan:
             engine.optimizer, run.min_lrs, self.step_size, run.rate or 0.0, self.staircase
         )
         engine.recorder = Recorder(engine.world)
-        engine.steps_per_print = None
         engine.observers = []
         engine._finite = None  # a test is there to diverge
 

@@ -78,7 +78,6 @@ _COUNTERS = (
     "_skipped",
     "_doubt",
     "recorder",
-    "steps_per_print",
     "observers",
     "_finite",
     "_last_loss",

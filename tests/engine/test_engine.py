@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from typing import Any
 
 import pytest
@@ -349,66 +347,6 @@ def test_a_backward_that_fails_leaves_no_loss_behind() -> None:
         engine.backward(torch.tensor(1e9))
     (loss,) = train(engine, 1)
     assert float(engine.loss) == float(loss)
-
-
-# -- progress ------------------------------------------------------------------------------------------------
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("step=")]
-
-
-def test_progress_is_printed_once_every_so_many_updates(caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine(gradient_accumulation_steps=2, steps_per_print=3, gradient_clipping=1.0)
-    with caplog.at_level(logging.INFO, logger="engine"):
-        train(engine, 14)
-    said = lines(caplog)
-    assert [line.split(",")[0] for line in said] == ["step=3", "step=6"]
-    assert "lr=[0.1]" in said[0]
-    assert "norm=" in said[0]
-
-
-def test_progress_tells_the_loss_and_the_rate_of_the_update_it_counts(caplog: pytest.LogCaptureFixture) -> None:
-    schedule = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
-    engine = make_engine(steps_per_print=1, scheduler=schedule)
-    with caplog.at_level(logging.INFO, logger="engine"):
-        losses = [float(train(engine, 1)[0]) for _ in range(3)]
-    told = [dict(part.split("=") for part in line.split(", ")) for line in lines(caplog)]
-    assert [float(line["loss"]) for line in told] == pytest.approx(losses, rel=1e-5)
-    assert [line["lr"] for line in told] == ["[0.1]", "[0.05]", "[0.025]"]
-
-
-def test_a_tensor_rate_is_printed_as_a_number(caplog: pytest.LogCaptureFixture) -> None:
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
-    config = {"train_batch_size": 4, "steps_per_print": 1}
-    engine = initialize(model, config, optimizer=optimizer, device="cpu")
-    with caplog.at_level(logging.INFO, logger="engine"):
-        train(engine, 1)
-    assert "lr=[0.25]" in lines(caplog)[0]
-
-
-def test_no_progress_is_printed_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine()
-    with caplog.at_level(logging.INFO, logger="engine"):
-        train(engine, 20)
-    assert lines(caplog) == []
-
-
-def test_other_ranks_print_no_progress(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(steps_per_print=1)
-    monkeypatch.setenv("RANK", "1")
-    with caplog.at_level(logging.INFO, logger="engine"):
-        train(engine, 2)
-    assert lines(caplog) == []
-
-
-def test_a_loss_that_is_not_a_number_is_trained_on_and_shown(caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine(steps_per_print=1)
-    with caplog.at_level(logging.INFO, logger="engine"):
-        engine.backward(mse(engine(X), Y) * math.nan)
-        engine.step()
-    assert "loss=nan" in lines(caplog)[0]
 
 
 # -- the compiler --------------------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ class FlopsProfilerConfig(Loose):
 
     enabled: bool = Field(False, description="Profile one step.")
     recompute_fwd_factor: NonNegative = Field(0.0, description="Share of the forward pass that backward repeats.")
-    profile_step: Integer = Field(1, description="The update that is profiled.")
+    profile_step: Integer = Field(1, description="The update that is profiled: so many are done before it.")
     module_depth: Index = Field(-1, description="Depth of modules that is printed; -1 for the innermost.")
-    top_modules: Integer = Field(1, description="Modules that are printed at each depth.")
+    top_modules: Integer = Field(1, description="Modules that are named at each depth.")
     detailed: bool = Field(True, description="Print the model module by module.")
     output_file: str | None = Field(None, description="File of the report; null prints it.")
 
@@ -83,7 +83,7 @@ class CommsLoggerConfig(Rare):
     enabled: bool = Field(False, description="Record collectives.")
     prof_all: bool = Field(True, description="Record all of them.")
     prof_ops: list[str] = Field([], description="Names of those to record.")
-    verbose: bool = Field(False, description="Print each as it runs.")
+    verbose: bool = Field(False, description="Print each after its update, which waits for the device.")
     debug: bool = Field(False, description="Add the name of the caller.")
 
 
