@@ -39,6 +39,7 @@ class Crew:
     def __init__(self, task: Task) -> None:
         self.task = task
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")  # where a range test leaves its record
         port = _free_port()
         self._workers = [
             subprocess.Popen(
@@ -47,7 +48,7 @@ class Crew:
                 stdout=subprocess.PIPE,
                 stderr=self._said,
                 env=_environment(task, rank, port),
-                cwd=tempfile.gettempdir(),
+                cwd=self._folder.name,
                 bufsize=0,
             )
             for rank in range(task.processes)
@@ -62,6 +63,7 @@ class Crew:
         for worker in self._workers:
             worker.communicate()
         self._said.close()
+        self._folder.cleanup()
 
     def started(self) -> dict[str, float]:
         """The slowest rank's times of its start."""

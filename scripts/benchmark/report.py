@@ -103,7 +103,7 @@ _METHOD = """\
 *By hand* is a loop as a careful engineer would write it: `AdamW(fused=True)`, foreach clipping, the learning rate set
 by hand, `DistributedDataParallel`, `torch.autocast` for bf16. Every subject is given the same fused AdamW, the same
 weights, batches and rates, and must repeat the loop's first 12 losses (to 1e-6 of them in fp32 on a CPU, 1e-5 on CUDA,
-3e-2 in bf16) before it is timed. Each has processes of its own; they take turns, a turn is compared with the loop's
+1e-2 in bf16) before it is timed. Each has processes of its own; they take turns, a turn is compared with the loop's
 in the same round, and the tables have the medians over the rounds."""
 
 

@@ -95,11 +95,10 @@ def by_hand_with_masters(task: Task, model: nn.Module, loss_of: Loss, batches: B
 def redline(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
     """Our engine."""
     from engine import initialize
-    from engine.range_test.recorder import Recorder
 
     engine = initialize(model, _config(task), device="cpu" if task.device == "cpu" else None)
-    # The config's own recorder would write files.
-    engine.recorder = Recorder(engine.world) if task.subject == "Redline, recording" else None
+    if task.subject != "Redline, recording":
+        engine.recorder = None  # a schedule that is a range test is recorded, unless one says otherwise
     if task.compiled:
         engine.compile()
     return _driven(engine, task, loss_of, batches)
