@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
+from engine.doubt import Doubt, can_skip, undo_of
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.gradients import Reduction, clip, norm_of, scale_by
@@ -138,8 +139,8 @@ class Engine(nn.Module):
         self._skipped = 0
         # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip an update by themselves, and
         # the engine learns of it when the next one begins; other optimizers have to be told, which waits.
-        self._reads_norm = self.device.type == "cpu" or (parts.precision.skips and not _can_skip(parts.optimizer))
-        self._doubt: _Doubt | None = None  # an update of which it is not known yet whether it was skipped
+        self._reads_norm = self.device.type == "cpu" or (parts.precision.skips and not can_skip(parts.optimizer))
+        self._doubt: Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
         self._boundary: bool | None = None  # as the script says; None: as the micro-batches count
         self._pending = False  # a backward whose step has not come yet
@@ -214,6 +215,8 @@ class Engine(nn.Module):
         last = self._leaves[-1].grad
         self._last_grad = (last, 0 if last is None else last._version)
         share = loss.detach()
+        if share.element_size() < 4:  # what it is added to, and averaged with, should not be rounded again
+            share = share.float()
         self._loss = share if self._loss is None else self._loss + share
         self._unfinished.backwards += 1
         self._pending = not self._in_no_sync
@@ -290,7 +293,7 @@ class Engine(nn.Module):
         for observer in self.observers:
             observer.updated(self)
         if skipped is None and self._precision.skips:
-            self._doubt = _Doubt(self._last_loss, self._grad_norm, _undo_of(self.lr_scheduler, optimizer))
+            self._doubt = Doubt(self._last_loss, self._grad_norm, undo_of(self.lr_scheduler, optimizer))
         if self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
         if self.scaler is not None and skipped is not None:
@@ -339,7 +342,7 @@ class Engine(nn.Module):
         elif self._finite is not None:
             self._finite.see(step, loss, norm)
 
-    def _settle(self, doubt: _Doubt) -> None:
+    def _settle(self, doubt: Doubt) -> None:
         """Learn whether the last update was skipped; if so, the schedule has moved too far."""
         self._doubt = None
         norm = doubt.norm()
@@ -589,58 +592,6 @@ class _Unfinished:
 
     backwards = 0
     micro_batches = 0
-
-
-class _Doubt:
-    """An update that the device may have skipped: its loss, its gradient norm on the way here, how to undo the rest."""
-
-    def __init__(self, loss: Tensor, norm: Tensor | float, undo: Callable[[], None]) -> None:
-        self.loss = loss
-        self.undo = undo
-        self._norm, self._arrived = norm, None
-        if isinstance(norm, Tensor) and norm.is_cuda:
-            self._norm = torch.empty((), pin_memory=True).copy_(norm, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def norm(self) -> float:
-        """Waits for the end of that update's backward, when the next forward is under way already."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._norm)
-
-
-def _can_skip(optimizer: Optimizer | None) -> bool:
-    """Whether the optimizer leaves an update out by itself where `found_inf` says so."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return False
-    return optimizer is not None and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def _undo_of(schedule: Schedule | None, optimizer: Optimizer) -> Callable[[], None]:
-    """What puts a schedule, and what it has written into the optimizer, back to where they are now."""
-    if schedule is None:
-        return lambda: None
-    state = schedule.state_dict()
-    written = [
-        (group, {name: _copied(group[name]) for name in ("lr", "betas", "momentum") if name in group})
-        for group in optimizer.param_groups
-    ]
-
-    def undo() -> None:
-        schedule.load_state_dict(state)
-        for group, values in written:
-            for name, value in values.items():
-                if isinstance(group[name], Tensor):
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
-
-    return undo
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _say_unfinished(unfinished: _Unfinished, accumulation: int) -> None:

@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
     ("engine.errors", "engine.lamb", "engine.lean", "engine.log", "engine.muon", "engine.textplot"),
     ("engine.config", "engine.optimizers", "engine.distributed"),
-    ("engine.agreement", "engine.data", "engine.finite", "engine.precision"),
+    ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
     ("engine.parallel",),
     ("engine.engine",),

@@ -1,0 +1,73 @@
+"""An update of which only the device knows yet whether it was made.
+
+In fp16 and bf16 an update with a gradient that is not finite is skipped. On CUDA torch's fused optimizers do so by
+themselves; that the schedule has moved all the same is found out, and undone, when the next update begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Doubt", "can_skip", "undo_of"]
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Doubt:
+    """An update that the device may have skipped: its loss, its gradient norm on the way here, how to undo the rest."""
+
+    def __init__(self, loss: Tensor, norm: Tensor | float, undo: Callable[[], None]) -> None:
+        self.loss = loss
+        self.undo = undo
+        self._norm, self._arrived = norm, None
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            self._norm = torch.empty((), pin_memory=True).copy_(norm, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def norm(self) -> float:
+        """Waits for the end of that update's backward, when the next forward is under way already."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._norm)
+
+
+def can_skip(optimizer: Optimizer | None) -> bool:
+    """Whether the optimizer leaves an update out by itself where `found_inf` says so."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return optimizer is not None and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def undo_of(schedule: _Stateful | None, optimizer: Optimizer) -> Callable[[], None]:
+    """What puts a schedule, and what it has written into the optimizer, back to where they are now."""
+    if schedule is None:
+        return lambda: None
+    state = schedule.state_dict()
+    written = [
+        (group, {name: _copied(group[name]) for name in ("lr", "betas", "momentum") if name in group})
+        for group in optimizer.param_groups
+    ]
+
+    def undo() -> None:
+        schedule.load_state_dict(state)
+        for group, values in written:
+            for name, value in values.items():
+                if isinstance(group[name], Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+
+    return undo
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
