@@ -20,7 +20,7 @@ from engine.range_test.result import RangeTestResult
 
 __all__ = ["PassiveRecorder"]
 
-SAVE_EVERY = 500  # updates between two savings of the record, or a tenth of it once that is more: the whole is written
+SAVE_EVERY = 500  # updates between two savings of the record, or half of it once that is more: the whole is written
 
 
 class PassiveRecorder(Recorder):
@@ -48,7 +48,7 @@ class PassiveRecorder(Recorder):
         if len(self) % SAVE_EVERY:
             return
         self._read()  # on every rank: notes that nobody reads would pile up on the device
-        if self._world.rank == 0 and len(self) - self._saved >= self._saved / 10:
+        if self._world.rank == 0 and len(self) - self._saved >= self._saved / 2:
             self._saved = len(self)
             try:
                 self.result().save(self.directory)
