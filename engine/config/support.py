@@ -72,6 +72,9 @@ _TABLE = (
               "Number format of sequence parallelism's communication.", "there is no sequence parallelism"),
     _harmless("use_data_before_expert_parallelism", bool, False,
               "Order of the process groups of expert and data parallelism.", "there is no expert parallelism"),
+    _harmless("sparse_gradients", bool, False,
+              "Reduce gradients of embeddings as sparse tensors.",
+              "DeepSpeed has removed it; embeddings built with sparse=True are reduced so, whatever this says"),
     _harmless("fp32_allreduce", bool, False,
               "Reduce gradients in fp32.", "an older DeepSpeed's; gradients are reduced in fp32 as it is"),
     _refused("sequence_parallel_size", Integer, 1,
@@ -139,8 +142,6 @@ _TABLE = (
              "give the batch sizes themselves; torchrun restarts on another number of processes"),
     _removed("curriculum_learning", "Short sequences first; now in data_efficiency.", "give your own data loader"),
     _removed("progressive_layer_drop", "Drop layers at random while training.", "drop layers in your model's forward"),
-    _removed("sparse_gradients",
-             "Reduce gradients of embeddings as sparse tensors.", "build the embedding with sparse=True", bool),
     _removed("graph_harvesting", "Run the model as a CUDA graph.", "use torch.compile", bool),
 )  # fmt: skip
 

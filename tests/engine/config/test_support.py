@@ -130,7 +130,6 @@ def test_a_refused_key_that_switches_nothing_on_has_no_effect(name: str, off: An
         ("weight_quantization", {"quantized_initialization": {}}),
         ("compression_training", {"weight_quantization": {}}),
         ("sequence_parallel_size", 2),
-        ("sparse_gradients", True),
         ("compile", {"deepcompile": True}),
         ("elasticity", {"max_train_batch_size": 8}),
     ],
