@@ -236,10 +236,10 @@ class Engine(nn.Module):
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
         self._pending = False
+        ends_update = not self._managed or self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         self._unfinished.micro_batches += 1
-        if not self._managed or (self._unfinished.micro_batches >= self._accumulation if self._boundary is None
-                                 else self._boundary):  # fmt: skip
+        if ends_update:
             self._update()
 
     def flush(self) -> bool:

@@ -107,8 +107,8 @@ def _epoch_summary(loader: Loader, config: EngineConfig, world: World) -> str:
     if not left:
         return f"{epoch}{whole} updates"
     return (
-        f"{epoch}{micro_batches / accumulation:.6g} updates; {accumulation} accumulated do not divide it, so that an "
-        "update spans the end of an epoch and nothing is dropped"
+        f"{epoch}{micro_batches / accumulation:.3g} updates; {accumulation} accumulated do not divide it, so that an "
+        "update spans the end of an epoch; engine.flush() makes the last one"
     )
 
 

@@ -366,7 +366,7 @@ def test_the_data_section_reaches_the_loader() -> None:
     [
         (1, "data: 10 samples; an epoch is 5 micro-batches and 5 updates"),
         (2, "data: 10 samples; an epoch is 5 micro-batches and 2.5 updates; 2 accumulated do not divide it, so that "
-            "an update spans the end of an epoch and nothing is dropped"),
+            "an update spans the end of an epoch; engine.flush() makes the last one"),
     ],
 )  # fmt: skip
 def test_the_length_of_an_epoch_is_said(accumulated: int, words: str, caplog: pytest.LogCaptureFixture) -> None:
