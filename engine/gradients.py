@@ -74,7 +74,12 @@ class Reduction:
         """Reduce gradients in place, and wait; for those that backward has left to this process."""
         if self.size == 1:
             return
-        for bucket in _buckets(gradients):
+        for gradient in gradients:
+            if gradient.is_sparse:  # in its own format: rows of several processes come side by side
+                total = gradient.coalesce()
+                dist.all_reduce(total)
+                gradient.copy_(total.mul_(self.before * self.after))
+        for bucket in _buckets([gradient for gradient in gradients if not gradient.is_sparse]):
             buffer = torch.cat([gradient.reshape(-1).to(self.dtype) for gradient in bucket])
             total = self.start(buffer).wait()
             for gradient, part in zip(bucket, torch.split(total, [gradient.numel() for gradient in bucket])):
