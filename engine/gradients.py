@@ -133,10 +133,10 @@ def _plus(gradient: Tensor, owner: Tensor | None) -> Tensor:
     return gradient if owner is None or owner.grad is None else gradient.add_(owner.grad.reshape(-1))
 
 
-def norm_of(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar tensor on their device; of sparse ones, too."""
     try:
-        norms = torch._foreach_norm(gradients)
+        norms = torch._foreach_norm(list(gradients))
     except RuntimeError:  # sparse ones; to ask each gradient at every update would cost more
         norms = tuple(torch.linalg.vector_norm(_values(gradient)) for gradient in gradients)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

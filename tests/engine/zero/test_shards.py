@@ -274,10 +274,41 @@ def whole(engine: Any, name: str) -> Tensor:
 
 Case = tuple[str, Callable[..., Any], dict[str, Any]]
 LOW = {"bf16": {"enabled": True}}
+
+
+def watched(stage: int) -> Any:
+    """Everything that watches looks on, and changes nothing; what blocks send is counted."""
+    from engine.watch.comms import CommsLog
+
+    engine = build(
+        stage,
+        comms_logger={"enabled": True, "prof_all": True, "debug": False, "verbose": True},
+        flops_profiler={"enabled": True, "profile_step": 1},
+        wall_clock_breakdown=True,
+        memory_breakdown=True,
+    )
+    record = train(engine)
+    table = next(each for each in engine.observers if isinstance(each, CommsLog)).summary()
+    assert ("reduce_scatter" in table) == ("all_gather" in table) == (stage > 0), table
+    return record
+
+
+def unfit(stage: int) -> Any:
+    """An optimizer that cannot work on shares says so."""
+    from engine.errors import EngineError
+
+    try:
+        return train(build(stage, optimizer={"type": "Adafactor", "params": {"lr": 0.01}}), 1)
+    except EngineError as error:
+        assert stage and "Adafactor" in str(error) and "stage 0" in str(error), error
+        return train(build(0, optimizer={"type": "Adafactor", "params": {"lr": 0.01}}), 1)
+
+
 CASES: list[Case] = [
     *((f"{name}", optimizer, {"name": name, **params}) for name, params in {
-        "Adam": {}, "AdamW": {"weight_decay": 0.1, "torch_adam": True, "amsgrad": True}, "SGD": {"momentum": 0.9, "dampening": 0.5},
-        "Adagrad": {}, "Lamb": {}, "Lion": {}, "Muon": {}, "RMSprop": {}, "NAdam": {},
+        "Adam": {}, "AdamW": {"weight_decay": 0.1, "torch_adam": True, "amsgrad": True},
+        "SGD": {"momentum": 0.9, "dampening": 0.5}, "Adagrad": {}, "Lamb": {}, "Lion": {}, "Muon": {}, "RMSprop": {},
+        "NAdam": {},
     }.items()),
     ("accumulation", settings, {"gradient_accumulation_steps": 3}),
     ("accumulation in low precision", settings, {"gradient_accumulation_steps": 3, **LOW}),
@@ -302,6 +333,8 @@ CASES: list[Case] = [
     ("range test", range_test, {}),
     ("compiled", compiled, {}),
     ("bare module", methods, {}),
+    ("watched", watched, {}),
+    ("unfit optimizer", unfit, {}),
 ]  # fmt: skip
 MESHES: list[Case] = [
     ("plain", settings, {}),
