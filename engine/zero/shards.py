@@ -94,6 +94,8 @@ def shard_model(
             f"zero_optimization: {len(whole)} parameters cannot be shared out (scalars, batch norm, sparse embeddings) "
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
+    if config.redline.find_unused_parameters:
+        _let_processes_differ(units)
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     keeps = zero.stage < 3
@@ -250,6 +252,18 @@ def _share_of(value: Any, parameter: Tensor, sharded: Tensor) -> Any:
     if not (isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(sharded, DTensor)):
         return value
     return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
+
+
+def _let_processes_differ(units: Sequence[Any]) -> None:
+    """Have a parameter's gradient summed over all processes if some of them did not use it."""
+    if not hasattr(units[0], "set_reduce_scatter_unused_params"):
+        log.warning(
+            "redline.find_unused_parameters: torch %s sums shares of a parameter only where all processes used it, "
+            "or none; stage 0 or a newer torch can do otherwise", torch.__version__,
+        )  # fmt: skip
+        return
+    for unit in units:
+        unit.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def _mesh(world: World, size: int) -> DeviceMesh:

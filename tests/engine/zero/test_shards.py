@@ -163,6 +163,35 @@ def tied(stage: int, **given: Any) -> Any:
     return record
 
 
+class Turns(nn.Module):
+    """A trunk and two heads, of which a forward uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(16, 16)
+        self.heads = nn.ModuleList([nn.Linear(16, 5), nn.Linear(16, 5)])
+
+    def forward(self, x: Tensor, turn: int) -> Tensor:
+        out: Tensor = self.heads[turn % 2](torch.tanh(self.trunk(x)))
+        return out
+
+
+def turns(stage: int, by_rank: bool) -> Any:
+    """Heads that are used in turn, on all processes alike or on each another."""
+    torch.manual_seed(0)
+    finds = stage == 0 or by_rank
+    engine = build(stage, Turns(), redline={"find_unused_parameters": finds, "zero": {"blocks": []}})
+    generator = torch.Generator().manual_seed(5)
+    record = []
+    for step in range(STEPS):
+        x = rows(engine, generator)
+        loss = (engine(x, step + (engine.global_rank if by_rank else 0)) - x[:, :5]).square().mean()
+        engine.backward(loss)
+        engine.step()
+        record.append((float(engine.world.mean(engine.loss)), engine.get_global_grad_norm()))
+    return record
+
+
 def sparse_embedding(stage: int) -> Any:
     torch.manual_seed(0)
     engine = build(stage, Tied(sparse=True), optimizer={"type": "SGD", "params": {"lr": 0.1}}, gradient_clipping=0)
@@ -327,6 +356,8 @@ CASES: list[Case] = [
     ("model_parameters", model_parameters, {}),
     ("frozen", frozen, {}),
     ("tied", tied, {}),
+    ("heads in turn", turns, {"by_rank": False}),
+    ("another head on each process", turns, {"by_rank": True}),
     ("sparse embedding", sparse_embedding, {}),
     *((f"late by {how}", late, {"how": how}) for how in ("no_sync", "unmanaged", "flush", "boundary", "evaluation")),
     ("broken off", broken_off, {}),
