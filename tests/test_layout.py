@@ -29,6 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
     ("engine.parallel",),
+    ("engine.zero", "engine.recompute"),
     ("engine.engine",),
     ("engine.range_test", "engine.watch"),
     ("engine.build",),
