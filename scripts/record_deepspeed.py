@@ -442,6 +442,8 @@ RAMP = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 5, "lr_range_t
 CYCLE = {"cycle_min_lr": 0.002, "cycle_max_lr": 0.03, "cycle_first_step_size": 8}
 WARM = {"warmup_min_lr": 0.0005, "warmup_max_lr": 0.03, "warmup_num_steps": 6}
 TOTAL = {"total_num_steps": 20}
+# Each layer is gathered for itself, as DeepSpeed's stage 3 always does.
+BLOCKS = {"redline": {"zero": {"smallest_block": 0}}}
 # DeepSpeed wants to be told that SGD may be partitioned.
 ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
@@ -726,10 +728,10 @@ def stages_compared() -> list[Case]:
         *sharded("two-groups-adamw", "AdamW", adam, processes=2, clipping=1.0, groups=groups),
         *sharded("two-groups-sgd-warmup", "SGD", sgd, "WarmupLR", warm_groups, processes=2, clipping=0.0, groups=groups),
         *sharded("four-adam-with-l2-no-clipping", "Adam", l2, "WarmupLR", WARM, processes=4, clipping=0.0),
-        *sharded("four-adamw-accumulated", "AdamW", adam, "OneCycle", CYCLE, stages=each, processes=4, clipping=1.0, accumulation=4),
+        *sharded("four-adamw-accumulated", "AdamW", adam, "OneCycle", CYCLE, stages=each, processes=4, clipping=1.0, accumulation=4, also=BLOCKS),
         *sharded("four-sgd-tight-clipping", "SGD", sgd, processes=4, clipping=0.05),
         *sharded("four-sgd-small-parameters-whole", "SGD", sgd, stages=(3,), processes=4, clipping=1.0, zero=defaults),
-        *sharded("four-sgd-pairs", "SGD", sgd, stages=(3,), processes=4, clipping=1.0, accumulation=2, zero={"zero_hpz_partition_size": 2}),
+        *sharded("four-sgd-pairs", "SGD", sgd, stages=(3,), processes=4, clipping=1.0, accumulation=2, zero={"zero_hpz_partition_size": 2}, also=BLOCKS),
     ]
 
 
@@ -752,13 +754,13 @@ def sharded_models() -> list[Case]:
     find = {"redline": {"find_unused_parameters": True}}
     return [
         *sharded("two-odd-adamw", "AdamW", adam, processes=2, clipping=1.0, model="odd"),
-        *sharded("four-odd-sgd-accumulated-by-2", "SGD", sgd, processes=4, clipping=0.5, accumulation=2, model="odd"),
-        *sharded("two-unused-sgd", "SGD", {**sgd, "weight_decay": 0.1}, processes=2, clipping=0.0, model="turns", also=find, at={3: 1}),
-        *sharded("two-unused-adamw-accumulated-by-2", "AdamW", adam, processes=2, clipping=1.0, accumulation=2, model="turns", also=find, at={3: 1}),
+        *sharded("four-odd-sgd-accumulated-by-2", "SGD", sgd, processes=4, clipping=0.5, accumulation=2, model="odd", also=BLOCKS),
+        *sharded("two-unused-sgd", "SGD", {**sgd, "weight_decay": 0.1}, processes=2, clipping=0.0, model="turns", also=BLOCKS, at={3: 1}),
+        *sharded("two-unused-adamw-accumulated-by-2", "AdamW", adam, processes=2, clipping=1.0, accumulation=2, model="turns", at={3: 1}),
         *sharded("two-unused-by-one-rank-sgd", "SGD", {**sgd, "weight_decay": 0.1}, processes=2, clipping=0.0, model="turns by rank", also=find, at={1: 0, 2: 0, 3: 0}),
         *sharded("four-unused-by-some-ranks-adamw", "AdamW", adam, stages=(2, 3), processes=4, clipping=1.0, model="turns by rank", also=find, at={2: 0, 3: 0}),
         *sharded("two-tied-adamw", "AdamW", adam, processes=2, clipping=1.0, model="tied"),
-        *sharded("two-frozen-sgd", "SGD", sgd, processes=2, clipping=1.0, model="frozen"),
+        *sharded("two-frozen-sgd", "SGD", sgd, processes=2, clipping=1.0, model="frozen", also=BLOCKS),
     ]
 
 
@@ -769,9 +771,9 @@ def sharded_low_precision() -> list[Case]:
     moves = {"fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 3}}
     return [
         *sharded("two-bf16-adam-accumulated-by-2", "Adam", coarse, "OneCycle", CYCLE, processes=2, clipping=1.0, accumulation=2, also=bf16),
-        *sharded("four-bf16-sgd", "SGD", sgd, processes=4, clipping=0.5, also=bf16),
+        *sharded("four-bf16-sgd", "SGD", sgd, processes=4, clipping=0.5, also={**bf16, **BLOCKS}),
         *sharded("two-autocast-bf16-adam", "Adam", coarse, processes=2, clipping=1.0, also=autocast),
-        *sharded("two-fp16-adam", "Adam", adam, "WarmupLR", WARM, processes=2, clipping=0.5, overflow=[3, 4, 11], also=moves, at={3: 1}),
+        *sharded("two-fp16-adam", "Adam", adam, "WarmupLR", WARM, processes=2, clipping=0.5, overflow=[3, 4, 11], also={**moves, **BLOCKS}, at={3: 1}),
         *sharded("four-fp16-sgd-accumulated-by-2", "SGD", sgd, "WarmupLR", WARM, processes=4, clipping=0.5, accumulation=2, overflow=[2, 9, 10], also=halves),
     ]
 
@@ -990,7 +992,8 @@ def _assert_names_differ(cases: list[Case]) -> None:
 
 
 def _quiet() -> None:
-    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)  # torch's, of DeepSpeed's calls
+    # What DeepSpeed calls in torch.
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
