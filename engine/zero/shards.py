@@ -137,8 +137,8 @@ class Shards:
         self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shares out
         self.synced = True
         self._show: Show = lambda op, size, run: run()
-        # Where gradients are averaged and a sum is asked for.
-        self._factor = reduction.before * reduction.after * reduction.size
+        # torch averages; the factor makes a sum of it where one is asked for.
+        self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         """What to call for a forward whose backward is to come.
