@@ -53,9 +53,9 @@ class CommsLog:
         world = {field.name: getattr(engine.world, field.name) for field in dataclasses.fields(engine.world)}
         engine.world = MeasuredWorld(**world, log=self)
         if self.notes("all_reduce"):
-            reduction = engine._reduction
+            reduction = engine._parallel.reduction
             fields = {field.name: getattr(reduction, field.name) for field in dataclasses.fields(reduction)}
-            engine._reduction = MeasuredReduction(**fields, log=self)
+            engine._parallel.reduction = MeasuredReduction(**fields, log=self)
             engine.renew_parallel()  # DDP has taken the other one
         if self._rank == 0:
             atexit.register(self.say)
