@@ -36,6 +36,7 @@ from engine.parallel import Parallel
 from engine.precision import Precision, lower
 
 if TYPE_CHECKING:
+    from engine.checkpoint.background import Background
     from engine.config import EngineConfig
 
 __all__ = ["Engine", "Observer", "Parts", "Recorder", "Schedule"]
@@ -147,6 +148,7 @@ class Engine(nn.Module):
         self._in_no_sync = False
         self._reduced = True  # whether the gradients are already those of all processes
         self._unfinished = _Unfinished()
+        self._background: Background | None = None  # what writes checkpoints, with async_save
         self._settled_position: tuple[int, int, bool] | None = None  # in the data, after the last update
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
@@ -231,6 +233,8 @@ class Engine(nn.Module):
                 if self._in_no_sync
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
+        if self._background is not None:
+            self._background.check()
         self._pending = False
         ends_update = not self._managed or self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
@@ -245,6 +249,8 @@ class Engine(nn.Module):
             Whether there were any.
         """
         done = self._unfinished.micro_batches
+        if self._background is not None:
+            self._background.check()
         if done == 0:
             return False
         assert self._loss is not None
@@ -481,10 +487,11 @@ class Engine(nn.Module):
             exclude_frozen_parameters: leave out parameters that do not require gradients.
 
         Returns:
-            True.
+            True; with `redline.checkpoint.async_save` as soon as the state is copied.
 
         Raises:
-            EngineError: on all processes, if one could not save; the checkpoints that were there are still whole.
+            EngineError: on all processes, if one could not save; the checkpoints that were there are still whole. With
+                async_save the next save, step, flush or :meth:`wait_for_checkpoint` raises it.
         """
         self._know()
         return save_checkpoint(
@@ -525,10 +532,20 @@ class Engine(nn.Module):
                 checkpoint does not go with this engine. The engine is as it was.
         """
         self._know()
+        self.wait_for_checkpoint()
         wanted = Wanted(
             load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
         )
         return load_checkpoint(self, load_dir, tag, wanted)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk, with `redline.checkpoint.async_save`.
+
+        Raises:
+            EngineError: it could not be written.
+        """
+        if self._background is not None:
+            self._background.wait()
 
     # -- the compiler ----------------------------------------------------------------------------
 
