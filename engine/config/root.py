@@ -92,9 +92,9 @@ class ZeroOptionsConfig(Section):
     )
     accumulate: Literal["local", "shared"] | None = Field(
         default=None,
-        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or shared "
-        "out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a quarter of the "
-        "device's memory.",
+        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or "
+        "shared out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a "
+        "quarter of the device's memory.",
     )
 
 
@@ -111,7 +111,7 @@ class RedlineConfig(Section):
     zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")
     activation_checkpointing: bool = Field(
         default=False,
-        description="Keep no activations within the model's blocks (redline.zero.blocks): backward computes them again.",
+        description="Keep no activations in the model's blocks (redline.zero.blocks): backward computes them again.",
     )
     progress: bool | None = Field(
         default=None,
