@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from engine.checkpoint import Wanted, load_checkpoint, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
 from engine.doubt import Doubt, can_skip, undo_of
@@ -34,6 +36,7 @@ from engine.parallel import Parallel
 from engine.precision import Precision, lower
 
 if TYPE_CHECKING:
+    from engine.checkpoint.background import Background
     from engine.config import EngineConfig
 
 __all__ = ["Engine", "Observer", "Parts", "Recorder", "Schedule"]
@@ -147,6 +150,8 @@ class Engine(nn.Module):
         self._in_no_sync = False
         self._reduced = True  # whether the gradients are already those of all processes
         self._unfinished = _Unfinished()
+        self._background: Background | None = None  # what writes checkpoints, with async_save
+        self._settled_position: tuple[int, int, bool] | None = None  # in the data, after the last update
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
@@ -230,6 +235,8 @@ class Engine(nn.Module):
                 if self._in_no_sync
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
+        if self._background is not None:
+            self._background.check()
         self._pending = False
         ends_update = not self._managed or self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
@@ -244,6 +251,8 @@ class Engine(nn.Module):
             Whether there were any.
         """
         done = self._unfinished.micro_batches
+        if self._background is not None:
+            self._background.check()
         if done == 0:
             return False
         assert self._loss is not None
@@ -281,6 +290,8 @@ class Engine(nn.Module):
         count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
         self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
         self._unfinished.backwards = self._unfinished.micro_batches = 0
+        if self.training_dataloader is not None:
+            self._settled_position = self.training_dataloader.position
         assert self._grad_norm is not None
         if skipped is not None:
             self._judge(skipped, self._last_loss, self._grad_norm)
@@ -456,6 +467,87 @@ class Engine(nn.Module):
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
         )
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save all of the run; every process calls this.
+
+        Args:
+            save_dir: a folder that all processes share; made if need be.
+            tag: the checkpoint's name in it; None takes ``global_stepN``. One that is there is replaced.
+            client_state: the script's own: numbers, strings, lists, dicts, tensors. Of several processes
+                rank 0's counts.
+            save_latest: whether it becomes the checkpoint that `load_checkpoint` takes by itself.
+            exclude_frozen_parameters: leave out parameters that do not require gradients.
+
+        Returns:
+            True; with `redline.checkpoint.async_save` as soon as the state is copied.
+
+        Raises:
+            EngineError: on all processes, if one could not save; the checkpoints that were there are still whole. With
+                async_save the next save, step, flush or :meth:`wait_for_checkpoint` raises it.
+        """
+        self._know()
+        return save_checkpoint(
+            self,
+            save_dir,
+            tag,
+            client_state or {},
+            save_latest=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint, saved by any number of processes; every process calls this.
+
+        Args:
+            load_dir: where `save_checkpoint` saved.
+            tag: which one; None takes the latest, or if that is broken the newest that is whole.
+            load_module_strict: refuse a model with other names than the checkpoint's.
+            load_optimizer_states: the optimizer's, too.
+            load_lr_scheduler_states: the schedule's, too.
+            load_module_only: nothing but the model.
+            custom_load_fn: called as ``custom_load_fn(src=state_dict, dst=module)`` to load the model.
+
+        Returns:
+            The checkpoint's folder and the `client_state` that was saved; (None, None) if there is no checkpoint.
+
+        Raises:
+            EngineError: on all processes; the tag that was asked for is broken or not there, none is whole, or the
+                checkpoint does not go with this engine. The engine is as it was.
+        """
+        self._know()
+        self.wait_for_checkpoint()
+        wanted = Wanted(
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+        )
+        return load_checkpoint(self, load_dir, tag, wanted)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk, with `redline.checkpoint.async_save`.
+
+        Raises:
+            EngineError: it could not be written.
+        """
+        if self._background is not None:
+            self._background.wait()
 
     # -- the compiler ----------------------------------------------------------------------------
 

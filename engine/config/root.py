@@ -15,7 +15,17 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import OR_OFF, OR_SWITCH, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
+from engine.config.section import (
+    OR_OFF,
+    OR_SWITCH,
+    TO_DEFAULT,
+    Count,
+    NonNegative,
+    Positive,
+    Section,
+    Whole,
+    sections_in,
+)
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 from engine.config.sections.records import (
     CometConfig,
@@ -26,6 +36,7 @@ from engine.config.sections.records import (
     TimersConfig,
     WandbConfig,
 )
+from engine.config.sections.storage import CheckpointConfig
 from engine.config.sections.zero import ZeroConfig
 
 __all__ = ["EngineConfig"]
@@ -55,6 +66,27 @@ class DataConfig(Section):
     def arguments(self) -> dict[str, Any]:
         """As `engine.data.build_loader` takes them."""
         return self.model_dump()
+
+
+class SavingConfig(Section):
+    """How checkpoints are kept and written, beyond DeepSpeed's section `checkpoint`."""
+
+    keep_last: Count | None = Field(
+        default=None, description="Newest checkpoints that are kept in a folder; older ones are removed; null for all."
+    )
+    keep_every: Count | None = Field(
+        default=None, description="Steps between checkpoints that keep_last never removes; null for none."
+    )
+    async_save: bool = Field(
+        default=False, description="Stop training only to copy the state; write it while training goes on."
+    )
+    override_schedule: bool = Field(
+        default=False,
+        description="Go on from a checkpoint with the config's schedule where its type or parameters have changed.",
+    )
+    save_on_sigterm: str | None = Field(
+        default=None, description="Folder to save into at the next step after SIGTERM; null for none.", min_length=1
+    )
 
 
 class ZeroOptionsConfig(Section):
@@ -96,6 +128,7 @@ class RedlineConfig(Section):
         description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
     )
     range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
+    checkpoint: SavingConfig = Field(default=SavingConfig(), description="How checkpoints are kept and written.")
 
 
 class EngineConfig(Section):
@@ -170,6 +203,9 @@ class EngineConfig(Section):
         default=None, description="Time and size of each collective."
     )
     timers: Annotated[TimersConfig | None, OR_OFF] = Field(default=None, description="DeepSpeed's timers.")
+    checkpoint: Annotated[CheckpointConfig | None, OR_OFF] = Field(
+        default=None, description="What processes that save under different tags get."
+    )
     wall_clock_breakdown: bool | None = Field(
         default=False, description="Print the time of data, forward, backward and step."
     )
@@ -179,6 +215,12 @@ class EngineConfig(Section):
 
     _document: Document | None = PrivateAttr(default=None)
     _world_size: int | None = PrivateAttr(default=None)
+
+    @classmethod
+    def section(cls, name: str) -> type[Section] | None:
+        """The model of a key at the top, under either spelling; None where it is no section, or not honoured."""
+        name = cls.aliases.get(name, name)
+        return next(sections_in(cls.model_fields[name].annotation), None) if name in cls.model_fields else None
 
     @property
     def world_size(self) -> int | None:
