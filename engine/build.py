@@ -52,20 +52,9 @@ def build_parts(
 ) -> Parts:
     """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
     reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
-    blocks = find_blocks(module, config.redline.zero.blocks, config.redline.zero.smallest_block)
-    if config.redline.activation_checkpointing:
-        for block in blocks.values():
-            recompute(block)
-    shards = _share_out(config, world, module, blocks, reduction)
-    if shards is None:
-        moved = fill(module, module.named_modules(), world.device)
-        module.to(world.device)
-        if isinstance(optimizer, Optimizer):
-            carry_optimizer_over(optimizer, moved)
-    else:
-        moved = shards.moved
-        if isinstance(optimizer, Optimizer):
-            shards.carry_optimizer_over(optimizer)
+    shards, moved = _place(config, world, module, reduction)
+    if isinstance(optimizer, Optimizer):
+        carry_optimizer_over(optimizer, moved) if shards is None else shards.carry_optimizer_over(optimizer)
     if model_parameters is not None:
         model_parameters = carry_over(model_parameters, moved)
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
@@ -108,22 +97,45 @@ def build_parts(
     return Parts(config, world, module, precision, parallel, chosen, schedule, loader, recorder)
 
 
-def _share_out(
-    config: EngineConfig, world: World, module: nn.Module, blocks: dict[str, nn.Module], reduction: Reduction
-) -> Shards | None:
-    """The model shared out among the processes where the config's ZeRO stage does so; None where it stays whole."""
+def _place(
+    config: EngineConfig, world: World, module: nn.Module, reduction: Reduction
+) -> tuple[Shards | None, dict[Tensor, Tensor]]:
+    """Bring the model to the device, in place: whole, or shared out as the config's ZeRO stage says.
+
+    Returns:
+        What shares it out, None where it is whole; and the new parameters in the place of those that had to go.
+    """
+    own = config.redline
+    blocks = find_blocks(module, own.zero.blocks, own.zero.smallest_block)
+    if own.activation_checkpointing:
+        if not blocks:
+            log.warning(
+                "redline.activation_checkpointing: the model has no blocks to compute again, that is, no repeated "
+                "modules of redline.zero.smallest_block elements; name some in redline.zero.blocks"
+            )
+        for block in blocks.values():
+            recompute(block)
+    if not _shares_out(config, world):
+        moved = fill(module, module.named_modules(), world.device)
+        module.to(world.device)
+        return None, moved
+    from engine.zero.shards import shard_model  # see engine/zero/__init__.py
+
+    shards = shard_model(module, world, config, blocks, Formats.of(config), reduction)
+    return shards, shards.moved
+
+
+def _shares_out(config: EngineConfig, world: World) -> bool:
     zero = config.zero_optimization
     if zero is None or zero.stage == 0:
-        return None
+        return False
     offloads = zero.offloads and world.device.type == "cuda"
     if zero.offloads and not offloads:
         log.info("zero_optimization: weights and optimizer are in the CPU's memory as it is; offloading does nothing")
     if world.size == 1 and not offloads:
         log.info("zero_optimization.stage %d: one process has all there is; nothing is shared out", zero.stage)
-        return None
-    from engine.zero.shards import shard_model  # see engine/zero/__init__.py
-
-    return shard_model(module, world, config, blocks, Formats.of(config), reduction)
+        return False
+    return True
 
 
 def _choose_optimizer(

@@ -91,6 +91,7 @@ class Engine(nn.Module):
         global_steps: updates done, skipped ones included.
         global_samples: samples of these updates, over all processes.
         micro_steps: micro-batches done.
+        is_compiled: whether the model runs as :meth:`compile` made it.
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
@@ -117,6 +118,7 @@ class Engine(nn.Module):
         self.global_steps = 0
         self.global_samples = 0
         self.micro_steps = 0
+        self.is_compiled = False
         self.steps_per_print = parts.config.steps_per_print
 
         # Past nn.Module's own attribute look-up, which is slow and would list the model twice.
@@ -308,7 +310,7 @@ class Engine(nn.Module):
                 scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
             elif clips:
                 clip(gradients, norm, limit)
-            optimizer.step()
+            self._parallel.update(optimizer)
         else:
             self._grad_norm = norm / scale if scale != 1.0 else norm
             if scale != 1.0:
@@ -318,7 +320,7 @@ class Engine(nn.Module):
                 clip(gradients, norm, limit)
             if self._precision.skips:
                 optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            optimizer.step()
+            self._parallel.update(optimizer)
             if self._precision.skips:
                 optimizer.found_inf = None  # type: ignore[attr-defined]
         if self._publish is not None:
@@ -464,7 +466,7 @@ class Engine(nn.Module):
 
         In place: parameters, `module` and the keys of the state dict stay as they are. On several processes DDP
         stays around the compiled model, where torch's compiler finds it and splits the graph at its buckets, so that
-        gradients are still sent while the backward runs.
+        gradients are still sent while the backward runs; a model that is shared out is compiled block by block.
 
         Args:
             backend: as in `torch.compile`.
@@ -477,19 +479,8 @@ class Engine(nn.Module):
             raise EngineError('compile: compile_kwargs has "backend"; give it as compile(backend=...)')
         if self.is_compiled:
             return
-        module = self._module
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-        # What module.compile() does, but for the function above: the compiler passes over frames of torch's own, so
-        # that module.compile() leaves an nn.Sequential as it is, without a word.
-        module._compiled_call_impl = torch.compile(call, backend=backend, **(compile_kwargs or {}))
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the model runs compiled."""
-        return self._module._compiled_call_impl is not None
+        self._parallel.compile(backend=backend, **(compile_kwargs or {}))
+        self.is_compiled = True
 
     # -- what a user may ask ---------------------------------------------------------------------
 

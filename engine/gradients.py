@@ -54,9 +54,14 @@ class Reduction:
         return cls(size, dtype, before=1.0 / factor, after=factor / size)
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the gradients are averaged, wherever the division happens."""
+        return abs(self.before * self.after * self.size - 1) < 1e-12
+
+    @property
     def is_ddps(self) -> bool:
         """Whether DDP does the same by itself, but for rounding."""
-        return self.dtype is torch.float32 and abs(self.before * self.after * self.size - 1) < 1e-12
+        return self.dtype is torch.float32 and self.is_mean
 
     def start(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         """Reduce a buffer of `dtype` in place, without waiting; all processes, in the same order."""
@@ -74,7 +79,12 @@ class Reduction:
         """Reduce gradients in place, and wait; for those that backward has left to this process."""
         if self.size == 1:
             return
-        for bucket in _buckets(gradients):
+        for gradient in gradients:
+            if gradient.is_sparse:  # in its own format: rows of several processes come side by side
+                total = gradient.coalesce()
+                dist.all_reduce(total)
+                gradient.copy_(total.mul_(self.before * self.after))
+        for bucket in _buckets([gradient for gradient in gradients if not gradient.is_sparse]):
             buffer = torch.cat([gradient.reshape(-1).to(self.dtype) for gradient in bucket])
             total = self.start(buffer).wait()
             for gradient, part in zip(bucket, torch.split(total, [gradient.numel() for gradient in bucket])):
@@ -128,10 +138,10 @@ def _plus(gradient: Tensor, owner: Tensor | None) -> Tensor:
     return gradient if owner is None or owner.grad is None else gradient.add_(owner.grad.reshape(-1))
 
 
-def norm_of(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar tensor on their device; of sparse ones, too."""
     try:
-        norms = torch._foreach_norm(gradients)
+        norms = torch._foreach_norm(list(gradients))
     except RuntimeError:  # sparse ones; to ask each gradient at every update would cost more
         norms = tuple(torch.linalg.vector_norm(_values(gradient)) for gradient in gradients)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

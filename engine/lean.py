@@ -3,8 +3,9 @@
 Same class names, same state, same numbers bit for bit: a step calls the kernel that torch's own step would call,
 on lists that it gathers in a few lines. torch's way there (hooks, profiler range, grouping by device and type) takes
 two thirds of a small model's step. Whatever these lines do not cover goes to torch's own step, each time anew, so
-nothing is kept between steps that could grow stale. Parameters that are shared out among processes (DTensors) are updated
-share by share: the kernels work on single elements, and of some torch knows no other way. Source: `torch/optim/adam.py`, `sgd.py`, `adagrad.py`, 2.6 to 2.13.
+nothing is kept between steps that could grow stale. Parameters that are shared out among processes (DTensors) are
+updated share by share: the kernels work on single elements, and torch cannot run all of them otherwise. Source:
+`torch/optim/adam.py`, `sgd.py`, `adagrad.py`, 2.6 to 2.13.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class AdamW(_Lean, torch.optim.AdamW):
 
     _decoupled = True
     _call = Adam._call
-    _make_state = Adam._make_state  # type: ignore[assignment]
+    _make_state = Adam._make_state
 
 
 class SGD(_Lean, torch.optim.SGD):

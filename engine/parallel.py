@@ -6,18 +6,22 @@ before that one. Models that are shared out are in `engine.zero`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from engine.distributed import World, release_at_exit
 from engine.gradients import Reduction, communication_hook, norm_of
 from engine.precision import Masters
 
 __all__ = ["Alone", "Parallel", "Replicas"]
+
+
+Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
 
 
 class Parallel(Protocol):
@@ -42,11 +46,20 @@ class Parallel(Protocol):
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The 2-norm of all gradients together, over all processes' shares of them; a scalar tensor."""
 
+    def update(self, optimizer: Optimizer) -> None:
+        """Let the optimizer make its step."""
+
     def put_away(self) -> None:
         """Free whole parameters that are only a copy: they are about to be older than the weights."""
 
     def forget(self) -> None:
         """Drop gradients that are held where no parameter shows them."""
+
+    def show_collectives(self, show: Show) -> None:
+        """Let `show` run the collectives of parameters and gradients that are not the reduction's."""
+
+    def compile(self, **options: Any) -> None:
+        """Let the model run compiled from here on, parameters and names as they are; options as of torch.compile."""
 
     def renew(self) -> None:
         """Let the next forward be like the first: DDP orders its sums anew after one, which shows in the last bits."""
@@ -76,8 +89,22 @@ class Alone:
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return norm_of(gradients)
 
+    def update(self, optimizer: Optimizer) -> None:
+        optimizer.step()
+
+    def compile(self, **options: Any) -> None:
+        module = self.module
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        # What module.compile() does, but for the function above: the compiler passes over frames of torch's own, so
+        # that module.compile() leaves an nn.Sequential as it is, without a word.
+        module._compiled_call_impl = torch.compile(call, **options)
+
     def put_away(self) -> None: ...
     def forget(self) -> None: ...
+    def show_collectives(self, show: Show) -> None: ...
     def renew(self) -> None: ...
 
 

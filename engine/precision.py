@@ -118,7 +118,9 @@ def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer 
     masters: Masters | None = None
     publish: Callable[[], None] | None = None
     if low is not None and shared:
-        publish = _rounding(optimizer, low) if formats.rounded and optimizer is not None else None
+        if formats.rounded and optimizer is not None:
+            publish = _rounding(optimizer, low)
+            publish()
     elif low is not None:
         if optimizer is not None and formats.stored is not low:
             masters = Masters(optimizer, rounded=formats.rounded)

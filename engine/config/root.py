@@ -80,9 +80,9 @@ class ZeroOptionsConfig(Section):
     )
     accumulate: Literal["local", "shared"] | None = Field(
         default=None,
-        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or shared "
-        "out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a quarter of the "
-        "device's memory.",
+        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or "
+        "shared out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a "
+        "quarter of the device's memory.",
     )
 
 
@@ -93,13 +93,15 @@ class RedlineConfig(Section):
         default="deepspeed", description="Whether schedules keep DeepSpeed's surprises or correct them."
     )
     find_unused_parameters: bool = Field(
-        default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
+        default=False,
+        description="Let a forward pass leave parameters unused, on some processes or all: at some cost per step with "
+        "DDP; a model that is shared out needs it only where processes differ in what they use.",
     )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
     zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")
     activation_checkpointing: bool = Field(
         default=False,
-        description="Keep no activations within the model's blocks (redline.zero.blocks): backward computes them again.",
+        description="Keep no activations in the model's blocks (redline.zero.blocks): backward computes them again.",
     )
     progress: bool | None = Field(
         default=None,

@@ -29,8 +29,8 @@ from engine.config.parser import Route
 from engine.config.words import describe, is_slip, nearest, objection, shown
 
 __all__ = [
-    "MISTAKE", "NOT_HERE", "OR_OFF", "OR_SWITCH", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL",
-    "Betas", "Count", "Fraction", "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
+    "MISTAKE", "NOT_HERE", "OR_OFF", "OR_SWITCH", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count",
+    "Fraction", "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
     "adapter_of", "check", "failure", "finished", "literals", "sections_in", "unknown_key", "wrong",
 ]  # fmt: skip
 

@@ -39,9 +39,11 @@ def fill(model: nn.Module, part: Iterable[tuple[str, nn.Module]], device: torch.
     """
     made: dict[Tensor, Tensor] = {}
     filled: dict[str, Tensor] = {}
-    blank = [(name, each) for name, each in part if _own(each)]
-    for name, each in blank:
+    for name, each in [(name, each) for name, each in part if _own(each)]:
+        shared: list[tuple[Tensor, Tensor]] = []  # with a module before it, which has given them their values
         for key, tensor in _own(each).items():
+            if tensor in made:
+                shared.append((made[tensor], made[tensor].detach().clone()))
             if tensor not in made:
                 # not a number, so that what nothing has filled shows
                 value = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
@@ -52,8 +54,9 @@ def fill(model: nn.Module, part: Iterable[tuple[str, nn.Module]], device: torch.
             place = each._parameters if key in each._parameters else each._buffers
             place[key] = made[tensor]  # type: ignore[assignment]
             filled[f"{name}.{key}" if name else key] = made[tensor]
-    for _, each in blank:
         _reset(model, each)
+        for tensor, value in shared:
+            tensor.copy_(value)
     lost = [name for name, tensor in filled.items() if tensor.is_floating_point() and tensor.isnan().any()]
     if lost:
         raise EngineError(

@@ -27,7 +27,7 @@ from engine.zero.blank import fill
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import memory_of
-from engine.zero.torchs import forget, send_held
+from engine.zero.torchs import Show, forget, send_held, show_collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,7 +63,7 @@ def shard_model(
     """
     zero, accumulate = config.zero_optimization, config.redline.zero.accumulate
     assert zero is not None
-    before = dict(model.named_parameters(remove_duplicate=False))
+    before: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     offloads = world.device.type == "cuda" and zero.offloads
     mesh = _mesh(world, zero.mics_shard_size)
     options: dict[str, Any] = {
@@ -84,7 +84,7 @@ def shard_model(
         part = [(f"{name}.{key}".strip("."), each) for key, each in unit.named_modules() if id(each) not in done]
         fill(model, part, world.device)
         mine = [each for _, each in part]
-        left = stays_whole(unit, low=low and formats.buffers is None)
+        left: set[Any] = stays_whole(unit, low=low and formats.buffers is None)
         _place(mine, world, formats.stored, left)
         units.append(fully_shard(unit, ignored_params=left, **options) if left else fully_shard(unit, **options))
         whole |= left
@@ -94,7 +94,9 @@ def shard_model(
             f"zero_optimization: {len(whole)} parameters cannot be shared out (scalars, batch norm, sparse embeddings) "
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
-    after = dict(model.named_parameters(remove_duplicate=False))
+    if config.redline.find_unused_parameters:
+        _let_processes_differ(units)
+    after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     keeps = zero.stage < 3
     local = keeps or accumulate == "local" or (accumulate is None and _has_room(model, world))
@@ -134,8 +136,9 @@ class Shards:
         self._keeps, self._local = keeps, local
         self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shares out
         self.synced = True
-        # Where gradients are averaged and a sum is asked for.
-        self._factor = reduction.before * reduction.after * reduction.size
+        self._show: Show = lambda op, size, run: run()
+        # torch averages; the factor makes a sum of it where one is asked for.
+        self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         """What to call for a forward whose backward is to come.
@@ -175,19 +178,45 @@ class Shards:
         return gradients + whole
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of all processes' gradients together, as a scalar tensor; `gradients` as :meth:`gradients` gave."""
+        """The 2-norm of all processes' gradients together, as a scalar tensor."""
         shares, whole = gradients[: self._num_shares], gradients[self._num_shares :]
         # In fp64, where the square of a large fp16 loss scale's norm is still finite.
-        square = norm_of(shares).double().square() if shares else torch.zeros((), dtype=torch.float64)
-        dist.all_reduce(square, group=self._group)
+        square = norm_of(shares).double().square()
+        self._show("all_reduce", square.nbytes, lambda: dist.all_reduce(square, group=self._group))
         if whole:
             square = square + norm_of(whole).double().square()
         return square.sqrt().float()
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Let the optimizer make its step, each process on its share.
+
+        Raises:
+            EngineError: torch cannot do on shares what this optimizer does.
+        """
+        try:
+            optimizer.step()
+        except (NotImplementedError, RuntimeError) as error:
+            if "aten." not in str(error):  # no operation of torch's
+                raise
+            raise EngineError(
+                f"optimizer {type(optimizer).__name__}: torch cannot run it on parameters that are shared out "
+                f"({str(error).splitlines()[0]}); use zero_optimization.stage 0, or an optimizer such as AdamW"
+            ) from error
 
     def put_away(self) -> None:
         """Free what a forward has gathered and no backward has freed: it may be older than the weights."""
         for unit in self._units:
             unit.reshard()
+
+    def show_collectives(self, show: Show) -> None:
+        """Let `show` run every collective of parameters and gradients, which it is told the name and the bytes of."""
+        self._show = show
+        show_collectives(self._units, show)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks, each for itself: between them the compiler would meet with collectives."""
+        for unit in self._units[:-1] or self._units:
+            unit.forward = torch.compile(unit.forward, **options)
 
     def forget(self) -> None:
         """Drop gradients that were held, and what a forward or backward that broke off has left."""
@@ -223,6 +252,18 @@ def _share_of(value: Any, parameter: Tensor, sharded: Tensor) -> Any:
     if not (isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(sharded, DTensor)):
         return value
     return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
+
+
+def _let_processes_differ(units: Sequence[Any]) -> None:
+    """Have a parameter's gradient summed over all processes if some of them did not use it."""
+    if not hasattr(units[0], "set_reduce_scatter_unused_params"):
+        log.warning(
+            "redline.find_unused_parameters: torch %s sums shares of a parameter only where all processes used it, "
+            "or none; stage 0 or a newer torch can do otherwise", torch.__version__,
+        )  # fmt: skip
+        return
+    for unit in units:
+        unit.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def _mesh(world: World, size: int) -> DeviceMesh:

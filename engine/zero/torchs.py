@@ -5,12 +5,14 @@ In one place, since it may move between versions of torch; read in 2.6 to 2.13 (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-__all__ = ["forget", "send_held"]
+__all__ = ["forget", "send_held", "show_collectives"]
+
+Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
 
 
 def send_held(model: Any) -> None:
@@ -36,6 +38,30 @@ def forget(model: Any, units: Iterable[Any]) -> None:
         group.reshard()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def show_collectives(units: Iterable[Any], show: Show) -> None:
+    """Let `show` run every gathering of parameters and every sum of gradients from here on."""
+    for group in _groups(units):
+        for op, name in (("all_gather", "_all_gather_comm"), ("reduce_scatter", "_reduce_scatter_comm")):
+            if hasattr(group, name):  # not in older versions
+                setattr(group, name, _Shown(getattr(group, name), op, show))
+
+
+class _Shown:
+    """A collective of FSDP2's, run by somebody who looks at it."""
+
+    def __init__(self, inner: Any, op: str, show: Show) -> None:
+        self._inner, self._op, self._show = inner, op, show
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._inner.allocate(*args, **kwargs)
+
+    def __call__(self, output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            return self._inner(output_tensor, input_tensor, *args, **kwargs)
+
+        return self._show(self._op, input_tensor.nbytes, run)
 
 
 def _groups(units: Iterable[Any]) -> Iterator[Any]:
