@@ -115,7 +115,9 @@ class RedlineConfig(Section):
         default="deepspeed", description="Whether schedules keep DeepSpeed's surprises or correct them."
     )
     find_unused_parameters: bool = Field(
-        default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
+        default=False,
+        description="Let a forward pass leave parameters unused, on some processes or all: at some cost per step with "
+        "DDP; a model that is shared out needs it only where processes differ in what they use.",
     )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
     zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")

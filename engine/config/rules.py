@@ -72,13 +72,8 @@ def unbuilt(config: EngineConfig) -> Iterator[Conflict]:
     sent = config.communication_data_type or "fp32"
     if asked and config.zero_optimization and config.zero_optimization.stage and SHORT[asked] != sent:
         reads = (("data_types", "grad_accum_dtype"), ("zero_optimization", "stage"), ("communication_data_type",))
-        yield (
-            reads,
-            (
-                f"got {shown(asked)}; gradients of a model that is shared out add up in the format that they are sent in, "
-                f"which is {sent}; give communication_data_type, or leave it out"
-            ),
-        )
+        add_up = f"gradients of a model that is shared out add up in the format that they are sent in, which is {sent}"
+        yield reads, f"got {shown(asked)}; {add_up}; give communication_data_type, or leave it out"
 
 
 def misfits(config: EngineConfig, world: World) -> Iterator[Conflict]:

@@ -7,15 +7,53 @@ After `deepspeed/runtime/zero/config.py`, `offload_config.py`, `leaf_module_conf
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from engine.config.section import TO_DEFAULT, Count, Index, Integer, Ratio, Section, Whole
 
-__all__ = ["LeafModuleConfig", "OffloadOptimizerConfig", "OffloadParamConfig", "ZenFlowConfig", "ZeroConfig"]
+__all__ = [
+    "LETTERS", "STAGES", "LeafModuleConfig", "OffloadOptimizerConfig", "OffloadParamConfig", "Stage", "ZenFlowConfig",
+    "ZeroConfig",
+]  # fmt: skip
 
 Device = Literal["none", "cpu", "nvme"]
+
+
+class Stage(NamedTuple):
+    """What a stage of ZeRO is here; the letters are in `LETTERS`.
+
+    Attributes:
+        stage: the stage, and the key beside it.
+        shared: what each process has its share of.
+        torch: what FSDP2's `fully_shard` is given as `reshard_after_forward`.
+        sent: by each process, per update.
+        memory: of each process, activations apart.
+    """
+
+    stage: str
+    shared: str
+    torch: str
+    sent: str
+    memory: str
+
+
+STAGES = (
+    Stage("0", "nothing", "(DDP)", "2G", "w + W + G + S; in fp32 W + G + S"),
+    Stage("1, 2", "gradients, optimizer state", "False", "w + G", "w + (W + G + S)/N"),
+    Stage("3", "parameters, too", "True", "2w per micro-batch, G", "(W + G + S)/N + w of a block or two"),
+    Stage(
+        "3, hpz n", "and a copy of them among n", "n", "w, w among n per micro-batch, G", "as 3, and w/n until backward"
+    ),
+    Stage(
+        "1-3, mics n", "as the stage, but among n", "as the stage", "as the stage, and 2G/n", "as the stage, n for N"
+    ),
+)
+LETTERS = (
+    "N processes; W weights as the optimizer has them, w as the model computes with them; G gradients; S optimizer "
+    "state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a mesh of N/n by n."
+)
 
 
 class _Offload(Section):
