@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from engine.checkpoint import Wanted, load_checkpoint, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
 from engine.doubt import Doubt, can_skip, undo_of
@@ -148,6 +150,7 @@ class Engine(nn.Module):
         self._reduced = True  # whether the gradients are already those of all processes
         self._renew_parallel = False
         self._unfinished = _Unfinished()
+        self._settled_position: tuple[int, int, bool] | None = None  # in the data, after the last update
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
@@ -285,6 +288,8 @@ class Engine(nn.Module):
         count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
         self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
         self._unfinished.backwards = self._unfinished.micro_batches = 0
+        if self.training_dataloader is not None:
+            self._settled_position = self.training_dataloader.position
         assert self._grad_norm is not None
         if skipped is not None:
             self._judge(skipped, self._last_loss, self._grad_norm)
@@ -478,6 +483,76 @@ class Engine(nn.Module):
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
         )
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save all of the run; every process calls this.
+
+        Args:
+            save_dir: a folder that all processes share; made if need be.
+            tag: the checkpoint's name in it; None takes ``global_stepN``. One that is there is replaced.
+            client_state: the script's own: numbers, strings, lists, dicts, tensors. Of several processes
+                rank 0's counts.
+            save_latest: whether it becomes the checkpoint that `load_checkpoint` takes by itself.
+            exclude_frozen_parameters: leave out parameters that do not require gradients.
+
+        Returns:
+            True.
+
+        Raises:
+            EngineError: on all processes, if one could not save; the checkpoints that were there are still whole.
+        """
+        self._know()
+        return save_checkpoint(
+            self,
+            save_dir,
+            tag,
+            client_state or {},
+            save_latest=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint, saved by any number of processes; every process calls this.
+
+        Args:
+            load_dir: where `save_checkpoint` saved.
+            tag: which one; None takes the latest, or if that is broken the newest that is whole.
+            load_module_strict: refuse a model with other names than the checkpoint's.
+            load_optimizer_states: the optimizer's, too.
+            load_lr_scheduler_states: the schedule's, too.
+            load_module_only: nothing but the model.
+            custom_load_fn: called as ``custom_load_fn(src=state_dict, dst=module)`` to load the model.
+
+        Returns:
+            The checkpoint's folder and the `client_state` that was saved; (None, None) if there is no checkpoint.
+
+        Raises:
+            EngineError: on all processes; the tag that was asked for is broken or not there, none is whole, or the
+                checkpoint does not go with this engine. The engine is as it was.
+        """
+        self._know()
+        wanted = Wanted(
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+        )
+        return load_checkpoint(self, load_dir, tag, wanted)
 
     # -- the compiler ----------------------------------------------------------------------------
 

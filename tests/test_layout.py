@@ -24,11 +24,19 @@ PACKAGES = ("engine", "schedulers")
 # Who may import whom: each module those on its own level or on one above this line. Data flows the same way.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
-    ("engine.errors", "engine.lamb", "engine.lean", "engine.log", "engine.muon", "engine.textplot"),
+    (
+        "engine.errors",
+        "engine.lamb",
+        "engine.lean",
+        "engine.log",
+        "engine.muon",
+        "engine.randomness",
+        "engine.textplot",
+    ),
     ("engine.config", "engine.optimizers", "engine.distributed"),
     ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
-    ("engine.parallel",),
+    ("engine.checkpoint", "engine.parallel"),
     ("engine.engine",),
     ("engine.range_test", "engine.watch"),
     ("engine.build",),

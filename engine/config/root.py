@@ -26,6 +26,7 @@ from engine.config.sections.records import (
     TimersConfig,
     WandbConfig,
 )
+from engine.config.sections.storage import CheckpointConfig
 
 __all__ = ["EngineConfig"]
 
@@ -56,6 +57,27 @@ class DataConfig(Section):
         return self.model_dump()
 
 
+class SavingConfig(Section):
+    """How checkpoints are kept and written, beyond DeepSpeed's section `checkpoint`."""
+
+    keep_last: Count | None = Field(
+        default=None, description="Newest checkpoints that are kept in a folder; older ones are removed; null for all."
+    )
+    keep_every: Count | None = Field(
+        default=None, description="Steps between checkpoints that keep_last never removes; null for none."
+    )
+    async_save: bool = Field(
+        default=False, description="Stop training only to copy the state; write it while training goes on."
+    )
+    override_schedule: bool = Field(
+        default=False,
+        description="Go on from a checkpoint with the config's schedule where its type or parameters have changed.",
+    )
+    save_on_sigterm: str | None = Field(
+        default=None, description="Folder to save into at the next step after SIGTERM; null for none.", min_length=1
+    )
+
+
 class RedlineConfig(Section):
     """Options that DeepSpeed does not have, and ignores."""
 
@@ -71,6 +93,7 @@ class RedlineConfig(Section):
         description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
     )
     range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
+    checkpoint: SavingConfig = Field(default=SavingConfig(), description="How checkpoints are kept and written.")
 
 
 class EngineConfig(Section):
@@ -142,6 +165,9 @@ class EngineConfig(Section):
         default=None, description="Time and size of each collective."
     )
     timers: Annotated[TimersConfig | None, OR_OFF] = Field(default=None, description="DeepSpeed's timers.")
+    checkpoint: Annotated[CheckpointConfig | None, OR_OFF] = Field(
+        default=None, description="What processes that save under different tags get."
+    )
     wall_clock_breakdown: bool | None = Field(
         default=False, description="Print the time of data, forward, backward and step."
     )

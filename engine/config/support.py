@@ -43,7 +43,7 @@ def _removed(name: str, meaning: str, instead: str, kind: Any = SECTION) -> Key:
 
 _LEAVE_OUT = "leave it out"
 _FP32 = "leave it out to train in fp32"
-_SAVE = "save with torch.save from your script"
+_SAVE = "redline.checkpoint.async_save writes while training goes on"
 _FORMAT = Literal["fp16", "bf16", "fp32"]
 
 _TABLE = (
@@ -122,8 +122,8 @@ _TABLE = (
     _harmless("disable_python_gc", bool, False,
               "Switch Python's garbage collection off while training.", "Python's garbage collector is left alone"),
     # Checkpoints and tuning
-    _unread("checkpoint", "storage:CheckpointConfig", f"no checkpoints are written yet; {_SAVE}"),
-    Key("datastates_ckpt", REFUSED, f"not built yet; {_SAVE}", None, SECTION, "", "enabled", on=True,
+    Key("checkpoint", HONOURED, "tag_validation; see redline.checkpoint, too"),
+    Key("datastates_ckpt", REFUSED, f"not built; {_SAVE}", None, SECTION, "", "enabled", on=True,
         meaning="Checkpoints written while training goes on."),
     _later("autotuning", "tuning:AutotuningConfig",
            "find the learning rate with redline range-test; try batch sizes by hand"),
@@ -197,7 +197,11 @@ _INSIDE = (
     *_own("timers.throughput", NO_EFFECT, "the clock is read where the loss is, which has waited", "synchronized"),
     # Checkpoints
     Key("checkpoint.load_universal", REFUSED, f"DeepSpeed's universal format is not read; {_LEAVE_OUT}", False),
-    Key("checkpoint.use_node_local_storage", REFUSED, f"not built yet; {_SAVE}", False),
+    Key("checkpoint.use_node_local_storage", REFUSED,
+        "a checkpoint is one folder, which all hosts share; leave it out", False),
+    *_own("checkpoint", NO_EFFECT, "each process writes its share", "parallel_write"),
+    *_own("checkpoint", NO_EFFECT, "chose DeepSpeed's file format", "checkpoint_serialization"),
+    *_own("checkpoint", NO_EFFECT, "chose DeepSpeed's own file writer", "writer"),
 )  # fmt: skip
 
 KEYS = {key.name: key for key in _TABLE}
