@@ -7,8 +7,8 @@ Run by hand with DeepSpeed 0.19.8 installed (``pip install deepspeed==0.19.8``) 
 One folder per case: ``latest`` and ``TAG/`` as DeepSpeed wrote them (without the scripts that it copies beside them),
 ``config.json``, and ``expected.pt``, a dict of tensors and plain types:
 
-    consolidated             the weights as DeepSpeed's own zero_to_fp32 puts them together, where it can: at ZeRO stages 1 to 3, but
-                             not of its BF16_Optimizer, which writes no stage; else None
+    consolidated             the weights as DeepSpeed's own zero_to_fp32 puts them together, where it can: at ZeRO
+                             stages 1 to 3, but not of its BF16_Optimizer, which writes no stage; else None
     module                   the model's state dict, whole, in the format that it computes in
     global_steps, global_samples, skipped_steps
     loss_scale               of the next loss; None without fp16

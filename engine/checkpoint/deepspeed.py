@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.deepspeed_files import Files, Mapped, files_of
-from engine.checkpoint.stored import PART, Stored
+from engine.checkpoint.stored import PART, Stored, bytes_of
 from engine.errors import EngineError
 
 __all__ = ["DeepSpeedCheckpoint", "Group", "Slot"]
 
-_MAPPED_BYTES = 64 << 20  # read until mappings are made anew, so that the pages of what was read can go
+_MAPPED_BYTES = 16 << 20  # read until mappings are made anew, so that the pages of what was read can go
 _KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "max_exp_avg_sq")  # flat as the weights are
 
 
@@ -99,7 +99,7 @@ class DeepSpeedCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: Files = files_of(folder)
-        self._read = 0
+        self._read, self._most = 0, _MAPPED_BYTES
         model, optimizer = self._files.model, self._files.optimizer
         self.state: Mapping[str, Any] = {k: v for k, v in model[0].content().items() if k != "module"}
         try:
@@ -171,7 +171,9 @@ class DeepSpeedCheckpoint:
                 raise EngineError(f"{self.folder}: {name} is in none of the files; it was not saved")
             tensors[name] = weight
         # A parameter that was left out of the state dict may still be in the optimizer.
-        return {**tensors, **{name: weight for name, weight in weights.items() if weight and name not in tensors}}
+        tensors |= {name: weight for name, weight in weights.items() if weight and name not in tensors}
+        self._most = max([_MAPPED_BYTES, *map(bytes_of, tensors.values())])
+        return tensors
 
     def _module(self) -> dict[str, Tensor]:
         module = self._files.model[0].content().get("module")
@@ -223,7 +225,7 @@ class DeepSpeedCheckpoint:
             settings = {} if elastic else base["param_groups"][index]
             counted = {"step": state["base_optimizer_state_step"]} if "base_optimizer_state_step" in state else {}
             step = _step([found], [settings, counted])
-            places = {"weight": ("single_partition_of_fp32_groups", index)}
+            places: dict[str, tuple[Any, ...]] = {"weight": ("single_partition_of_fp32_groups", index)}
             places |= {key: ("base_optimizer_state", *of_state, key) for key in _KEYS if key in found}
             vectors = {key: self._vector(place) for key, place in places.items()}
             slots, start = [], 0
@@ -265,7 +267,7 @@ class DeepSpeedCheckpoint:
             for _ in settings["params"]:
                 found = inner["state"].get(subgroup, {})
                 step = _step([found], [settings])
-                places = {"weight": ("fp32_flat_groups", subgroup)}
+                places: dict[str, tuple[Any, ...]] = {"weight": ("fp32_flat_groups", subgroup)}
                 places |= {key: (_STATE, "state", subgroup, key) for key in _KEYS if key in found}
                 start = 0
                 for name, shape in self._shapes[subgroup].items():
@@ -361,7 +363,7 @@ class DeepSpeedCheckpoint:
     def has_read(self, count: int) -> None:
         """That many bytes were read since; now and then give the memory back."""
         self._read += count
-        if self._read >= _MAPPED_BYTES:
+        if self._read >= self._most:
             self.release()
 
     def release(self) -> None:

@@ -1,8 +1,9 @@
 """The files of a checkpoint that DeepSpeed wrote: found by their names, read without running what is in them.
 
-DeepSpeed pickles objects of its own beside the tensors: the loss scaler, an enum, addresses in flat buffers. Their names
-are on a short list, found by looking into what 0.19.8 writes; they are read as inert objects with the same attributes.
-Everything else that is no tensor or plain type is refused by name. Files are mapped, so that what is read is paged in.
+DeepSpeed pickles objects of its own beside the tensors: the loss scaler, an enum, addresses in flat buffers. Their
+names are on a short list, found by looking into what 0.19.8 writes; they are read as inert objects with the same
+attributes. Everything else that is no tensor or plain type is refused by name. Files are mapped: what is read of them
+is paged in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["Files", "Mapped", "files_of", "is_deepspeeds"]
+__all__ = ["Files", "Mapped", "deepspeeds_folder", "files_of", "is_deepspeeds"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
@@ -112,8 +113,8 @@ def _why_refused(path: Path, message: str) -> str:
     match = re.search(r"GLOBAL ([\w.]+)", message)
     asked = f"it asks for {match[1]}" if match else "it holds more than tensors and plain types"
     return (
-        f"{path}: refused: {asked}, which DeepSpeed does not write and which could run anything; nothing of it was run. "
-        "If it is in the client_state of a script of yours, save again without it"
+        f"{path}: refused: {asked}, which DeepSpeed does not write and which could run anything; nothing of it was "
+        "run. If it is in the client_state of a script of yours, save again without it"
     )
 
 
@@ -139,6 +140,16 @@ class Files(NamedTuple):
 def is_deepspeeds(folder: Path) -> bool:
     """Whether a folder is a checkpoint of DeepSpeed's, by the names in it."""
     return folder.is_dir() and any(_MODEL.fullmatch(path.name) for path in folder.iterdir())
+
+
+def deepspeeds_folder(parent: Path, tag: str | None) -> Path | None:
+    """The folder of a tag, or of the latest, if DeepSpeed wrote it; else None."""
+    if tag is None:
+        try:
+            tag = (parent / "latest").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+    return parent / tag if is_deepspeeds(parent / tag) else None
 
 
 def files_of(folder: Path) -> Files:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import layout
+from engine.checkpoint.adopt import adopt
+from engine.checkpoint.deepspeed_files import deepspeeds_folder
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken, faults
 from engine.checkpoint.ranks import Ranks
@@ -32,6 +34,9 @@ def load_checkpoint(
     asked = ranks.agree(_DOING, lambda: (tag, wanted.asked))
     if len(set(asked)) > 1:
         raise EngineError(f"{_DOING}: processes ask for different things: {asked}")
+    deepspeeds = ranks.agree_own(_DOING, lambda: deepspeeds_folder(parent, tag))
+    if deepspeeds is not None:
+        return adopt(engine, ranks, deepspeeds, wanted)
     found = _choose(ranks, parent, tag)
     if found is None:
         return None, None
