@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Checksummed", "Record", "flush", "record_of", "remove", "replace_text"]
+__all__ = ["Checksummed", "Record", "flush", "record_of", "remove"]
 
-_CHUNK = 1 << 20  # bytes read at a time
+_CHUNK = 1 << 20  # bytes read or written at a time
+_CRUMB = 1 << 15  # bytes below which a write waits for others
 
 
 class Record(NamedTuple):
@@ -32,30 +33,47 @@ class Checksummed:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by whoever opened this
         self._bytes, self._crc32 = 0, 0
+        self._small = bytearray()  # torch.save writes dozens of crumbs for each tensor
 
     def write(self, data: Any) -> int:
-        """All of it, or an OSError."""
-        view = memoryview(data).cast("B")
+        """All of it, or an OSError, now or later."""
+        size = len(data)
+        self._bytes += size
+        if size < _CRUMB:
+            self._small += data
+            if len(self._small) > _CHUNK:
+                self.flush()
+        else:
+            self.flush()
+            self._put(data)
+        return size
+
+    def _put(self, data: Any) -> None:
+        view = memoryview(data)
         self._crc32 = zlib.crc32(view, self._crc32)
-        self._bytes += len(view)
         while view:
             view = view[self._file.write(view) :]
-        return len(memoryview(data).cast("B"))
 
     def tell(self) -> int:
         """Bytes so far."""
         return self._bytes
 
     def flush(self) -> None:
-        """Nothing is held back here."""
+        """Hand what was held back to the operating system."""
+        if self._small:
+            small, self._small = self._small, bytearray()
+            self._put(small)
 
     def fileno(self) -> int:
         """The operating system's number for it."""
         return self._file.fileno()
 
     def close(self) -> None:
-        """Done; flushing to the disk is another matter."""
-        self._file.close()
+        """Done; having it on the disk is another matter."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
     @property
     def closed(self) -> bool:
@@ -64,7 +82,7 @@ class Checksummed:
 
     @property
     def record(self) -> Record:
-        """Bytes and checksum of what was written so far."""
+        """Bytes and checksum of what was written, once it is closed."""
         return Record(self._bytes, self._crc32)
 
     def __enter__(self) -> Checksummed:
@@ -102,16 +120,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> Callable[[], None]:
-    """Write a small file beside another and flush it; the function that is returned puts it in the other's place."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return lambda: os.replace(beside, path)
 
 
 def remove(folder: Path) -> None:

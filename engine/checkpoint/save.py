@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import layout
-from engine.checkpoint.files import Checksummed, Record, flush, remove, replace_text
+from engine.checkpoint.files import Checksummed, Record, flush, remove
 from engine.checkpoint.manifest import NAME, Manifest, text_of
 from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.state import Captured, capture
@@ -136,15 +137,14 @@ def _write(job: Job, ranks: Ranks) -> None:
 
 
 def _write_own(job: Job, ranks: Ranks) -> tuple[dict[str, Record], Any]:
-    """This process's files, flushed."""
+    """This process's files; flushed, but for rank 0's, which has more to write."""
     if not job.partial.is_dir():
         raise EngineError(f"{job.partial}, which rank 0 has made, is not there; save_dir has to be one folder for all")
     results = job.writing.write(job.partial, job.plans, job.values)
-    records = {
-        **job.writing.records,
-        layout.rank_file(ranks.rank): _save(job.partial / layout.rank_file(ranks.rank), job.own),
-    }
-    flush(job.partial / name for name in records)
+    own = layout.rank_file(ranks.rank)
+    records = {**job.writing.records, own: _save(job.partial / own, job.own)}
+    if ranks.rank != 0:
+        flush(job.partial / name for name in records)
     return records, results
 
 
@@ -162,15 +162,20 @@ def _write_text(path: Path, text: str) -> Record:
 
 def _finish(job: Job, written: list[tuple[dict[str, Record], Any]]) -> None:
     """What only rank 0 does, when all have written."""
+    mine = set(written[0][0])
     job.writing.finish([results for _, results in written])
     records = {name: record for files, _ in written for name, record in files.items()} | job.writing.records
     records[layout.STATE] = _write_text(job.partial / layout.STATE, json.dumps(job.shared))
-    flush([job.partial / ".metadata", job.partial / layout.STATE])
     manifest = Manifest(job.tag, job.step, len(written), job.latest, records)
     _write_text(job.partial / NAME, text_of(manifest))
-    flush([job.partial / NAME, job.partial])
+    latest = job.parent / f".{layout.LATEST}.partial"
+    if job.latest:
+        _write_text(latest, job.tag)
+    # All at once, and the disk is waited for once: before it has a name, nobody looks into the folder.
+    names = {*mine, *job.writing.records, layout.STATE, NAME}
+    flush([*(job.partial / name for name in names), job.partial, *([latest] if job.latest else [])])
     layout.put_in_place(job.partial, job.parent / job.tag)
     if job.latest:
-        replace_text(job.parent / layout.LATEST, job.tag)()
-    flush([job.parent])
+        os.replace(latest, job.parent / layout.LATEST)
+    flush([job.parent])  # both names; a file system that keeps the order of renames cannot keep the second alone
     remove(job.parent / f".{job.tag}.replaced")

@@ -16,18 +16,20 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from engine.checkpoint.files import Checksummed, Record
+from engine.checkpoint.frames import write_tensor
 from engine.checkpoint.manifest import Broken
 
 __all__ = ["METADATA", "Writing", "local", "read", "read_metadata"]
@@ -99,11 +101,26 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
+    """One file for each process, as its base class writes it, checksummed."""
+
     fs: _Checksumming
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, thread_count=1, sync_files=False)
+        super().__init__(folder, sync_files=False)
         self.fs = _Checksumming()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with self.fs.create_stream(Path(self.path) / name, "wb") as stream:
+            for item in plan.items:
+                start = stream.tell()
+                write_tensor(cast(Tensor, planner.resolve_data(item)), stream.write)
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
     def storage_meta(self) -> None:
         """No path of this machine, no random name: the same state makes the same file."""
