@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from engine.checkpoint.deepspeed import DeepSpeedCheckpoint, Slot
+from engine.checkpoint.deepspeed import DeepSpeedCheckpoint
+from engine.checkpoint.moments import Moments, read_moments
 from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.restore import Wanted
+from engine.checkpoint.shares import is_sharded, local_of, sharded_like, share_of
 from engine.checkpoint.state import CHOICES, aliases_of, buffers_of, weights_of
 from engine.checkpoint.stored import Stored, read_whole
 from engine.errors import EngineError
@@ -29,13 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 _DOING = "load_checkpoint"
-
-# What optimizers keep for each weight, beside the count of updates.
-_MOMENTS = {
-    "Adam": ("exp_avg", "exp_avg_sq"), "AdamW": ("exp_avg", "exp_avg_sq"), "Lamb": ("exp_avg", "exp_avg_sq"),
-    "Lion": ("exp_avg",), "Adagrad": ("sum",), "SGD": ("momentum_buffer",),
-}  # fmt: skip
-_COUNTING = ("Adam", "AdamW", "Lamb", "Adagrad")
 
 # What DeepSpeed puts beside the script's own things.
 _DEEPSPEEDS = {
@@ -52,13 +47,11 @@ class _Plan:
 
     Attributes:
         parts: what this process has of each weight and buffer.
-        moments: by name of the weight: its state in the optimizer.
-        settings: of each parameter group.
+        moments: of the optimizer; None where they are not wanted.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    settings: list[Mapping[str, Any]] = field(default_factory=list)
+    moments: Moments | None = None
 
 
 def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[str, dict[str, Any]]:
@@ -99,11 +92,12 @@ def _read(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> _P
     if not wanted.module_only and wanted.schedule:
         _check_schedule(engine, checkpoint)
     if optimizer is not None:
-        _read_optimizer(optimizer, checkpoint, weights, plan, stored)
+        plan.moments = read_moments(optimizer, checkpoint, weights, stored)
+        stored |= plan.moments.weights
     if wanted.custom_load is None:
         targets = {**weights, **buffers_of(engine.module)}
-        plan.parts |= {name: _part(each, targets[name]) for name, each in stored.items()}
-    elif any(hasattr(weight, "to_local") for weight in weights.values()):
+        plan.parts |= {name: share_of(read_whole(each), targets[name]) for name, each in stored.items()}
+    elif any(map(is_sharded, weights.values())):
         raise EngineError(
             "custom_load_fn: parameters are sharded over the processes; leave it out, or use ZeRO stage 0"
         )
@@ -149,98 +143,6 @@ def _named(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> d
 def _some(names: list[str], shown: int = 5) -> str:
     more = f" and {len(names) - shown} others" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _part(stored: Stored, like: Tensor) -> Tensor:
-    """What this process has of a tensor that is whole in files."""
-    whole = read_whole(stored)
-    if not hasattr(like, "to_local"):
-        return whole
-    # Here, and not above: it takes half a second to import, and whoever has a DTensor has it.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sharded: Any = like
-    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-    part = whole
-    for dim, (size, start) in enumerate(zip(shape, offset)):
-        part = part.narrow(dim, min(start, part.shape[dim] - size), size)
-    return part.clone()  # not a view, which would keep the whole
-
-
-def _read_optimizer(
-    optimizer: Optimizer,
-    checkpoint: DeepSpeedCheckpoint,
-    weights: Mapping[str, Tensor],
-    plan: _Plan,
-    stored: dict[str, Stored],
-) -> None:
-    names = {id(weight): name for name, weight in weights.items()}
-    ours = [[names[id(weight)] for weight in group["params"]] for group in optimizer.param_groups]
-    groups = checkpoint.groups([[(name, weights[name].shape) for name in group] for group in ours])
-    slots = {slot.name: (slot, group) for group in groups for slot in group.slots}
-    counted = checkpoint.aliases
-    kind = _kind(optimizer)
-    for own, group in zip(ours, optimizer.param_groups):
-        settings: Mapping[str, Any] = {}
-        for name in own:
-            slot, theirs = slots.get(name) or slots.get(counted.get(name, "")) or (None, None)
-            if slot is None or theirs is None:
-                log.warning("load_checkpoint: %s was not trained in %s; it has no moments", name, checkpoint.folder)
-                continue
-            if checkpoint.stage == 0 and slot.weight is not None:
-                _check_order(checkpoint, name, slot.weight, stored.get(name))
-                stored[name] = slot.weight
-            settings = settings or theirs.settings
-            if slot.moments:
-                plan.moments[name] = _state_of(slot, kind, group, weights[name], checkpoint)
-        plan.settings.append(settings)
-
-
-def _kind(optimizer: Optimizer) -> str:
-    """The optimizer's name, of those whose state is known."""
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _MOMENTS:
-            return cls.__name__
-    raise EngineError(
-        f"optimizer {type(optimizer).__name__}: what DeepSpeed's checkpoint has of one is not known to go with it; "
-        "load with load_optimizer_states=False"
-    )
-
-
-def _check_order(checkpoint: DeepSpeedCheckpoint, name: str, master: Stored, low: Stored | None) -> None:
-    """At stage 0 weights have no names in the optimizer; rounded they have to be the model's."""
-    if low is not None and not torch.equal(read_whole(master).to(low.dtype), read_whole(low)):
-        raise EngineError(
-            f"{checkpoint.folder}: the optimizer's weight for {name} is not the model's; give initialize the same "
-            "parameters in the same order as DeepSpeed had them, or load with load_optimizer_states=False"
-        )
-
-
-def _state_of(
-    slot: Slot, kind: str, group: Mapping[str, Any], weight: Tensor, checkpoint: DeepSpeedCheckpoint
-) -> dict[str, Any]:
-    """A weight's state as the optimizer keeps it, its tensors this process's part."""
-    needed = set(_MOMENTS[kind])
-    if kind == "SGD" and not group["momentum"]:
-        needed = set()
-    if group.get("amsgrad"):
-        needed.add("max_exp_avg_sq")
-    if needed != slot.moments.keys():
-        raise EngineError(
-            f"{checkpoint.folder}: its optimizer has {', '.join(slot.moments)} for {slot.name}, and {kind} needs "
-            f"{', '.join(sorted(needed)) or 'nothing'}; give the config the optimizer that it was saved with, or load "
-            "with load_optimizer_states=False"
-        )
-    state: dict[str, Any] = {key: _part(stored, weight).to(weight.dtype) for key, stored in slot.moments.items()}
-    if kind in _COUNTING:
-        if slot.step is None:
-            raise EngineError(f"{checkpoint.folder}: its optimizer does not say how many updates it has made")
-        if kind == "Lamb":
-            state["step"] = int(slot.step)
-        else:  # where torch's own step keeps it
-            there = weight.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-            state["step"] = torch.tensor(slot.step, dtype=torch.float32, device=there)
-    return state
 
 
 def _check_schedule(engine: Engine, checkpoint: DeepSpeedCheckpoint) -> None:
@@ -290,18 +192,18 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
     if wanted.custom_load is None:
         for name, target in {**weights, **buffers_of(engine.module)}.items():
             if name in plan.parts:
-                _local(target).copy_(plan.parts.pop(name))
+                local_of(target).copy_(plan.parts.pop(name))
         if engine._masters is not None:
             engine._masters.publish()
     else:
         _load_by(wanted.custom_load, engine, checkpoint)
     if wanted.module_only:
         return
-    if wanted.optimizer and engine.optimizer is not None:
-        _install_optimizer(engine.optimizer, weights, plan)
+    if plan.moments is not None and engine.optimizer is not None:
+        _install_optimizer(engine.optimizer, weights, plan.moments)
     state = checkpoint.state
     if wanted.schedule and engine.lr_scheduler is not None and state.get("lr_scheduler") is not None:
-        _install_schedule(engine, state["lr_scheduler"], settings_known=any(plan.settings))
+        _install_schedule(engine, state["lr_scheduler"], rates_known=plan.moments is None or any(plan.moments.settings))
     _install_scale(engine, checkpoint.loss_scaler)
     engine.global_steps = int(state["global_steps"])
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
@@ -318,20 +220,14 @@ def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSp
         torch._foreach_copy_(engine._masters.weights, engine._masters.model)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    sharded: Any = tensor
-    local: Tensor = sharded.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()
-
-
-def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], plan: _Plan) -> None:
+def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], moments: Moments) -> None:
     optimizer.state.clear()
-    for name, state in plan.moments.items():
+    for name, state in moments.states.items():
         weight = weights[name]
         optimizer.state[weight] = {
-            key: _like(value, weight) if key != "step" else value for key, value in state.items()
+            key: sharded_like(value, weight) if key != "step" else value for key, value in state.items()
         }
-    for group, settings in zip(optimizer.param_groups, plan.settings):
+    for group, settings in zip(optimizer.param_groups, moments.settings):
         for key, value in settings.items():
             if key in ("params", "step", *CHOICES) or key not in group:
                 continue
@@ -341,23 +237,10 @@ def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], plan
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _like(part: Tensor, weight: Tensor) -> Tensor:
-    """This process's part as a tensor such as the weight, sharded if that is."""
-    moved = part.to(weight.device)
-    if not hasattr(weight, "to_local"):
-        return moved
-    from torch.distributed.tensor import DTensor  # see `_part`
-
-    sharded: Any = weight
-    return DTensor.from_local(
-        moved, sharded.device_mesh, sharded.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
-
-
-def _install_schedule(engine: Engine, state: dict[str, Any], *, settings_known: bool) -> None:
+def _install_schedule(engine: Engine, state: dict[str, Any], *, rates_known: bool) -> None:
     schedule: Any = engine.lr_scheduler
     schedule.load_state_dict(dict(state))
-    if not settings_known and hasattr(schedule, "last_batch_iteration"):
+    if not rates_known and hasattr(schedule, "last_batch_iteration"):
         schedule.step(schedule.last_batch_iteration)  # an elastic checkpoint has no rates: write those of this step
 
 

@@ -11,49 +11,22 @@ and `runtime/fp16/*_optimizer.py`, and after the files that these write.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint.deepspeed_files import Files, Mapped, files_of
-from engine.checkpoint.stored import PART, Stored, bytes_of
+from engine.checkpoint.deepspeed_flat import Place, cut_from, in_equal_parts, one_after_the_other, whole
+from engine.checkpoint.stored import Stored, bytes_of
 from engine.errors import EngineError
 
 __all__ = ["DeepSpeedCheckpoint", "Group", "Slot"]
 
-_MAPPED_BYTES = 16 << 20  # read until mappings are made anew, so that the pages of what was read can go
 _KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "max_exp_avg_sq")  # flat as the weights are
-
-
-class _Run(NamedTuple):
-    """A stretch of a flat tensor in a file."""
-
-    file: Mapped
-    keys: tuple[Any, ...]
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """A tensor that lies in stretches, one after the other; see :class:`Stored`."""
-
-    checkpoint: DeepSpeedCheckpoint
-    shape: torch.Size
-    dtype: torch.dtype
-    runs: tuple[_Run, ...]
-
-    def parts(self) -> Iterator[Tensor]:
-        for file, keys, start, length in self.runs:
-            for at in range(start, start + length, PART):
-                # Looked up each time: the mapping may have been made anew.
-                flat = file.tensor(*keys).reshape(-1)
-                yield flat[at : min(at + PART, start + length)]
-                self.checkpoint.has_read(min(PART, start + length - at) * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -99,7 +72,6 @@ class DeepSpeedCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: Files = files_of(folder)
-        self._read, self._most = 0, _MAPPED_BYTES
         model, optimizer = self._files.model, self._files.optimizer
         self.state: Mapping[str, Any] = {k: v for k, v in model[0].content().items() if k != "module"}
         try:
@@ -161,18 +133,18 @@ class DeepSpeedCheckpoint:
         frozen = self._frozen()
         aliases = self.aliases
         tensors: dict[str, Stored] = {}
-        for name, tensor in self._module().items():
+        for name in self._module():
             weight = weights.get(name) or frozen.get(name)
             if name in aliases:
                 continue
             if weight is None and (self.stage != 3 or name in self._buffers):
-                weight = self._whole(self._files.model[0], ("module", name), tensor)
+                weight = whole(self._files, Place(self._files.model[0], ("module", name)))
             if weight is None:
                 raise EngineError(f"{self.folder}: {name} is in none of the files; it was not saved")
             tensors[name] = weight
         # A parameter that was left out of the state dict may still be in the optimizer.
         tensors |= {name: weight for name, weight in weights.items() if weight and name not in tensors}
-        self._most = max([_MAPPED_BYTES, *map(bytes_of, tensors.values())])
+        self._files.most = max([self._files.most, *map(bytes_of, tensors.values())])
         return tensors
 
     def _module(self) -> dict[str, Tensor]:
@@ -188,7 +160,8 @@ class DeepSpeedCheckpoint:
         frozen: dict[str, Stored] = {}
         for name, shape in self.state["frozen_param_shapes"].items():
             keys = ("frozen_param_fragments", name)
-            frozen[name] = self._join(torch.Size(shape), [(file, keys, 0) for file in self._files.model])
+            places = [Place(file, keys) for file in self._files.model]
+            frozen[name] = in_equal_parts(self._files, places, torch.Size(shape))
         return frozen
 
     # -- the optimizer ---------------------------------------------------------------------------
@@ -227,7 +200,10 @@ class DeepSpeedCheckpoint:
             step = _step([found], [settings, counted])
             places: dict[str, tuple[Any, ...]] = {"weight": ("single_partition_of_fp32_groups", index)}
             places |= {key: ("base_optimizer_state", *of_state, key) for key in _KEYS if key in found}
-            vectors = {key: self._vector(place) for key, place in places.items()}
+            vectors = {
+                key: one_after_the_other(self._files, [Place(file, (_STATE, *place)) for file in self._files.optimizer])
+                for key, place in places.items()
+            }
             slots, start = [], 0
             for (name, shape), padding in zip(shapes.items(), paddings[index]):
                 stored = {key: vector(start, shape) for key, vector in vectors.items()}
@@ -235,28 +211,6 @@ class DeepSpeedCheckpoint:
                 start += shape.numel() + padding
             groups.append(Group(slots, settings))
         return groups
-
-    def _vector(self, place: tuple[Any, ...]) -> Callable[[int, torch.Size], Stored]:
-        """The flat vector whose parts lie at `place` of each process's file; makes tensors out of stretches of it."""
-        files = self._files.optimizer
-        lengths = [file.tensor(_STATE, *place).numel() for file in files]
-        dtype = files[0].tensor(_STATE, *place).dtype
-
-        def stretch(start: int, shape: torch.Size) -> Stored:
-            runs, wanted, before = [], shape.numel(), 0
-            for file, length in zip(files, lengths):
-                first, last = max(start, before), min(start + wanted, before + length)
-                if first < last:
-                    runs.append(_Run(file, (_STATE, *place), first - before, last - first))
-                before += length
-            if sum(run.length for run in runs) != wanted:
-                raise EngineError(
-                    f"{self.folder}: {wanted} elements are wanted from {start} on, and the processes' parts have "
-                    f"{sum(lengths)} in all; it is not as DeepSpeed writes it"
-                )
-            return _Flat(self, shape, dtype, tuple(runs))
-
-        return stretch
 
     def _groups_at_3(self) -> list[Group]:
         state = self._optimizer_state(0)
@@ -272,31 +226,16 @@ class DeepSpeedCheckpoint:
                 start = 0
                 for name, shape in self._shapes[subgroup].items():
                     stored = {
-                        key: self._join(shape, [(file, (_STATE, *place), start) for file in self._files.optimizer])
-                        for key, place in places.items()
+                        key: in_equal_parts(
+                            self._files, [Place(file, (_STATE, *keys), start) for file in self._files.optimizer], shape
+                        )
+                        for key, keys in places.items()
                     }
                     slots.append(Slot(name, stored.pop("weight"), stored, step))
                     start += math.ceil(shape.numel() / self.processes)
                 subgroup += 1
             groups.append(Group(slots, settings))
         return groups
-
-    def _join(self, shape: torch.Size, places: list[tuple[Mapped, tuple[Any, ...], int]]) -> Stored:
-        """A tensor of which each process has an equal part, the last ones padded."""
-        part = math.ceil(shape.numel() / len(places))
-        runs, left = [], shape.numel()
-        for file, keys, start in places:
-            if left > 0:
-                runs.append(_Run(file, keys, start, min(part, left)))
-            left -= part
-        for file, keys, start, length in runs:
-            there = file.tensor(*keys).numel()
-            if start + length > there:
-                raise EngineError(
-                    f"{file.path}: {'.'.join(map(str, keys))} has {there} elements, expected {start + length}"
-                )
-        first = places[0][0].tensor(*places[0][1])
-        return _Flat(self, shape, first.dtype, tuple(runs))
 
     def _groups_at_0(self, order: Sequence[Sequence[tuple[str, torch.Size]]]) -> list[Group]:
         """The model's file has the optimizer's state dict, of torch (fp32) or of DeepSpeed's wrapper (fp16, bf16)."""
@@ -328,7 +267,10 @@ class DeepSpeedCheckpoint:
                     spots["weight"] = ("optimizer", "fp32_groups_flat", number)
                 elif "fp32_groups" in outer:
                     spots["weight"] = ("optimizer", "fp32_groups", number, place)
-                stored = {key: self._cut(file, spot, start if flat else 0, shape) for key, spot in spots.items()}
+                stored = {
+                    key: cut_from(self._files, Place(file, spot, start if flat else 0), shape)
+                    for key, spot in spots.items()
+                }
                 own = found.get("step")
                 slots.append(
                     Slot(name, stored.pop("weight", None), stored, float(own) if isinstance(own, Tensor) else step)
@@ -337,18 +279,6 @@ class DeepSpeedCheckpoint:
             groups.append(Group(slots, settings))
             index += sizes[number]
         return groups
-
-    def _cut(self, file: Mapped, keys: tuple[Any, ...], start: int, shape: torch.Size) -> Stored:
-        tensor = file.tensor(*keys)
-        if tensor.numel() < start + shape.numel():
-            raise EngineError(
-                f"{file.path}: {'.'.join(map(str, keys))} has {tensor.numel()} elements, expected at least "
-                f"{start + shape.numel()}; give initialize the same parameters in the same order"
-            )
-        return _Flat(self, shape, tensor.dtype, (_Run(file, keys, start, shape.numel()),))
-
-    def _whole(self, file: Mapped, keys: tuple[Any, ...], tensor: Tensor) -> Stored:
-        return _Flat(self, tensor.shape, tensor.dtype, (_Run(file, keys, 0, tensor.numel()),))
 
     # -- what else there is ----------------------------------------------------------------------
 
@@ -360,15 +290,8 @@ class DeepSpeedCheckpoint:
             return {} if scaler is None else vars(scaler)
         return {k: v for k, v in (self.state.get("optimizer") or {}).items() if k.startswith(("cur_", "last_", "dyn"))}
 
-    def has_read(self, count: int) -> None:
-        """That many bytes were read since; now and then give the memory back."""
-        self._read += count
-        if self._read >= self._most:
-            self.release()
-
     def release(self) -> None:
         """Give the memory of all files back; what is wanted later is read anew."""
-        self._read = 0
         self._files.release()
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,21 +119,32 @@ def _why_refused(path: Path, message: str) -> str:
     )
 
 
-class Files(NamedTuple):
+@dataclass
+class Files:
     """The files of one checkpoint.
 
     Attributes:
         folder: where they are.
         model: `mp_rank_00_model_states.pt`, or one of each process at stage 3.
         optimizer: one of each process at stages 1 to 3; none at stage 0.
+        most: bytes that may be read until the memory is given back.
     """
 
     folder: Path
     model: list[Mapped]
     optimizer: list[Mapped]
+    most: int = 16 << 20
+    _read: int = 0
+
+    def has_read(self, count: int) -> None:
+        """That many bytes more were read: now and then map anew, so that the pages of what was read can go."""
+        self._read += count
+        if self._read >= self.most:
+            self.release()
 
     def release(self) -> None:
-        """Give the memory of all back."""
+        """Give the memory of all back; what is wanted later is read anew."""
+        self._read = 0
         for file in (*self.model, *self.optimizer):
             file.release()
 

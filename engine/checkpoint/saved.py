@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +129,7 @@ class SavedCheckpoint:
 
         self._folder = found.folder
         self._metadata = read_metadata(found.folder)
+        self._entries: Mapping[str, Any] = self._metadata.state_dict_metadata  # each of a tensor
         try:
             shared = json.loads((found.folder / layout.STATE).read_text(encoding="utf-8"))
             self.aliases: dict[str, str] = dict(shared["aliases"])
@@ -142,11 +143,10 @@ class SavedCheckpoint:
         """Weights, in fp32 where there is an fp32 weight, and buffers, by name; no aliases."""
         places: dict[str, list[_Chunk]] = {}
         sizes = {
-            (key, tuple(chunk.offsets)): chunk.sizes
-            for key, entry in self._metadata.state_dict_metadata.items()
-            for chunk in entry.chunks
+            (key, tuple(chunk.offsets)): chunk.sizes for key, entry in self._entries.items() for chunk in entry.chunks
         }
-        for index, place in self._metadata.storage_data.items():
+        storage: Any = self._metadata.storage_data
+        for index, place in storage.items():
             offsets = tuple(index.offset or ())
             if (index.fqn, offsets) in sizes:
                 size = sizes[index.fqn, offsets]
@@ -154,7 +154,7 @@ class SavedCheckpoint:
                 places.setdefault(index.fqn, []).append(chunk)
         tensors: dict[str, Stored] = {}
         for name in self._names:
-            entry = self._metadata.state_dict_metadata.get(f"{_MODEL}{name}")
+            entry = self._entries.get(f"{_MODEL}{name}")
             chunks = places.get(f"{_MODEL}{name}", [])
             if entry is None or sum(chunk.sizes.numel() for chunk in chunks) != entry.size.numel():
                 raise Broken(f"{self._folder}: {name} is not in its files, or not all of it")
