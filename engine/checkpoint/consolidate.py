@@ -116,6 +116,9 @@ def _open(directory: Path, tag: str | None) -> tuple[DeepSpeedCheckpoint | Saved
         raise EngineError(f"{directory}: there is no such folder")
     parent, tag = _resolve(directory, tag)
     folder = parent / tag
+    if not folder.exists() and not any(tag == each for each, _ in layout.tags(parent)):
+        tags = _tags(parent)
+        raise EngineError(f"{folder}: there is no such checkpoint{_which(tags)}")
     if is_deepspeeds(folder):
         deepspeeds = DeepSpeedCheckpoint(folder)
         processes = "1 process" if deepspeeds.processes == 1 else f"{deepspeeds.processes} processes"
@@ -136,14 +139,18 @@ def _resolve(directory: Path, tag: str | None) -> tuple[Path, str]:
     try:
         return directory, (directory / layout.LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        tags = _tags(directory)
-        which = f"; there are the tags {', '.join(tags)}: give one with --tag" if tags else ""
-        raise EngineError(f'{directory}: it has no checkpoint, or none named in the file "latest"{which}') from None
+        raise EngineError(
+            f'{directory}: it has no checkpoint, or none named in the file "latest"{_which(_tags(directory))}'
+        ) from None
 
 
 def _tags(directory: Path) -> list[str]:
     ours = [tag for tag, _ in layout.tags(directory)]
     return sorted({*ours, *(path.name for path in directory.iterdir() if is_deepspeeds(path))})
+
+
+def _which(tags: list[str]) -> str:
+    return f"; there are the tags {', '.join(tags)}: give one with --tag" if tags else ""
 
 
 def _whole_ones(directory: Path) -> str:

@@ -6,7 +6,6 @@ name wants all tensors in memory at once to write them. Format: https://huggingf
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine.checkpoint.frames import memory_of
 from engine.errors import EngineError
 
 __all__ = ["Entry", "Writer", "in_order", "offsets_of"]
@@ -91,5 +91,5 @@ class Writer:
     def write(self, part: Tensor) -> None:
         """The next values, of the tensor whose turn it is, in its format."""
         flat = part.detach().contiguous()
-        if flat.nbytes:  # past NumPy, which torch does not need and which has no bfloat16
-            self._file.write((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+        if flat.nbytes:
+            self._file.write(memory_of(flat))
