@@ -99,9 +99,9 @@ def _load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise EngineError(_why_refused(path, str(error))) from None
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # of a broken file: RuntimeError, EOFError, KeyError, ...
+    except (FileNotFoundError, PermissionError) as error:
+        raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # of a broken file: RuntimeError, OSError, EOFError, KeyError, ...
         reason = str(error).partition("\n")[0]
         raise EngineError(f"{path}: it is broken, or no file of DeepSpeed's: {reason}") from error
     if not isinstance(content, dict):
