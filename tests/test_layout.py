@@ -37,6 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
     ("engine.checkpoint", "engine.parallel"),
+    ("engine.zero", "engine.recompute"),
     ("engine.engine",),
     ("engine.range_test", "engine.watch"),
     ("engine.build",),

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.compare import listed, match_names
 from engine.checkpoint.deepspeed import DeepSpeedCheckpoint
-from engine.checkpoint.moments import Moments, read_moments
+from engine.checkpoint.deepspeed_moments import Moments, read_moments
+from engine.checkpoint.pace import Pace
+from engine.checkpoint.plain import pack
 from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.restore import Wanted
 from engine.checkpoint.shares import is_sharded, local_of, sharded_like, share_of
-from engine.checkpoint.state import CHOICES, aliases_of, buffers_of, weights_of
+from engine.checkpoint.state import aliases_of, model_tensors, set_setting, weights_of
 from engine.checkpoint.stored import Stored, read_whole
 from engine.errors import EngineError
 from engine.log import log
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 _DOING = "load_checkpoint"
+
+# Settings of a group that choose among implementations of one optimizer; the engine's own count.
+_CHOICES = ("fused", "foreach", "capturable", "differentiable")
 
 # What DeepSpeed puts beside the script's own things.
 _DEEPSPEEDS = {
@@ -48,10 +54,12 @@ class _Plan:
     Attributes:
         parts: what this process has of each weight and buffer.
         moments: of the optimizer; None where they are not wanted.
+        pace: of the schedule; None where it is not wanted.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     moments: Moments | None = None
+    pace: Pace | None = None
 
 
 def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[str, dict[str, Any]]:
@@ -63,15 +71,14 @@ def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[s
     Raises:
         EngineError: on all processes, if it does not go with the engine on one; the engine is as it was.
     """
-    checkpoint: DeepSpeedCheckpoint | None = None
+    made: list[tuple[DeepSpeedCheckpoint, _Plan]] = []
 
-    def read() -> _Plan:
-        nonlocal checkpoint
+    def read() -> None:
         checkpoint = DeepSpeedCheckpoint(folder)
-        return _read(engine, checkpoint, wanted)
+        made.append((checkpoint, _read(engine, checkpoint, wanted)))
 
-    plan = ranks.agree_own(_DOING, read)
-    assert checkpoint is not None
+    ranks.agree(_DOING, read)
+    checkpoint, plan = made[0]
     _install(engine, checkpoint, plan, wanted)
     processes = "1 process" if checkpoint.processes == 1 else f"{checkpoint.processes} processes"
     rest = "" if wanted.module_only else "; the data and the random numbers begin anew, as DeepSpeed does not save them"
@@ -86,16 +93,18 @@ def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[s
 
 def _read(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> _Plan:
     plan = _Plan()
+    engine.put_away()
     weights = weights_of(engine)
     stored = _named(engine, checkpoint, wanted)
     optimizer = None if wanted.module_only or not wanted.optimizer else engine.optimizer
     if not wanted.module_only and wanted.schedule:
-        _check_schedule(engine, checkpoint)
+        counters = {name: int(checkpoint.state[name]) for name in ("global_steps", "skipped_steps")}
+        plan.pace = Pace(engine, {"schedule": _schedule_of(engine, checkpoint), "counters": counters})
     if optimizer is not None:
         plan.moments = read_moments(optimizer, checkpoint, weights, stored)
         stored |= plan.moments.weights
     if wanted.custom_load is None:
-        targets = {**weights, **buffers_of(engine.module)}
+        targets = model_tensors(engine)
         plan.parts |= {name: share_of(read_whole(each), targets[name]) for name, each in stored.items()}
     elif any(map(is_sharded, weights.values())):
         raise EngineError(
@@ -111,75 +120,51 @@ def _named(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> d
         EngineError: names or shapes do not fit.
     """
     found = checkpoint.tensors()
-    known_as: dict[str, list[str]] = {}
-    for alias, name in (*aliases_of(engine.module).items(), *checkpoint.aliases.items()):
-        known_as.setdefault(name, []).append(alias)
-        known_as.setdefault(alias, []).append(name)
-    targets = {**weights_of(engine), **buffers_of(engine.module)}
-    stored: dict[str, Stored] = {}
-    taken, missing = set(), []
-    for name, target in targets.items():
-        spelled = next((each for each in (name, *known_as.get(name, ())) if each in found), None)
-        if spelled is None:
-            missing.append(name)
-            continue
-        taken.add(spelled)
-        if found[spelled].shape != target.shape:
-            raise EngineError(
-                f"{checkpoint.folder}: {name} has shape {tuple(found[spelled].shape)}, this model's "
-                f"{tuple(target.shape)}"
-            )
-        stored[name] = found[spelled]
-    strange = [name for name in found if name not in taken]
-    if wanted.strict and wanted.custom_load is None and (missing or strange):
-        lists = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(strange)} more"] * bool(strange)
+    targets = model_tensors(engine)
+    names = match_names(targets, found, aliases_of(engine.module), checkpoint.aliases)
+    if wanted.strict and wanted.custom_load is None and (names.missing or names.unexpected):
+        said = [f"it lacks {listed(names.missing)}, which the model has"] * bool(names.missing)
+        said += [f"it has {listed(names.unexpected)}, which the model lacks"] * bool(names.unexpected)
         raise EngineError(
-            f"{checkpoint.folder}: it is of another model, {' and '.join(lists)}; load_module_strict=False loads what "
-            "both have"
+            f"{checkpoint.folder}: {'; '.join(said)}; build the model that was saved, or load what both have: "
+            "load_module_strict=False"
         )
+    stored = {name: found[source] for name, source in names.sources.items()}
+    wrong = [
+        f"{name} is {list(each.shape)} in the checkpoint, {list(targets[name].shape)} in the model"
+        for name, each in stored.items()
+        if each.shape != targets[name].shape
+    ]
+    if wrong:
+        raise EngineError(f"{checkpoint.folder}: {listed(wrong)}; build the model that was saved")
     return stored
 
 
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} others" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def _check_schedule(engine: Engine, checkpoint: DeepSpeedCheckpoint) -> None:
-    """Name a schedule that is not the one of the checkpoint's config.
-
-    Raises:
-        EngineError: it has changed, and the config does not say that it may.
-    """
+def _schedule_of(engine: Engine, checkpoint: DeepSpeedCheckpoint) -> dict[str, Any] | None:
+    """The schedule as a checkpoint of our own would tell it: its type and parameters are in DeepSpeed's config."""
+    state = checkpoint.state.get("lr_scheduler")
+    if state is None:
+        return None
+    told: dict[str, Any] = {"type": type(engine.lr_scheduler).__name__, "told_by": "nothing", "parameters": {}}
     config = checkpoint.state.get("ds_config")
-    theirs = config.get("scheduler") if isinstance(config, Mapping) else None
-    ours = engine.config.scheduler
-    if not isinstance(theirs, Mapping) or ours is None or engine.config.redline.checkpoint.override_schedule:
-        return  # a schedule that a script made is in no config
-    changes = []
-    if theirs.get("type") != ours.type:
-        changes.append(f"type: {theirs.get('type')} there, {ours.type} here")
-    else:
-        mine = ours.params.model_dump()
-        for key, value in _filled(theirs).items():
-            if value != "auto" and key in mine and mine[key] != value:
-                changes.append(f"{key}: {value} there, {mine[key]} here")
-    if changes:
-        raise EngineError(
-            f"{checkpoint.folder}: the schedule has changed: {'; '.join(changes)}; give the config the one that it was "
-            'saved with, load with load_lr_scheduler_states=False, or say "redline": {"checkpoint": '
-            '{"override_schedule": true}}'
-        )
+    section = config.get("scheduler") if isinstance(config, Mapping) else None
+    if isinstance(section, Mapping) and section.get("type"):  # else the script made it
+        told = {"type": section["type"], "told_by": "config", "parameters": _parameters_of(section)}
+        if hasattr(engine.lr_scheduler, "corrected"):
+            told["parameters"]["redline.schedules"] = "deepspeed"
+    return {**told, "state": pack(dict(state), "lr_scheduler", {})}
 
 
-def _filled(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """A schedule's parameters with their defaults; as they are where this engine would refuse them."""
+def _parameters_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's parameters as this engine reads them; as they are where it would refuse them."""
     from engine.config.scheduler import SchedulerConfig  # here: pydantic takes long to import
 
     try:
-        return SchedulerConfig.model_validate(scheduler).params.model_dump()
+        parameters = SchedulerConfig.model_validate(section).arguments()
     except ValueError:
-        return dict(scheduler.get("params") or {})
+        parameters = dict(section.get("params") or {})
+    packed: dict[str, Any] = pack(parameters, "scheduler.params", {})
+    return packed
 
 
 # -- installing ----------------------------------------------------------------------------------------
@@ -190,25 +175,28 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
     engine.drop_update()
     weights = weights_of(engine)
     if wanted.custom_load is None:
-        for name, target in {**weights, **buffers_of(engine.module)}.items():
+        for name, target in model_tensors(engine).items():
             if name in plan.parts:
                 local_of(target).copy_(plan.parts.pop(name))
-        if engine._masters is not None:
-            engine._masters.publish()
     else:
         _load_by(wanted.custom_load, engine, checkpoint)
+    if engine._publish is not None:
+        engine._publish()
     if wanted.module_only:
         return
     if plan.moments is not None and engine.optimizer is not None:
         _install_optimizer(engine.optimizer, weights, plan.moments)
     state = checkpoint.state
-    if wanted.schedule and engine.lr_scheduler is not None and state.get("lr_scheduler") is not None:
-        _install_schedule(engine, state["lr_scheduler"], rates_known=plan.moments is None or any(plan.moments.settings))
+    if plan.pace is not None:
+        plan.pace.install({})
+        if plan.moments is not None and not any(plan.moments.settings):
+            _write_rates(engine)
     _install_scale(engine, checkpoint.loss_scaler)
     engine.global_steps = int(state["global_steps"])
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine._skipped = int(state["skipped_steps"])
+    engine._last_loss = engine._grad_norm = None
 
 
 def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSpeedCheckpoint) -> None:
@@ -217,7 +205,7 @@ def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSp
     tensors |= {alias: tensors[name] for alias, name in checkpoint.aliases.items() if name in tensors}
     custom_load(src=tensors, dst=engine.module)
     if engine._masters is not None:
-        torch._foreach_copy_(engine._masters.weights, engine._masters.model)
+        torch._foreach_copy_(list(engine._masters.of.values()), list(engine._masters.of))
 
 
 def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], moments: Moments) -> None:
@@ -229,19 +217,16 @@ def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], mome
         }
     for group, settings in zip(optimizer.param_groups, moments.settings):
         for key, value in settings.items():
-            if key in ("params", "step", *CHOICES) or key not in group:
+            if key in ("params", "step", *_CHOICES) or key not in group:
                 continue
-            if isinstance(group[key], Tensor):  # a rate that keeps its identity
-                group[key].fill_(float(value))
-            else:
-                group[key] = tuple(value) if isinstance(value, list) else value
+            set_setting(group, key, tuple(value) if isinstance(value, list) else value)
 
 
-def _install_schedule(engine: Engine, state: dict[str, Any], *, rates_known: bool) -> None:
+def _write_rates(engine: Engine) -> None:
+    """An elastic checkpoint has none: write those of the step that was reached."""
     schedule: Any = engine.lr_scheduler
-    schedule.load_state_dict(dict(state))
-    if not rates_known and hasattr(schedule, "last_batch_iteration"):
-        schedule.step(schedule.last_batch_iteration)  # an elastic checkpoint has no rates: write those of this step
+    if hasattr(schedule, "last_batch_iteration"):
+        schedule.step(schedule.last_batch_iteration)
 
 
 def _install_scale(engine: Engine, saved: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def _open(directory: Path, tag: str | None) -> tuple[DeepSpeedCheckpoint | Saved
         raise EngineError(f"{directory}: there is no such folder")
     parent, tag = _resolve(directory, tag)
     folder = parent / tag
-    if not folder.exists() and not any(tag == each for each, _ in layout.tags(parent)):
+    if not folder.exists() and tag not in layout.tags(parent):
         tags = _tags(parent)
         raise EngineError(f"{folder}: there is no such checkpoint{_which(tags)}")
     if is_deepspeeds(folder):
@@ -145,8 +145,7 @@ def _resolve(directory: Path, tag: str | None) -> tuple[Path, str]:
 
 
 def _tags(directory: Path) -> list[str]:
-    ours = [tag for tag, _ in layout.tags(directory)]
-    return sorted({*ours, *(path.name for path in directory.iterdir() if is_deepspeeds(path))})
+    return sorted({*layout.tags(directory), *(path.name for path in directory.iterdir() if is_deepspeeds(path))})
 
 
 def _which(tags: list[str]) -> str:
@@ -156,7 +155,7 @@ def _which(tags: list[str]) -> str:
 def _whole_ones(directory: Path) -> str:
     """The tags that could be taken instead."""
     whole = []
-    for tag, _ in layout.tags(directory) if directory.is_dir() else ():
+    for tag in layout.tags(directory) if directory.is_dir() else ():
         try:
             found = layout.find(directory, tag)
         except Broken:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["Files", "Mapped", "deepspeeds_folder", "files_of", "is_deepspeeds"]
+__all__ = ["Files", "Mapped", "files_of", "is_deepspeeds"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
@@ -152,16 +152,6 @@ class Files:
 def is_deepspeeds(folder: Path) -> bool:
     """Whether a folder is a checkpoint of DeepSpeed's, by the names in it."""
     return folder.is_dir() and any(_MODEL.fullmatch(path.name) for path in folder.iterdir())
-
-
-def deepspeeds_folder(parent: Path, tag: str | None) -> Path | None:
-    """The folder of a tag, or of the latest, if DeepSpeed wrote it; else None."""
-    if tag is None:
-        try:
-            tag = (parent / "latest").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-    return parent / tag if is_deepspeeds(parent / tag) else None
 
 
 def files_of(folder: Path) -> Files:

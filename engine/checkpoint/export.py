@@ -33,13 +33,14 @@ _DOING = "save_16bit_model"
 
 def save_16bit_model(engine: Engine, save_dir: str | Path, save_filename: str, *, exclude_frozen: bool) -> bool:
     """See :meth:`engine.Engine.save_16bit_model`."""
-    zero: Any = getattr(engine.config, "zero_optimization", None)
+    zero = engine.config.zero_optimization
     if zero is not None and zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
         log.warning(
             "save_16bit_model: nothing is saved: zero_optimization.stage3_gather_16bit_weights_on_model_save is false, "
             "as it is by default"
         )
         return False
+    engine.put_away()
     ranks = Ranks(engine.global_rank, engine.world_size)
     target = Path(save_dir) / save_filename
     tensors, others = _model(engine, exclude_frozen)

@@ -22,7 +22,19 @@ from engine.checkpoint.files import remove
 from engine.checkpoint.manifest import NAME, Manifest, read_manifest
 from engine.errors import EngineError
 
-__all__ = ["LATEST", "STATE", "Found", "check_tag", "find", "new_partial", "put_in_place", "rank_file", "tags", "tidy"]
+__all__ = [
+    "LATEST",
+    "STATE",
+    "Found",
+    "aside",
+    "check_tag",
+    "find",
+    "new_partial",
+    "put_in_place",
+    "rank_file",
+    "tags",
+    "tidy",
+]
 
 LATEST = "latest"
 STATE = "state.json"
@@ -57,7 +69,7 @@ def check_tag(tag: str) -> str:
         or tag != tag.strip()
     ):
         raise EngineError(
-            f"save_checkpoint: tag {tag!r} cannot be the name of a folder; give one without slashes, colons and the "
+            f"tag {tag!r} cannot be the name of a folder; give one without slashes, colons and the "
             f'like, that does not begin with a dot and is not "{LATEST}"'
         )
     return tag
@@ -68,16 +80,21 @@ def new_partial(parent: Path, tag: str) -> Path:
     return parent / f".{tag}.partial-{secrets.token_hex(4)}"
 
 
+def aside(parent: Path, tag: str) -> Path:
+    """Where a checkpoint steps while another takes its place."""
+    return parent / f".{tag}.replaced"
+
+
 def put_in_place(partial: Path, target: Path) -> None:
     """Make a folder that was written the checkpoint; at each instant it or the one that it replaces is found.
 
     POSIX replaces no folder that has something in it. So the old one steps aside first; a process that is killed in
     between leaves it under a name where `find` looks.
     """
-    aside = target.with_name(f".{target.name}.replaced")
     if target.exists():
-        remove(aside)
-        os.rename(target, aside)
+        old = aside(target.parent, target.name)
+        remove(old)
+        os.rename(target, old)
     os.rename(partial, target)
 
 
@@ -93,14 +110,14 @@ def tidy(parent: Path) -> None:
             remove(path)
 
 
-def tags(parent: Path) -> Iterator[tuple[str, Path]]:
-    """Every tag with its folder: what has a manifest, whole or not."""
+def tags(parent: Path) -> Iterator[str]:
+    """Every tag in a folder: what has a manifest, whole or not."""
     for path in sorted(parent.iterdir()):
         match = _REPLACED.fullmatch(path.name)
         tag = match[1] if match else path.name
         if tag.startswith(".") or (match and (parent / tag).exists()) or not (path / NAME).is_file():
             continue
-        yield tag, path
+        yield tag
 
 
 def find(parent: Path, tag: str) -> Found:
@@ -110,8 +127,6 @@ def find(parent: Path, tag: str) -> Found:
         Broken: it is not there, or was not finished.
     """
     folder = parent / tag
-    aside = parent / f".{tag}.replaced"
-    if not folder.exists() and aside.is_dir():
-        folder = aside
-    manifest = read_manifest(folder)
-    return Found(folder, manifest)
+    if not folder.exists() and aside(parent, tag).is_dir():
+        folder = aside(parent, tag)
+    return Found(folder, read_manifest(folder))

@@ -35,6 +35,7 @@ class Manifest:
         step: updates that were done.
         world_size: processes that wrote it.
         latest: whether it was saved as the one to go on from.
+        time: when, in seconds since 1970.
         files: every other file, by name.
     """
 
@@ -42,6 +43,7 @@ class Manifest:
     step: int
     world_size: int
     latest: bool
+    time: float
     files: Mapping[str, Record]
 
 
@@ -54,6 +56,7 @@ def text_of(manifest: Manifest) -> str:
         "step": manifest.step,
         "world_size": manifest.world_size,
         "latest": manifest.latest,
+        "time": manifest.time,
         "files": {
             name: {"bytes": record.bytes, "crc32": f"{record.crc32:08x}"}
             for name, record in sorted(manifest.files.items())
@@ -86,7 +89,12 @@ def read_manifest(folder: Path) -> Manifest:
             raise Broken(f"{path}: format {version!r}; this Redline reads {FORMAT}")
         files = {name: Record(int(each["bytes"]), int(each["crc32"], 16)) for name, each in document["files"].items()}
         return Manifest(
-            document["tag"], int(document["step"]), int(document["world_size"]), bool(document["latest"]), files
+            document["tag"],
+            int(document["step"]),
+            int(document["world_size"]),
+            bool(document["latest"]),
+            float(document["time"]),
+            files,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Broken(f"{path}: it is not a checkpoint's: {error!r}") from error

@@ -10,7 +10,7 @@ import base64
 import math
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "tensors_in", "unpack"]
 
 _SHOWN = 5  # of the values that are refused
 
@@ -72,6 +72,8 @@ def _pack(value: Any, path: str, key: str, tensors: dict[str, Tensor], refused: 
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
             refused.append(f"{path} is a tensor that is {value.layout}, quantized or without values")
             return None
+        while key in tensors:  # {"a.b": x, "a": {"b": y}}
+            key += "_"
         tensors[key] = value.detach()
         return {"$tensor": key}
     if kind in _OTHERS:
@@ -109,6 +111,18 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if tag == f"${kind.__name__}":
             return read(content)
     raise ValueError(f"{tag}: unknown mark")
+
+
+def tensors_in(value: Any) -> Iterator[str]:
+    """The keys of the tensors in what was packed."""
+    if isinstance(value, list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        if value.keys() == {"$tensor"}:
+            yield value["$tensor"]
+        else:
+            yield from tensors_in(list(value.values()))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -47,14 +47,10 @@ class Ranks:
             if fault is not None:
                 faults.setdefault(fault, []).append(rank)
         if faults:
-            raise EngineError(f"{doing}: {self._sentence(faults)}") from cause
+            raise EngineError(f"{doing}: {self._sentence(faults)}") from (
+                cause.__cause__ if isinstance(cause, EngineError) else cause
+            )
         return [value for value, _ in said]
-
-    def agree_own(self, doing: str, do: Callable[[], T]) -> T:
-        """The same, for what does not travel: this process's own value."""
-        value: list[T] = []
-        self.agree(doing, lambda: value.append(do()))
-        return value[0]
 
     def _gather(self, doing: str, value: Any) -> list[Any]:
         values = [value] * self.size

@@ -1,26 +1,29 @@
-"""From a checkpoint's files into an engine: first all that can be wrong, then the tensors, then the rest at once."""
+"""From a checkpoint into an engine: first all that may not fit, then the tensors beside, then everything at once."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint import layout
-from engine.checkpoint.layout import Found
-from engine.checkpoint.plain import unpack
-from engine.checkpoint.state import buffers_of, extra_states_of, weights_of
+from engine.checkpoint.compare import listed, match_names
+from engine.checkpoint.moments import Moments
+from engine.checkpoint.opened import Opened
+from engine.checkpoint.pace import Pace
+from engine.checkpoint.plain import tensors_in, unpack
+from engine.checkpoint.state import aliases_of, buffers_of, extra_states_of, model_tensors
 from engine.errors import EngineError
+from engine.log import log
 from engine.randomness import reseed, set_random_state
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-__all__ = ["Restore", "Wanted", "plan_restore"]
+__all__ = ["Restore", "Wanted"]
 
 
 @dataclass(frozen=True)
@@ -34,106 +37,191 @@ class Wanted:
     custom_load: Callable[..., Any] | None = None
 
     @property
-    def asked(self) -> tuple[bool, ...]:
-        return self.strict, self.optimizer, self.schedule, self.module_only, self.custom_load is not None
+    def flags(self) -> str:
+        """In words, to be compared."""
+        return (
+            f"load_module_strict={self.strict}, load_optimizer_states={self.optimizer}, "
+            f"load_lr_scheduler_states={self.schedule}, load_module_only={self.module_only}, "
+            f"custom_load_fn {'given' if self.custom_load else 'not given'}"
+        )
 
 
 class Restore:
-    def __init__(self, engine: Engine, found: Found, wanted: Wanted) -> None:
-        from engine.checkpoint.tensors import read_metadata
+    """One checkpoint on its way into one engine.
 
-        self._engine, self._found, self._wanted = engine, found, wanted
-        self._metadata = read_metadata(found.folder)
-        self._shared = json.loads((found.folder / layout.STATE).read_text(encoding="utf-8"))
-        rank = engine.global_rank
-        self._has_own = rank < found.manifest.world_size
-        self._own = torch.load(
-            found.folder / layout.rank_file(rank if self._has_own else 0), map_location="cpu", weights_only=True
-        )
+    Made, it has been found to fit. Then `read`, which touches nothing in the engine and may fail, then `install`.
+
+    Raises:
+        EngineError: it does not fit the engine.
+    """
+
+    def __init__(self, engine: Engine, opened: Opened, wanted: Wanted) -> None:
+        engine.put_away()
+        self._engine, self._opened, self._wanted = engine, opened, wanted
+        self._shared = opened.shared
+        self._saved = {key.removeprefix("model."): entry for key, entry in opened.entries.items()
+                       if key.startswith("model.")}  # fmt: skip
         self._targets: dict[str, Tensor] = {}
-        self._plan()
-
-    def _plan(self) -> None:
-        saved = self._metadata.state_dict_metadata
-        for name, tensor in {**weights_of(self._engine), **buffers_of(self._engine.module)}.items():
-            key = f"model.{name}"
-            if key not in saved:
-                raise EngineError(f"{name} is missing")
-            self._targets[key] = torch.empty_like(tensor.detach())
-        if self._loads_optimizer:
-            weights = weights_of(self._engine)
-            for name, state in self._shared["optimizer"]["state"].items():
-                weight = weights[name]
-                for each in state.values():
-                    if isinstance(each, dict) and "$tensor" in each:
-                        key = each["$tensor"]
-                        entry = saved[key]
-                        if entry.size == weight.shape and weight.dim():
-                            self._targets[key] = torch.empty_like(weight.detach(), dtype=entry.properties.dtype)
-        for key, entry in saved.items():
-            if key not in self._targets and not key.startswith("model."):
+        self._sources: dict[str, str] = {}
+        packed: list[Any] = [self._shared["client_state"], self._shared["extra_state"]]
+        if wanted.custom_load is None:
+            self._plan_model()
+        else:
+            self._plan_custom()
+        self._moments: Moments | None = None
+        self._pace: Pace | None = None
+        if not wanted.module_only:
+            self._pace = Pace(engine, self._shared) if wanted.schedule else None
+            if wanted.optimizer and engine.optimizer is not None:
+                self._moments = Moments(engine, self._shared, strict=wanted.strict)
+                self._targets |= self._moments.targets(opened.entries)
+            packed += [self._shared[key] for key in ("optimizer", "schedule", "loss_scale", "data")]
+            self._check_data()
+        for key in tensors_in(packed):
+            if key not in self._targets:
+                entry = opened.entries[key]
                 self._targets[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
 
     @property
-    def _loads_optimizer(self) -> bool:
-        wanted = self._wanted
-        return (
-            wanted.optimizer
-            and not wanted.module_only
-            and self._engine.optimizer is not None
-            and self._shared["optimizer"] is not None
-        )
+    def folder(self) -> Path:
+        """The checkpoint's."""
+        return self._opened.found.folder
+
+    # -- what may not fit ------------------------------------------------------------------------
+
+    def _plan_model(self) -> None:
+        module = self._engine.module
+        tensors = model_tensors(self._engine)
+        names = match_names(tensors, self._saved, aliases_of(module), self._shared["aliases"])
+        if names.missing or names.unexpected:
+            self._judge(names.missing, names.unexpected)
+        wrong = [
+            f"{name} is {list(self._saved[source].size)} in the checkpoint, {list(tensors[name].shape)} in the model"
+            for name, source in names.sources.items()
+            if self._saved[source].size != tensors[name].shape
+        ]
+        if wrong:
+            raise EngineError(f"{self.folder}: {listed(wrong)}; build the model that was saved")
+        self._sources = names.sources
+        # Beside the engine's own, so that a file that cannot be read leaves it as it is: for a moment this takes the
+        # memory that gradients will take.
+        for name, source in names.sources.items():
+            self._targets[f"model.{source}"] = torch.empty_like(tensors[name].detach())
+
+    def _judge(self, missing: list[str], unexpected: list[str]) -> None:
+        left_out = set(self._shared["left_out"])
+        said = []
+        if excluded := [name for name in missing if name in left_out]:
+            said.append(f"it was saved with exclude_frozen_parameters, without {listed(excluded)}")
+        if absent := [name for name in missing if name not in left_out]:
+            said.append(f"it lacks {listed(absent)}, which the model has")
+        if unexpected:
+            said.append(f"it has {listed(unexpected)}, which the model lacks")
+        text = f"{self.folder}: {'; '.join(said)}"
+        if self._wanted.strict:
+            raise EngineError(
+                f"{text}; build the model that was saved, or load what both have: load_module_strict=False"
+            )
+        log.warning("load_checkpoint: %s; what both have is loaded", text)
+
+    def _plan_custom(self) -> None:
+        if any(hasattr(tensor, "placements") for tensor in self._engine.module.parameters()):
+            raise EngineError(
+                "custom_load_fn: it is given whole weights, and this model is shared out among processes; load without "
+                "it, or change the names of the weights before the checkpoint is saved"
+            )
+        for name, entry in self._saved.items():
+            self._targets[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
+
+    def _check_data(self) -> None:
+        loader, saved = self._engine.training_dataloader, self._shared["data"]
+        if (loader is None) != (saved is None) and self._shared["counters"]["global_steps"]:
+            log.warning(
+                "load_checkpoint: %s; the data begin anew",
+                "the checkpoint has no place in the data, and the engine has training_data" if saved is None
+                else "the checkpoint has a place in the data, and the engine has no training_data of its own",
+            )  # fmt: skip
+        if loader is not None and saved is not None and loader.state_dict().keys() - saved.keys():
+            raise EngineError(
+                f"{self.folder}: its place in the data is of another kind of dataset: {listed(sorted(saved))}; give "
+                f"initialize a dataset of that kind, which has {listed(sorted(loader.state_dict()))}; or load without "
+                "it: load_module_only=True"
+            )
+
+    # -- what comes then -------------------------------------------------------------------------
 
     def read(self) -> None:
-        from engine.checkpoint.tensors import read
+        """Read all tensors, beside what the engine has.
 
-        read(self._found.folder, self._metadata, self._targets)
+        Raises:
+            Exception: of many kinds, if a file cannot be read.
+        """
+        from engine.checkpoint.tensors import read  # see there
+
+        read(self.folder, self._opened.metadata, self._targets)
 
     @torch.no_grad()
     def install(self) -> dict[str, Any]:
+        """Put everything into the engine; the script's `client_state`."""
         engine, shared = self._engine, self._shared
-        engine.drop_update()
-        weights = weights_of(engine)
-        for name, tensor in {**weights, **buffers_of(engine.module)}.items():
-            tensor.copy_(self._targets.pop(f"model.{name}"))
-        if engine._masters is not None:
-            engine._masters.publish()
-        if self._has_own and self._found.manifest.world_size == engine.world_size:
-            buffers = buffers_of(engine.module)
-            for name, value in self._own.get("buffers", {}).items():
-                buffers[name].copy_(value)
+        client_state: dict[str, Any] = unpack(shared["client_state"], self._targets)
         for name, module in extra_states_of(engine.module):
             if name in shared["extra_state"]:
                 module.set_extra_state(unpack(shared["extra_state"][name], self._targets))
-        client_state = unpack(shared["client_state"], self._targets)
-        if self._wanted.module_only:
-            return client_state
-        if self._loads_optimizer:
-            optimizer = engine.optimizer
-            assert optimizer is not None
-            optimizer.state.clear()
-            for name, state in shared["optimizer"]["state"].items():
-                optimizer.state[weights[name]] = unpack(state, self._targets)
-            for group, saved in zip(optimizer.param_groups, shared["optimizer"]["groups"]):
-                for key, value in unpack(saved["settings"], self._targets).items():
-                    group[key] = value
-        if self._wanted.schedule and engine.lr_scheduler is not None and shared["schedule"] is not None:
-            engine.lr_scheduler.load_state_dict(unpack(shared["schedule"]["state"], self._targets))
-        if engine.scaler is not None and shared["loss_scale"] is not None:
-            engine.scaler.load_state_dict(unpack(shared["loss_scale"], self._targets))
-        counters = shared["counters"]
+        engine.drop_update()
+        self._install_model()
+        manifest = self._opened.found.manifest
+        if not self._wanted.module_only:
+            if self._moments is not None:
+                self._moments.install(self._targets)
+            if self._pace is not None:
+                self._pace.install(self._targets)
+            self._install_counters()
+            if self._opened.is_own:
+                set_random_state(self._opened.own["random"])
+            else:
+                reseed(self._opened.own["random"], engine.global_rank)
+        log.info(
+            "load_checkpoint: %s, after update %d, saved by %d process%s",
+            self.folder, manifest.step, manifest.world_size, "es" if manifest.world_size > 1 else "",
+        )  # fmt: skip
+        return client_state
+
+    def _install_model(self) -> None:
+        engine = self._engine
+        if self._wanted.custom_load is not None:
+            source = {name: self._targets.pop(f"model.{name}") for name in self._saved}
+            self._wanted.custom_load(src=source, dst=engine.module)
+            if engine._masters is not None:
+                for parameter, master in engine._masters.of.items():
+                    master.copy_(parameter)
+        else:
+            tensors = model_tensors(engine)
+            for name, source_name in self._sources.items():
+                tensors[name].copy_(self._targets[f"model.{source_name}"])
+            for key in {f"model.{source_name}" for source_name in self._sources.values()}:
+                del self._targets[key]
+        if engine._publish is not None:
+            engine._publish()
+        if self._opened.is_own and self._opened.found.manifest.world_size == engine.world_size:
+            buffers = buffers_of(engine.module)
+            for name, value in self._opened.own.get("buffers", {}).items():
+                if name in buffers and buffers[name].shape == value.shape:
+                    buffers[name].copy_(value)
+
+    def _install_counters(self) -> None:
+        engine, counters = self._engine, self._shared["counters"]
         engine.global_steps = counters["global_steps"]
         engine.global_samples = counters["global_samples"]
         engine.micro_steps = counters["micro_steps"]
         engine._skipped = counters["skipped_steps"]
-        if engine.training_dataloader is not None and shared["data"] is not None:
-            engine.training_dataloader.load_state_dict(unpack(shared["data"], self._targets))
-        if self._has_own:
-            set_random_state(self._own["random"])
-        else:
-            reseed(self._own["random"], engine.global_rank)
-        return client_state
-
-
-def plan_restore(engine: Engine, found: Found, wanted: Wanted) -> Restore:
-    return Restore(engine, found, wanted)
+        engine._last_loss = engine._grad_norm = None
+        if engine.scaler is not None and self._shared["loss_scale"] is not None:
+            state = unpack(self._shared["loss_scale"], self._targets)
+            if not engine.scaler.dynamic:
+                state["value"] = engine.scaler.value  # the config's
+            engine.scaler.load_state_dict(state)
+        loader = engine.training_dataloader
+        if loader is not None and self._shared["data"] is not None:
+            loader.load_state_dict(unpack(self._shared["data"], self._targets))
+            engine._settled_position = loader.position

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.checkpoint import layout
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken
+from engine.checkpoint.opened import why_unreadable
 from engine.checkpoint.stored import PART, Stored
 
 __all__ = ["SavedCheckpoint"]
@@ -75,8 +76,7 @@ class _Chunked:
                 stretch: Any = _Stretch(file, chunk.begin, chunk.length)
                 tensor = torch.load(stretch, map_location="cpu", weights_only=True)
             except Exception as error:  # of a broken file: RuntimeError, UnpicklingError, EOFError, ...
-                reason = str(error).partition("\n")[0]
-                raise Broken(f"{path}: {self.name} cannot be read: {reason}") from error
+                raise Broken(f"{self.name}: {why_unreadable(path, error)}") from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes or tensor.dtype != self.dtype:
             raise Broken(f"{path}: {self.name} is not what the metadata says")
         return tensor

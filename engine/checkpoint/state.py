@@ -6,15 +6,15 @@ precision. So any engine over the same model can take it up, in another precisio
 
 from __future__ import annotations
 
-import ctypes
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.checkpoint.frames import memory_of
 from engine.checkpoint.plain import pack
 from engine.errors import EngineError
 from engine.randomness import random_state
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "CHOICES", "Captured", "aliases_of", "buffers_of", "capture", "checksum", "extra_states_of", "model_tensors",
-    "parameters_of", "schedule_of", "weights_of",
+    "Captured", "aliases_of", "buffers_of", "capture", "checksum", "extra_states_of", "model_tensors", "schedule_of",
+    "set_setting", "settings_of", "weights_of",
 ]  # fmt: skip
 
 # Settings of a parameter group that choose among implementations of one optimizer; the engine's own count.
-CHOICES = ("fused", "foreach", "capturable", "differentiable")
+_CHOICES = ("fused", "foreach", "capturable", "differentiable")
 
 
 @dataclass
@@ -39,16 +39,22 @@ class Captured:
         tensors: by key, as they are in the engine; not copied.
         shared: plain things that are the same on all processes, as JSON has them.
         own: what is this process's alone.
-        buffers: checksum of each buffer, by name: they may differ between processes.
+        buffers: the keys of the model's buffers in `values`, by name: they may differ between processes.
+        further: buffers of a process that is not rank 0, which `tensors` leaves out.
     """
 
     tensors: dict[str, Tensor]
     shared: dict[str, Any]
     own: dict[str, Any]
-    buffers: dict[str, int]
+    buffers: dict[str, str]
+    further: dict[str, Tensor]
+
+    def values(self) -> dict[str, Tensor]:
+        """What this process has of each tensor, by key; not copied."""
+        return {key: _local(tensor) for key, tensor in (self.tensors | self.further).items()}
 
 
-def capture(engine: Engine, client_state: dict[str, Any], *, exclude_frozen: bool) -> Captured:
+def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: bool) -> Captured:
     """What a checkpoint of the engine holds; as it was after the last update, if another is under way.
 
     Args:
@@ -59,6 +65,7 @@ def capture(engine: Engine, client_state: dict[str, Any], *, exclude_frozen: boo
     Raises:
         EngineError: something in it cannot be saved.
     """
+    engine.put_away()
     module = engine.module
     tensors: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
@@ -88,18 +95,14 @@ def capture(engine: Engine, client_state: dict[str, Any], *, exclude_frozen: boo
         "schedule": schedule_of(engine, tensors),
         "loss_scale": None if engine.scaler is None else pack(engine.scaler.state_dict(), "loss_scale", tensors),
         "data": pack(_data(engine), "training_dataloader.state_dict()", tensors, key="data"),
-        "client_state": pack(client_state, "client_state", own),
+        "client_state": pack(dict(client_state), "client_state", own),
     }  # fmt: skip
+    places = {name: f"model.{name}" for name in buffers}
+    further = {places[name]: buffer for name, buffer in buffers.items()}
     if engine.global_rank == 0:  # of what may differ between processes, rank 0's counts
-        tensors |= own
-        tensors |= {f"model.{name}": buffer for name, buffer in buffers.items()}
-    sums = {name: checksum(buffer) for name, buffer in buffers.items()} if engine.world_size > 1 else {}
-    return Captured(tensors, shared, {"random": random_state()}, sums)
-
-
-def parameters_of(engine: Engine) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, each once."""
-    return dict(engine.module.named_parameters())
+        tensors |= own | further
+        further = {}
+    return Captured(tensors, shared, {"random": random_state()}, places, further)
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
@@ -166,11 +169,11 @@ def _optimizer(optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[s
     names = {id(weight): name for name, weight in weights.items()}
     saved: dict[str, Any] = {
         "type": kind.__name__,
-        "defaults": _settings(optimizer.defaults, "defaults", tensors),
+        "defaults": settings_of(optimizer.defaults, "defaults", tensors),
         "groups": [
             {
                 "weights": [names[id(weight)] for weight in group["params"]],
-                "settings": _settings(group, f"settings.{index}", tensors),
+                "settings": settings_of(group, f"settings.{index}", tensors),
             }
             for index, group in enumerate(optimizer.param_groups)
         ],
@@ -186,6 +189,13 @@ def _optimizer(optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[s
             f"optimizer {kind.__name__}: its state has {len(strange)} entries that are of no weight of the model; "
             "it has to bring a state_dict() of its own to be saved"
         )
+    saved["on_cpu"] = [
+        f"optimizer.{name}.{key}"
+        for name, weight in weights.items()
+        if weight in optimizer.state and weight.device.type != "cpu"
+        for key, value in optimizer.state[weight].items()
+        if isinstance(value, Tensor) and value.device.type == "cpu"
+    ]
     saved["state"] = {
         name: {
             key: pack(value, f"optimizer.state of {name}, {key}", tensors, key=f"optimizer.{name}.{key}")
@@ -197,11 +207,11 @@ def _optimizer(optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[s
     return saved
 
 
-def _settings(group: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def settings_of(group: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Those of a group's settings that are plain; what is not, such as a function, the script gives again."""
     settings = {}
     for name, value in group.items():
-        if name == "params" or name in CHOICES:
+        if name == "params" or name in _CHOICES:
             continue
         try:
             settings[name] = pack(value, name, tensors, key=f"{key}.{name}")
@@ -218,7 +228,8 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
     state = schedule.state_dict()
     name = type(schedule).__name__
     section = engine.config.scheduler
-    if section is not None and section.type == name:
+    by_config = section is not None and section.type == name
+    if section is not None and by_config:
         parameters = section.arguments()
         if hasattr(schedule, "corrected"):
             parameters["redline.schedules"] = engine.config.redline.schedules
@@ -226,6 +237,7 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
         parameters = {key: value for key, value in state.items() if not key.startswith("_") and key not in _MOVING}
     return {
         "type": name,
+        "told_by": "config" if by_config else "state",
         "parameters": pack(parameters, "the schedule's parameters", tensors, key="schedule.parameters"),
         "state": pack(state, f"{name}.state_dict()", tensors, key="schedule"),
     }
@@ -247,6 +259,19 @@ _MOVING = (
 def checksum(tensor: Tensor) -> int:
     """Of a tensor's values as they lie in memory; 0 for none."""
     whole = tensor.detach().cpu().contiguous()
-    if whole.nbytes == 0:
-        return 0
-    return zlib.crc32((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
+    return zlib.crc32(memory_of(whole)) if whole.nbytes else 0
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def set_setting(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set one setting of a parameter group; a tensor keeps its identity, a number stays one."""
+    now = group.get(key)
+    if isinstance(now, Tensor):
+        now.fill_(float(value))
+    else:
+        group[key] = value.item() if isinstance(value, Tensor) and isinstance(now, float) else value

@@ -11,6 +11,7 @@ torch.distributed.checkpoint takes half a second to import. So whoever imports t
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -20,27 +21,29 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from engine.checkpoint.files import Checksummed, Record
 from engine.checkpoint.frames import write_tensor
 from engine.checkpoint.manifest import Broken
 
-__all__ = ["METADATA", "Writing", "local", "read", "read_metadata"]
+__all__ = ["METADATA", "Writing", "read", "read_metadata"]
 
 METADATA = ".metadata"
 
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+_FRAME = 1600  # bytes of a tensor's item beside its values
+_OWN = 16_000  # bytes of a process's own file
 
 
 class Writing:
@@ -60,22 +63,38 @@ class Writing:
         self._rank = rank
         self._writer: _Writer | None = None
         self._metadata: Metadata | None = None
+        self._plans: list[SavePlan] = []
         self.plan: SavePlan = self._planner.create_local_plan()
 
-    def write(self, folder: Path, plans: list[SavePlan], values: Mapping[str, Tensor]) -> list[WriteResult]:
+    def settle(self, plans: list[SavePlan]) -> int:
+        """Decide who writes what, on every process alike.
+
+        Args:
+            plans: of all processes, by rank.
+
+        Returns:
+            The bytes that all files take together, or a little less.
+        """
+        self._plans, self._metadata = self._planner.create_global_plan(plans)
+        sizes = (
+            math.prod(entry.size) * entry.properties.dtype.itemsize + _FRAME * len(entry.chunks)
+            for entry in self._metadata.state_dict_metadata.values()
+            if isinstance(entry, TensorStorageMetadata)
+        )
+        return sum(sizes) + _OWN * len(plans)
+
+    def write(self, folder: Path, values: Mapping[str, Tensor]) -> list[WriteResult]:
         """Write this process's share, not flushed.
 
         Args:
             folder: where.
-            plans: of all processes, by rank.
             values: what this process has of each tensor; CPU or device.
 
         Returns:
             Where each tensor went, for `finish`.
         """
-        plans, self._metadata = self._planner.create_global_plan(plans)
         self._writer = writer = _Writer(folder)
-        plan = self._planner.finish_plan(writer.prepare_global_plan(plans)[self._rank])
+        plan = self._planner.finish_plan(writer.prepare_global_plan(self._plans)[self._rank])
         self._planner.values = values
         results: list[WriteResult] = writer.write_data(plan, self._planner).wait()
         return results

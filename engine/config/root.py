@@ -15,7 +15,7 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
+from engine.config.section import OR_OFF, OR_SWITCH, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 from engine.config.sections.records import (
     CometConfig,
@@ -27,6 +27,7 @@ from engine.config.sections.records import (
     WandbConfig,
 )
 from engine.config.sections.storage import CheckpointConfig
+from engine.config.sections.zero import ZeroConfig
 
 __all__ = ["EngineConfig"]
 
@@ -78,6 +79,25 @@ class SavingConfig(Section):
     )
 
 
+class ZeroOptionsConfig(Section):
+    """How a model is shared out, where DeepSpeed has no key for it."""
+
+    blocks: list[str] | None = Field(
+        default=None,
+        description="Classes or names (with * and ?) of the modules that are gathered as one; null for the modules "
+        "that the model repeats, an empty list for the model as one.",
+    )
+    smallest_block: Whole = Field(
+        default=100_000, description="Blocks with fewer elements than this are gathered with the model, unless named."
+    )
+    accumulate: Literal["local", "shared"] | None = Field(
+        default=None,
+        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or "
+        "shared out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a "
+        "quarter of the device's memory.",
+    )
+
+
 class RedlineConfig(Section):
     """Options that DeepSpeed does not have, and ignores."""
 
@@ -88,6 +108,11 @@ class RedlineConfig(Section):
         default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
     )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
+    zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep no activations in the model's blocks (redline.zero.blocks): backward computes them again.",
+    )
     progress: bool | None = Field(
         default=None,
         description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
@@ -150,6 +175,9 @@ class EngineConfig(Section):
         default=None, description="Optimizer steps between two lines of progress; null for none."
     )
     dataloader_drop_last: bool = Field(default=False, description="Drop the last batch of an epoch if it is not full.")
+    zero_optimization: Annotated[ZeroConfig | None, OR_SWITCH] = Field(
+        default=None, description="Parameters, gradients and optimizer state shared out among processes."
+    )
     tensorboard: Annotated[TensorBoardConfig | None, OR_OFF] = Field(
         default=None, description="Event files for TensorBoard."
     )
