@@ -88,7 +88,7 @@ class DeepSpeedCheckpoint:
             self._expect(optimizer, "optimizer states")
             zero_stage = self._optimizer_state(0).get("zero_stage")
             # BF16_Optimizer writes no stage; it is stage 1.
-            self.stage = 1 if zero_stage is None else int(zero_stage.arguments[0])
+            self.stage = 1 if zero_stage is None else int(getattr(zero_stage, "arguments", [zero_stage])[0])
         if cut:
             self._expect(model, "model states")
         if cut != (self.stage == 3):

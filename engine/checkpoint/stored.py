@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["PART", "Stored", "bytes_of", "elements_of", "read_whole"]
 
-PART = 1 << 22  # elements that are in memory at a time: 16 MiB of fp32
+PART = 1 << 20  # elements that are in memory at a time: 4 MiB of fp32
 
 
 class Stored(Protocol):
