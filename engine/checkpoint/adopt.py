@@ -6,6 +6,7 @@ the script's own. DeepSpeed saves neither random numbers nor the position in the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,8 @@ def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[s
     processes = "1 process" if checkpoint.processes == 1 else f"{checkpoint.processes} processes"
     rest = "" if wanted.module_only else "; the data and the random numbers begin anew, as DeepSpeed does not save them"
     log.info("load_checkpoint: %s is DeepSpeed's, of ZeRO stage %d on %s%s", folder, checkpoint.stage, processes, rest)
-    client_state = {key: value for key, value in checkpoint.state.items() if key not in _DEEPSPEEDS}
+    # Copies: tensors in it are mapped from the file.
+    client_state = copy.deepcopy({key: value for key, value in checkpoint.state.items() if key not in _DEEPSPEEDS})
     checkpoint.release()
     return str(folder), client_state
 

@@ -11,7 +11,8 @@ and `runtime/fp16/*_optimizer.py`, and after the files that these write.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,28 +74,26 @@ class DeepSpeedCheckpoint:
         self.folder = folder
         self._files: Files = files_of(folder)
         model, optimizer = self._files.model, self._files.optimizer
-        self.state: Mapping[str, Any] = {k: v for k, v in model[0].content().items() if k != "module"}
-        try:
+        # Not the tensors: as long as one is held, the whole file stays mapped.
+        self.state: Mapping[str, Any] = {k: v for k, v in model[0].content().items() if k not in _TENSORS}
+        with self._understood():
             self.processes = int(self.state["dp_world_size"])
             self._buffers: list[str] = list(self.state["buffer_names"])
             sharded = self.state["param_shapes"] is not None
             shapes = self.state["param_shapes"] or []
             self._shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in shapes]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"{model[0].path}: it is not as DeepSpeed 0.19 writes it: {error!r}") from error
         cut = model[0].path.name.startswith("zero_pp_rank_")  # each process's part, not the whole model
         self.stage = 0
         if sharded or optimizer:
             self._expect(optimizer, "optimizer states")
             zero_stage = self._optimizer_state(0).get("zero_stage")
-            # BF16_Optimizer writes no stage; it is stage 1.
-            self.stage = 1 if zero_stage is None else int(getattr(zero_stage, "arguments", [zero_stage])[0])
+            with self._understood():  # BF16_Optimizer writes no stage; it is stage 1
+                self.stage = 1 if zero_stage is None else int(getattr(zero_stage, "arguments", [zero_stage])[0])
         if cut:
             self._expect(model, "model states")
         if cut != (self.stage == 3):
             raise EngineError(f"{folder}: files of a model at stage 3 and an optimizer at another are mixed")
-        mixed = [file.path.name for file in optimizer if "ds_zero_partition_groups" in file.content().get(_STATE, {})]
-        if mixed or self.state.get("num_experts"):
+        if self.state.get("num_experts") or (optimizer and "ds_zero_partition_groups" in self._optimizer_state(0)):
             raise EngineError(f"{folder}: it is of an MoE model whose experts are shared out, which is not read here")
 
     def _expect(self, files: Sequence[Mapped], what: str) -> None:
@@ -130,8 +129,9 @@ class DeepSpeedCheckpoint:
     def tensors(self) -> dict[str, Stored]:
         """The whole model by name: fp32 weights where there are some, the rest as the model had it; no aliases."""
         weights = {slot.name: slot.weight for group in self.groups() for slot in group.slots} if self.stage else {}
-        frozen = self._frozen()
-        aliases = self.aliases
+        with self._understood():
+            frozen = self._frozen()
+            aliases = self.aliases
         tensors: dict[str, Stored] = {}
         for name in self._module():
             weight = weights.get(name) or frozen.get(name)
@@ -175,9 +175,18 @@ class DeepSpeedCheckpoint:
         Raises:
             EngineError: they do not fit what is there.
         """
-        if self.stage == 0:
-            return self._groups_at_0(order)
-        return self._groups_at_3() if self.stage == 3 else self._groups_at_1()
+        with self._understood():
+            if self.stage == 0:
+                return self._groups_at_0(order)
+            return self._groups_at_3() if self.stage == 3 else self._groups_at_1()
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What stumbles here has found something else than DeepSpeed writes."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(f"{self.folder}: it is not as DeepSpeed 0.19 writes it: {error!r}") from error
 
     def _optimizer_state(self, rank: int) -> Mapping[str, Any]:
         file = self._files.optimizer[rank]
@@ -240,7 +249,7 @@ class DeepSpeedCheckpoint:
     def _groups_at_0(self, order: Sequence[Sequence[tuple[str, torch.Size]]]) -> list[Group]:
         """The model's file has the optimizer's state dict, of torch (fp32) or of DeepSpeed's wrapper (fp16, bf16)."""
         file = self._files.model[0]
-        outer = self.state.get("optimizer") or {}
+        outer = file.content().get("optimizer") or {}
         keys: tuple[Any, ...] = ("optimizer",)
         inner = outer
         if _STATE in outer:
@@ -288,7 +297,8 @@ class DeepSpeedCheckpoint:
         if self.stage:
             scaler = self._optimizer_state(0).get("loss_scaler")
             return {} if scaler is None else vars(scaler)
-        return {k: v for k, v in (self.state.get("optimizer") or {}).items() if k.startswith(("cur_", "last_", "dyn"))}
+        outer = self._files.model[0].content().get("optimizer") or {}
+        return {k: v for k, v in outer.items() if k.startswith(("cur_", "last_", "dyn"))}
 
     def release(self) -> None:
         """Give the memory of all files back; what is wanted later is read anew."""
@@ -296,6 +306,7 @@ class DeepSpeedCheckpoint:
 
 
 _STATE = "optimizer_state_dict"
+_TENSORS = ("module", "optimizer", "frozen_param_fragments")  # where a model's file has them
 
 
 def _step(states: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]) -> float | None:

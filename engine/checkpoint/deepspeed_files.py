@@ -23,10 +23,11 @@ __all__ = ["Files", "Mapped", "files_of", "is_deepspeeds"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
-_OF_OTHERS = {  # what else DeepSpeed writes; neither of these is read
+_OF_OTHERS = {  # what else DeepSpeed writes
     "layer_*_model_states.pt": "the layers of a PipelineModule or the experts of an MoE model",
     "expp_rank_*_optim_states.pt": "the experts of an MoE model",
     "expert_*_model_states.pt": "the experts of an MoE model",
+    "zero": "a model in DeepSpeed's universal format",
     "offloaded_tensors": "tensors that were offloaded to NVMe",
 }
 

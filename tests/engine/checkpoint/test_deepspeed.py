@@ -370,6 +370,23 @@ def test_a_truncated_file_is_named(copied: Any) -> None:
     path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(EngineError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: it is broken"):
+        DeepSpeedCheckpoint(folder).tensors()
+
+
+@pytest.mark.parametrize("key", ["dp_world_size", "buffer_names", "param_shapes", "module"])
+def test_a_file_without_what_deepspeed_writes_is_refused(copied: Any, key: str) -> None:
+    folder = copied("stage0-fp32")
+    path = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in content.items() if name != key}, path)
+    with pytest.raises(EngineError, match="not as DeepSpeed"):
+        DeepSpeedCheckpoint(folder).tensors()
+
+
+def test_deepspeeds_universal_format_is_refused_by_name(copied: Any) -> None:
+    folder = copied("stage2-fp32")
+    (folder / "zero").mkdir()
+    with pytest.raises(EngineError, match="universal format"):
         DeepSpeedCheckpoint(folder)
 
 
