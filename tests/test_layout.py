@@ -25,7 +25,8 @@ PACKAGES = ("engine", "schedulers")
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
     ("engine.errors", "engine.lamb", "engine.lean", "engine.log", "engine.muon", "engine.textplot"),
-    ("engine.config", "engine.optimizers", "engine.distributed"),
+    ("engine.config", "engine.network", "engine.optimizers", "engine.peers"),
+    ("engine.distributed",),
     ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
     ("engine.parallel",),

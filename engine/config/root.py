@@ -65,6 +65,10 @@ class RedlineConfig(Section):
     find_unused_parameters: bool = Field(
         default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
     )
+    distributed_timeout: Positive = Field(
+        default=600.0,
+        description="Seconds that a process waits for the others, at the start and in each collective; then it ends.",
+    )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
     progress: bool | None = Field(
         default=None,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import ConfigError, initialize
-from engine.agreement import _named
+from engine.peers import name_ranks
 from tests.distributed import run_ranks
 
 
@@ -42,7 +42,7 @@ def test_configs_that_say_the_same_agree() -> None:
 
 
 def test_ranks_are_named_in_runs() -> None:
-    assert [_named(ranks) for ranks in ([0], [1, 3, 4, 5], [0, 1])] == ["rank 0", "ranks 1, 3-5", "ranks 0-1"]
+    assert [name_ranks(ranks) for ranks in ([0], [1, 3, 4, 5], [0, 1])] == ["rank 0", "ranks 1, 3-5", "ranks 0-1"]
 
 
 def test_a_schedule_without_an_optimizer_is_found_before_any_process_group() -> None:
