@@ -77,7 +77,7 @@ class Peers:
             return
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
         if self._with_rank_zero and self.rank == 0:
-            self._call_roll()  # so that the others can still read it
+            self._call_roll(hurry=False)  # so that the others can still read it
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
@@ -90,8 +90,8 @@ class Peers:
         with suppress(RuntimeError, ValueError, OSError):
             _store().append(_KEY, f"{self.rank} {text}\n")
 
-    def _call_roll(self) -> _Roll:
-        """What each rank wrote, once all have or their time is over."""
+    def _call_roll(self, hurry: bool = True) -> _Roll:
+        """What each rank wrote, once all have or their time is over; in a hurry, soon after one has told the cause."""
         roll = _Roll()
 
         def read() -> None:
@@ -101,8 +101,8 @@ class Peers:
                 roll.read(store.get(_KEY).decode())
                 if len(roll.notes) == self.size:
                     break
-                if any(text != _HERE for text in roll.notes.values()):
-                    deadline = min(deadline, time.monotonic() + 1)  # the cause is known: the rest needs no long wait
+                if hurry and any(text != _HERE for text in roll.notes.values()):
+                    deadline = min(deadline, time.monotonic() + 1)
                 time.sleep(0.1)
 
         roll.is_whole = _within(_GRACE + 2, read)
