@@ -21,12 +21,17 @@ from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
 from engine.optimizers import build_optimizer
-from engine.parallel import wrap_model
-from engine.precision import set_precision
+from engine.parallel import Alone, Parallel, Replicas
+from engine.precision import Formats, set_precision, to_dtype
 from engine.range_test.passive import PassiveRecorder
+from engine.recompute import recompute
+from engine.zero.blank import fill
+from engine.zero.blocks import find_blocks
+from engine.zero.carry import carry_optimizer_over, carry_over
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.zero.shards import Shards
 
 __all__ = ["build_parts", "build_schedule"]
 
@@ -46,7 +51,12 @@ def build_parts(
     collate_fn: CollateFn | None,
 ) -> Parts:
     """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
-    module.to(world.device)
+    reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
+    shards, moved = _place(config, world, module, reduction)
+    if isinstance(optimizer, Optimizer):
+        carry_optimizer_over(optimizer, moved) if shards is None else shards.carry_optimizer_over(optimizer)
+    if model_parameters is not None:
+        model_parameters = carry_over(model_parameters, moved)
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
     if chosen is not None:
         _check_parameters(chosen, module)
@@ -75,11 +85,57 @@ def build_parts(
             drop_last=config.dataloader_drop_last,
             **config.redline.data.arguments(),
         )
-    precision = set_precision(config, module, chosen)
-    reduction = Reduction.of(config, world.size, precision.reduce)
-    unused = config.redline.find_unused_parameters
-    parallel = wrap_model(module, world, reduction, precision.masters, find_unused_parameters=unused)
-    return Parts(config, world, module, precision, reduction, parallel, chosen, schedule, loader, recorder)
+    precision = set_precision(config, module, chosen, shared=shards is not None)
+    parallel: Parallel
+    if shards is not None:
+        parallel = shards
+    elif world.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        parallel = Alone(module, reduction)
+    else:
+        unused = config.redline.find_unused_parameters
+        parallel = Replicas(module, world, reduction, precision.masters, find_unused_parameters=unused)
+    return Parts(config, world, module, precision, parallel, chosen, schedule, loader, recorder)
+
+
+def _place(
+    config: EngineConfig, world: World, module: nn.Module, reduction: Reduction
+) -> tuple[Shards | None, dict[Tensor, Tensor]]:
+    """Bring the model to the device, in place: whole, or shared out as the config's ZeRO stage says.
+
+    Returns:
+        What shares it out, None where it is whole; and the new parameters in the place of those that had to go.
+    """
+    own = config.redline
+    blocks = find_blocks(module, own.zero.blocks, own.zero.smallest_block)
+    if own.activation_checkpointing:
+        if not blocks:
+            log.warning(
+                "redline.activation_checkpointing: the model has no blocks to compute again, that is, no repeated "
+                "modules of redline.zero.smallest_block elements; name some in redline.zero.blocks"
+            )
+        for block in blocks.values():
+            recompute(block)
+    if not _shares_out(config, world):
+        moved = fill(module, module.named_modules(), world.device)
+        module.to(world.device)
+        return None, moved
+    from engine.zero.shards import shard_model  # see engine/zero/__init__.py
+
+    shards = shard_model(module, world, config, blocks, Formats.of(config), reduction)
+    return shards, shards.moved
+
+
+def _shares_out(config: EngineConfig, world: World) -> bool:
+    zero = config.zero_optimization
+    if zero is None or zero.stage == 0:
+        return False
+    offloads = zero.offloads and world.device.type == "cuda"
+    if zero.offloads and not offloads:
+        log.info("zero_optimization: weights and optimizer are in the CPU's memory as it is; offloading does nothing")
+    if world.size == 1 and not offloads:
+        log.info("zero_optimization.stage %d: one process has all there is; nothing is shared out", zero.stage)
+        return False
+    return True
 
 
 def _choose_optimizer(

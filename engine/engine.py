@@ -16,26 +16,28 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from engine.checkpoint import Wanted, load_checkpoint, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
 from engine.doubt import Doubt, can_skip, undo_of
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
-from engine.gradients import Reduction, clip, norm_of, scale_by
+from engine.gradients import clip, scale_by
 from engine.log import log
-from engine.parallel import wrap_model
+from engine.parallel import Parallel
 from engine.peers import explains_losses
 from engine.precision import Precision, lower
 
 if TYPE_CHECKING:
+    from engine.checkpoint.background import Background
     from engine.config import EngineConfig
 
 __all__ = ["Engine", "Observer", "Parts", "Recorder", "Schedule"]
@@ -70,8 +72,7 @@ class Parts:
     world: World
     module: nn.Module
     precision: Precision
-    reduction: Reduction
-    parallel: DistributedDataParallel | None
+    parallel: Parallel
     optimizer: Optimizer | None
     lr_scheduler: Schedule | None
     training_dataloader: Loader | None
@@ -94,6 +95,7 @@ class Engine(nn.Module):
         global_steps: updates done, skipped ones included.
         global_samples: samples of these updates, over all processes.
         micro_steps: micro-batches done.
+        is_compiled: whether the model runs as :meth:`compile` made it.
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
@@ -101,7 +103,6 @@ class Engine(nn.Module):
             all processes alike.
     """
 
-    _parallel: DistributedDataParallel | None
     _module: nn.Module
 
     def __init__(self, parts: Parts) -> None:
@@ -121,14 +122,15 @@ class Engine(nn.Module):
         self.global_steps = 0
         self.global_samples = 0
         self.micro_steps = 0
+        self.is_compiled = False
         self.steps_per_print = parts.config.steps_per_print
 
         # Past nn.Module's own attribute look-up, which is slow and would list the model twice.
-        self.__dict__["_parallel"] = parts.parallel
         self.__dict__["_module"] = parts.module
+        self._parallel = parts.parallel
         self._precision = parts.precision
-        self._reduction = parts.reduction
         self._masters = parts.precision.masters
+        self._publish = parts.precision.publish
         self.scaler = parts.precision.loss_scale
         self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
         # What backward leaves gradients in, and what the update takes them from: the same but for master weights.
@@ -140,15 +142,17 @@ class Engine(nn.Module):
         self._skipped = 0
         # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip an update by themselves, and
         # the engine learns of it when the next one begins; other optimizers have to be told, which waits.
-        self._reads_norm = self.device.type == "cpu" or (parts.precision.skips and not can_skip(parts.optimizer))
+        on_cpu = all(weight.device.type == "cpu" for weight in self._weights)  # offloaded ones, too
+        self._reads_norm = on_cpu or (parts.precision.skips and not can_skip(parts.optimizer))
         self._doubt: Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
         self._boundary: bool | None = None  # as the script says; None: as the micro-batches count
         self._pending = False  # a backward whose step has not come yet
         self._in_no_sync = False
         self._reduced = True  # whether the gradients are already those of all processes
-        self._renew_parallel = False
         self._unfinished = _Unfinished()
+        self._background: Background | None = None  # what writes checkpoints, with async_save
+        self._settled_position: tuple[int, int, bool] | None = None  # in the data, after the last update
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
@@ -163,13 +167,9 @@ class Engine(nn.Module):
         if self._lowered is not None:
             args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
         model: nn.Module = self._module
-        parallel = self._parallel
-        if parallel is not None and torch.is_grad_enabled():
-            if self._renew_parallel:
-                parallel = self._wrap_again()
-            # DDP decides in the forward whether the backward will send anything.
-            parallel.require_backward_grad_sync = self._syncs()
-            model = parallel
+        if torch.is_grad_enabled():
+            last = self._managed and self.is_gradient_accumulation_boundary()
+            model = self._parallel.begin(last=last, hold=self._in_no_sync)
         if self._precision.autocast is None:
             return model(*args, **kwargs)
         with torch.autocast(self.device.type, self._precision.autocast):
@@ -193,7 +193,7 @@ class Engine(nn.Module):
         """
         if self.optimizer is None or not isinstance(loss, Tensor) or loss.numel() != 1:
             raise EngineError(self._why_no_backward(loss))
-        if self._pending and self._parallel is not None and self._reduced:
+        if self._pending and self._reduced and not self._parallel.sums_every_backward:
             raise EngineError(
                 "backward: a second one before engine.step() would leave its gradients unshared between the "
                 "processes; add the losses and call engine.backward once, or use engine.no_sync() for all but the last"
@@ -209,9 +209,9 @@ class Engine(nn.Module):
             loss = loss / self._accumulation
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
         scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        self._reduced = self._parallel is None or self._parallel.require_backward_grad_sync
+        self._reduced = self._parallel.synced
         if self._masters is not None:
-            if self._parallel is not None and self._reduced:
+            if self._reduced and self.world_size > 1:
                 self._masters.release()  # the reduction has put them into the masters
             elif self._precision.accumulate is torch.float32:
                 self._masters.collect()
@@ -239,6 +239,8 @@ class Engine(nn.Module):
                 if self._in_no_sync
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
+        if self._background is not None:
+            self._background.check()
         self._pending = False
         ends_update = not self._managed or self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
@@ -254,6 +256,8 @@ class Engine(nn.Module):
             Whether there were any.
         """
         done = self._unfinished.micro_batches
+        if self._background is not None:
+            self._background.check()
         if done == 0:
             return False
         assert self._loss is not None
@@ -269,6 +273,7 @@ class Engine(nn.Module):
         for parameter in (*self._leaves, *self._weights):
             parameter.grad = None
         self._unfinished.backwards = self._unfinished.micro_batches = 0
+        self._parallel.forget()
         self._pending = False
         self._reduced = True
         self._loss = None
@@ -290,6 +295,8 @@ class Engine(nn.Module):
         count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
         self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
         self._unfinished.backwards = self._unfinished.micro_batches = 0
+        if self.training_dataloader is not None:
+            self._settled_position = self.training_dataloader.position
         assert self._grad_norm is not None
         if skipped is not None:
             self._judge(skipped, self._last_loss, self._grad_norm)
@@ -306,7 +313,7 @@ class Engine(nn.Module):
 
     def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool | None:
         """Unscale, clip, step; whether the update was skipped instead, None where only the device knows."""
-        norm, limit = norm_of(gradients), self._clip_norm
+        norm, limit = self._parallel.norm(gradients), self._clip_norm
         scale = 1.0 if self.scaler is None else self.scaler.value
         skipped: bool | None = None
         if self._reads_norm:
@@ -319,7 +326,7 @@ class Engine(nn.Module):
                 scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
             elif clips:
                 clip(gradients, norm, limit)
-            optimizer.step()
+            self._parallel.update(optimizer)
         else:
             self._grad_norm = norm / scale if scale != 1.0 else norm
             if scale != 1.0:
@@ -329,11 +336,12 @@ class Engine(nn.Module):
                 clip(gradients, norm, limit)
             if self._precision.skips:
                 optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            optimizer.step()
+            self._parallel.update(optimizer)
             if self._precision.skips:
                 optimizer.found_inf = None  # type: ignore[attr-defined]
-        if self._masters is not None:
-            self._masters.publish()
+        if self._publish is not None:
+            self._publish()
+        self._parallel.put_away()
         return skipped
 
     def _judge(self, skipped: bool, loss: Tensor, norm: Tensor | float) -> None:
@@ -359,17 +367,11 @@ class Engine(nn.Module):
             self.scaler.update(skipped)
 
     def _gradients(self) -> list[Tensor]:
-        """Those that the update takes, of all processes; zeros for a weight without one, as in DeepSpeed."""
+        """Those that the update takes, of all processes."""
         if self._masters is not None and self._precision.accumulate is not torch.float32:
             self._masters.collect()
-        gradients = []
-        for weight in self._weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            gradients.append(weight.grad)
-        if not self._reduced:
-            self._reduction.reduce(gradients)
-            self._reduced = True
+        gradients = self._parallel.gradients(self._weights, reduced=self._reduced)
+        self._reduced = True
         return gradients
 
     @contextmanager
@@ -407,24 +409,11 @@ class Engine(nn.Module):
 
     def renew_parallel(self) -> None:
         """Let the next forward be DDP's first: it orders its sums anew after one, which shows in the last bits."""
-        self._renew_parallel = True  # there and not here: making DDP is a collective, and a process may be failing
+        self._parallel.renew()
 
-    def _wrap_again(self) -> DistributedDataParallel:
-        self._renew_parallel = False
-        self.__dict__["_parallel"] = None  # before the new one: both would hook the parameters
-        parallel = wrap_model(
-            self._module,
-            self.world,
-            self._reduction,
-            self._masters,
-            find_unused_parameters=self.config.redline.find_unused_parameters,
-        )
-        assert parallel is not None
-        self.__dict__["_parallel"] = parallel
-        return parallel
-
-    def _syncs(self) -> bool:
-        return self._managed and not self._in_no_sync and self.is_gradient_accumulation_boundary()
+    def put_away(self) -> None:
+        """Let `module` have its sharded parameters, where a forward has left it whole ones."""
+        self._parallel.put_away()
 
     def _has_strange_gradients(self) -> bool:
         """Whether something else than this engine has left gradients since its last backward."""
@@ -484,6 +473,87 @@ class Engine(nn.Module):
             pin_memory=pin_memory,
         )
 
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save all of the run; every process calls this.
+
+        Args:
+            save_dir: a folder that all processes share; made if need be.
+            tag: the checkpoint's name in it; None takes ``global_stepN``. One that is there is replaced.
+            client_state: the script's own: numbers, strings, lists, dicts, tensors. Of several processes
+                rank 0's counts.
+            save_latest: whether it becomes the checkpoint that `load_checkpoint` takes by itself.
+            exclude_frozen_parameters: leave out parameters that do not require gradients.
+
+        Returns:
+            True; with `redline.checkpoint.async_save` as soon as the state is copied.
+
+        Raises:
+            EngineError: on all processes, if one could not save; the checkpoints that were there are still whole. With
+                async_save the next save, step, flush or :meth:`wait_for_checkpoint` raises it.
+        """
+        self._know()
+        return save_checkpoint(
+            self,
+            save_dir,
+            tag,
+            client_state or {},
+            save_latest=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint, saved by any number of processes; every process calls this.
+
+        Args:
+            load_dir: where `save_checkpoint` saved.
+            tag: which one; None takes the latest, or if that is broken the newest that is whole.
+            load_module_strict: refuse a model with other names than the checkpoint's.
+            load_optimizer_states: the optimizer's, too.
+            load_lr_scheduler_states: the schedule's, too.
+            load_module_only: nothing but the model.
+            custom_load_fn: called as ``custom_load_fn(src=state_dict, dst=module)`` to load the model.
+
+        Returns:
+            The checkpoint's folder and the `client_state` that was saved; (None, None) if there is no checkpoint.
+
+        Raises:
+            EngineError: on all processes; the tag that was asked for is broken or not there, none is whole, or the
+                checkpoint does not go with this engine. The engine is as it was.
+        """
+        self._know()
+        self.wait_for_checkpoint()
+        wanted = Wanted(
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+        )
+        return load_checkpoint(self, load_dir, tag, wanted)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk, with `redline.checkpoint.async_save`.
+
+        Raises:
+            EngineError: it could not be written.
+        """
+        if self._background is not None:
+            self._background.wait()
+
     # -- the compiler ----------------------------------------------------------------------------
 
     def compile(
@@ -493,7 +563,7 @@ class Engine(nn.Module):
 
         In place: parameters, `module` and the keys of the state dict stay as they are. On several processes DDP
         stays around the compiled model, where torch's compiler finds it and splits the graph at its buckets, so that
-        gradients are still sent while the backward runs.
+        gradients are still sent while the backward runs; a model that is shared out is compiled block by block.
 
         Args:
             backend: as in `torch.compile`.
@@ -506,19 +576,8 @@ class Engine(nn.Module):
             raise EngineError('compile: compile_kwargs has "backend"; give it as compile(backend=...)')
         if self.is_compiled:
             return
-        module = self._module
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-        # What module.compile() does, but for the function above: the compiler passes over frames of torch's own, so
-        # that module.compile() leaves an nn.Sequential as it is, without a word.
-        module._compiled_call_impl = torch.compile(call, backend=backend, **(compile_kwargs or {}))
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the model runs compiled."""
-        return self._module._compiled_call_impl is not None
+        self._parallel.compile(backend=backend, **(compile_kwargs or {}))
+        self.is_compiled = True
 
     # -- what a user may ask ---------------------------------------------------------------------
 

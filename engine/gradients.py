@@ -74,7 +74,12 @@ class Reduction:
         """Reduce gradients in place, and wait; for those that backward has left to this process."""
         if self.size == 1:
             return
-        for bucket in _buckets(gradients):
+        for gradient in gradients:
+            if gradient.is_sparse:  # in its own format: rows of several processes come side by side
+                total = gradient.coalesce()
+                dist.all_reduce(total)
+                gradient.copy_(total.mul_(self.before * self.after))
+        for bucket in _buckets([gradient for gradient in gradients if not gradient.is_sparse]):
             buffer = torch.cat([gradient.reshape(-1).to(self.dtype) for gradient in bucket])
             total = self.start(buffer).wait()
             for gradient, part in zip(bucket, torch.split(total, [gradient.numel() for gradient in bucket])):
@@ -128,10 +133,10 @@ def _plus(gradient: Tensor, owner: Tensor | None) -> Tensor:
     return gradient if owner is None or owner.grad is None else gradient.add_(owner.grad.reshape(-1))
 
 
-def norm_of(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar tensor on their device; of sparse ones, too."""
     try:
-        norms = torch._foreach_norm(gradients)
+        norms = torch._foreach_norm(list(gradients))
     except RuntimeError:  # sparse ones; to ask each gradient at every update would cost more
         norms = tuple(torch.linalg.vector_norm(_values(gradient)) for gradient in gradients)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))

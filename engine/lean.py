@@ -3,7 +3,9 @@
 Same class names, same state, same numbers bit for bit: a step calls the kernel that torch's own step would call,
 on lists that it gathers in a few lines. torch's way there (hooks, profiler range, grouping by device and type) takes
 two thirds of a small model's step. Whatever these lines do not cover goes to torch's own step, each time anew, so
-nothing is kept between steps that could grow stale. Source: `torch/optim/adam.py`, `sgd.py`, `adagrad.py`, 2.6 to 2.13.
+nothing is kept between steps that could grow stale. Parameters that are shared out among processes (DTensors) are
+updated share by share: the kernels work on single elements, and torch cannot run all of them otherwise. Source:
+`torch/optim/adam.py`, `sgd.py`, `adagrad.py`, 2.6 to 2.13.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class _Lean(Optimizer):
     """The step that the four share; the class after it in line is torch's."""
 
     _one_kind: bool | None = None  # whether each group is of one device and type; None: not known yet
+    _shared: bool | None = None  # whether some parameters are shared out among processes; None: not known yet
 
     def step(self, closure: Any = None) -> Any:
         """As torch's. Without closure, hooks and profiler, and once the state is there, straight to the kernel."""
@@ -59,11 +62,11 @@ class _Lean(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # torch's mark of a step that needs no wrapper for hooks
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._one_kind = None
+        self._one_kind = self._shared = None
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._one_kind = None
+        self._one_kind = self._shared = None
         super().__setstate__(state)
 
     def _call(self, group: dict[str, Any], grads: list[Tensor]) -> _Call | None:
@@ -76,6 +79,8 @@ class _Lean(Optimizer):
 
     def _calls(self) -> list[_Call] | None:
         """All groups' calls; None where torch's own step must do it: then nothing has been touched."""
+        if self._shared is None:
+            self._shared = any(_is_share(each) for group in self.param_groups for each in group["params"])
         calls = []
         for group in self.param_groups:
             if not group["params"]:
@@ -89,11 +94,20 @@ class _Lean(Optimizer):
             try:
                 call = self._call(group, grads)
             except KeyError:
-                return None
+                if not self._shared:
+                    return None
+                self._make_state(group)
+                call = self._call(group, grads)
             if call is None:
                 return None
+            if self._shared:
+                call = call._replace(tensors=tuple([_own_share(each) for each in tensors] for tensors in call.tensors))
             calls.append(call)
         return calls
+
+    def _make_state(self, group: dict[str, Any]) -> None:
+        """What torch's own first step would make, for parameters that it cannot update."""
+        raise NotImplementedError
 
     def _own(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         """The state of each parameter; all of them have gradients, so torch's step would fill what is missing."""
@@ -155,12 +169,16 @@ class Adam(_Lean, torch.optim.Adam):
         decoupled = group.get("decoupled_weight_decay", self._decoupled)  # torch 2.6 has no such key
         return _Call(torch._fused_adamw_ if decoupled else torch._fused_adam_, tensors, options, steps)
 
+    def _make_state(self, group: dict[str, Any]) -> None:
+        self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
+
 
 class AdamW(_Lean, torch.optim.AdamW):
     """`torch.optim.AdamW`, lean when fused."""
 
     _decoupled = True
     _call = Adam._call
+    _make_state = Adam._make_state
 
 
 class SGD(_Lean, torch.optim.SGD):
@@ -173,6 +191,7 @@ class SGD(_Lean, torch.optim.SGD):
             for buffer in buffers:
                 if buffer is None:
                     return None
+        first, self._first = self._first, False
         options = {
             "lr": group["lr"],
             "momentum": group["momentum"],
@@ -180,9 +199,16 @@ class SGD(_Lean, torch.optim.SGD):
             "weight_decay": group["weight_decay"],
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
-            "is_first_step": False,
+            "is_first_step": first,
         }
         return _Call(torch._fused_sgd_, (group["params"], grads, buffers), options, [])
+
+    _first = False  # whether the buffers have just been made: dampening does not count then
+
+    def _make_state(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._first = True
 
 
 class Adagrad(_Lean, torch.optim.Adagrad):
@@ -215,6 +241,16 @@ def lean(cls: type[Optimizer]) -> type[Optimizer]:
     """The lean class for torch's, or the class itself where there is none or this torch lacks the kernel."""
     own, kernel = _KERNELS.get(cls, (cls, ""))
     return own if hasattr(torch, kernel) else cls
+
+
+def _is_share(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_local_tensor")
+
+
+def _own_share(tensor: Any) -> Tensor:
+    """This process's share of a tensor that is shared out; one that is not, as it is."""
+    share: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return share
 
 
 def _is_of_one_kind(group: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ written back after every update. Buffers keep their format unless the config nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from engine.errors import EngineError
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
-__all__ = ["AmpLossScale", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype"]
+__all__ = [
+    "AmpLossScale", "Formats", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
+]  # fmt: skip
 
 _DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "half": torch.float16, "torch.float16": torch.float16,
@@ -45,6 +47,8 @@ class Precision:
         accumulate: in which gradients of micro-batches add up.
         reduce: in which gradients are summed over processes.
         masters: the fp32 weights behind the model's; None where the optimizer has the model's own.
+        publish: what brings updated weights into the model's format; None where they have it.
+        stored: the format of the weights that the optimizer updates.
         loss_scale: the factor of the loss; None where there is none.
         skips: whether an update with a gradient that is not finite is left out.
     """
@@ -54,50 +58,109 @@ class Precision:
     accumulate: torch.dtype
     reduce: torch.dtype
     masters: Masters | None
+    publish: Callable[[], None] | None
+    stored: torch.dtype
     loss_scale: LossScale | None
     skips: bool
 
 
-def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer | None) -> Precision:
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """What a config says about number formats, before any model is touched.
+
+    Attributes:
+        compute: of forward and backward.
+        stored: of the weights that the optimizer updates; None for whatever the model brings.
+        autocast: of `torch.autocast` around the forward pass; None without.
+        rounded: whether the weights take the precision of `compute` after every update: DeepSpeed's
+            `bf16_master_weights_and_grads` with moments in fp32.
+        buffers: of floating-point buffers; None for whatever they have.
+    """
+
+    compute: torch.dtype
+    stored: torch.dtype | None
+    autocast: torch.dtype | None
+    rounded: bool
+    buffers: torch.dtype | None
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Formats:
+        """A config's sections fp16, bf16, torch_autocast and data_types."""
+        bf16, types = config.bf16, config.data_types
+        compute = torch.float16 if _on(config.fp16) else torch.bfloat16 if _on(bf16) else torch.float32
+        kept_low = bf16 is not None and bf16.enabled and bf16.bf16_master_weights_and_grads
+        all_low = kept_low and bf16 is not None and bf16.bf16_optimizer_states
+        autocast = None
+        if config.torch_autocast is not None and config.torch_autocast.enabled:
+            autocast = to_dtype(config.torch_autocast.dtype or "bf16")
+        return cls(
+            compute,
+            stored=None if compute is torch.float32 else compute if all_low else torch.float32,
+            autocast=autocast,
+            rounded=kept_low and not all_low,
+            buffers=None if types is None or types.buffer_dtype is None else to_dtype(types.buffer_dtype),
+        )
+
+
+def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer | None, *, shared: bool) -> Precision:
     """Bring a model and its optimizer into the config's formats, in place.
 
     Args:
         config: its sections fp16, bf16, torch_autocast, data_types, and communication_data_type.
         module: on its device; parameters become what the config says, and keep their identity.
         optimizer: over the module's parameters; gets masters in their place.
+        shared: whether the model is shared out among processes: its parameters then are the masters, and torch
+            gathers them in the format of the computation.
     """
-    low = torch.float16 if _on(config.fp16) else torch.bfloat16 if _on(config.bf16) else None
-    types = config.data_types
-    autocast = None
-    if config.torch_autocast is not None and config.torch_autocast.enabled:
-        autocast = to_dtype(config.torch_autocast.dtype or "bf16")
-    masters = None
-    if low is not None:
-        kept_low = config.bf16 is not None and _on(config.bf16) and config.bf16.bf16_master_weights_and_grads
-        low_state = kept_low and config.bf16 is not None and config.bf16.bf16_optimizer_states
-        if optimizer is not None and not low_state:
-            masters = Masters(optimizer, rounded=kept_low)
-        _lower_parameters(module, low, whole=types is not None and types.buffer_dtype is not None)
+    formats = Formats.of(config)
+    low = None if formats.compute is torch.float32 else formats.compute
+    reduce = to_dtype(config.communication_data_type or "fp32")
+    masters: Masters | None = None
+    publish: Callable[[], None] | None = None
+    if low is not None and shared:
+        if formats.rounded and optimizer is not None:
+            publish = _rounding(optimizer, low)
+            publish()
+    elif low is not None:
+        if optimizer is not None and formats.stored is not low:
+            masters = Masters(optimizer, rounded=formats.rounded)
+            publish = masters.publish
+        _lower_parameters(module, low, whole=formats.buffers is not None)
         if masters is not None:
             masters.publish()
-    if types is not None and types.buffer_dtype is not None:
+    if formats.buffers is not None:
         for buffer in module.buffers():
             if buffer.is_floating_point():
-                buffer.data = buffer.data.to(to_dtype(types.buffer_dtype))
-    accumulate = torch.float32 if low is None or masters is not None else low
-    if types is not None and types.grad_accum_dtype is not None and low is not None and masters is not None:
+                buffer.data = buffer.data.to(formats.buffers)
+    accumulate = torch.float32 if low is None or masters is not None else reduce if shared else low
+    types = config.data_types
+    if types is not None and types.grad_accum_dtype is not None and masters is not None:
         accumulate = to_dtype(types.grad_accum_dtype)
     return Precision(
-        compute=low or torch.float32,
-        autocast=autocast,
+        compute=formats.compute,
+        autocast=formats.autocast,
         accumulate=accumulate,
-        reduce=to_dtype(config.communication_data_type or "fp32"),
+        reduce=reduce,
         masters=masters,
-        loss_scale=_loss_scale(config, autocast),
+        publish=publish,
+        stored=formats.stored or formats.compute,
+        loss_scale=_loss_scale(config, formats.autocast),
         skips=low is torch.float16
-        or autocast is torch.float16
+        or formats.autocast is torch.float16
         or (low is torch.bfloat16 and config.bf16 is not None and config.bf16.check_grad_overflow),
     )
+
+
+def _rounding(optimizer: Optimizer, dtype: torch.dtype) -> Callable[[], None]:
+    """What gives fp32 weights the precision of a lower format."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_floating_point()]
+
+    @torch.no_grad()
+    def publish() -> None:
+        for weight in weights:
+            weight.copy_(weight.to(dtype))
+
+    return publish
 
 
 def _lower_parameters(module: nn.Module, dtype: torch.dtype, *, whole: bool) -> None:
@@ -309,14 +372,14 @@ def lower(value: Any, dtype: torch.dtype) -> Any:
 
 def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:
     """Which format holds what, as a table of two lines."""
-    moments = precision.compute if precision.masters is None else torch.float32
+    shared = precision.masters is None and precision.stored is not precision.compute
     columns = {
-        "parameters": precision.compute,
+        "parameters": precision.stored if shared else precision.compute,
         "computation": precision.autocast or precision.compute,
         "gradients": precision.accumulate,
         "reduction": precision.reduce,
         "master weights": torch.float32 if precision.masters is not None else None,
-        "optimizer state": moments if optimizer is not None else None,
+        "optimizer state": precision.stored if optimizer is not None else None,
     }
     cells = [(name, "-" if dtype is None else str(dtype).removeprefix("torch.")) for name, dtype in columns.items()]
     widths = [max(map(len, cell)) for cell in cells]

@@ -24,12 +24,21 @@ PACKAGES = ("engine", "schedulers")
 # Who may import whom: each module those on its own level or on one above this line. Data flows the same way.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
-    ("engine.errors", "engine.lamb", "engine.lean", "engine.log", "engine.muon", "engine.textplot"),
+    (
+        "engine.errors",
+        "engine.lamb",
+        "engine.lean",
+        "engine.log",
+        "engine.muon",
+        "engine.randomness",
+        "engine.textplot",
+    ),
     ("engine.config", "engine.network", "engine.optimizers", "engine.peers"),
     ("engine.distributed",),
     ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
     ("engine.gradients",),
-    ("engine.parallel",),
+    ("engine.checkpoint", "engine.parallel"),
+    ("engine.zero", "engine.recompute"),
     ("engine.engine",),
     ("engine.range_test", "engine.watch"),
     ("engine.build",),

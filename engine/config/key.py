@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from engine.config.section import Section, adapter_of
 
-__all__ = ["HONOURED", "NO_EFFECT", "REFUSED", "SECTION", "SECTION_OR_SWITCH", "Key", "Status"]
+__all__ = ["HONOURED", "NO_EFFECT", "REFUSED", "SECTION", "Key", "Status"]
 
 HONOURED: Final = "honoured"
 NO_EFFECT: Final = "no effect"
@@ -22,7 +22,6 @@ REFUSED: Final = "refused"
 Status = Literal["honoured", "no effect", "refused"]
 
 SECTION = dict[str, Any] | Literal[False]
-SECTION_OR_SWITCH = dict[str, Any] | bool
 
 _OFF = (False, None, "auto", "none")  # and 0, which equals False: what a switch says when it is off
 
@@ -64,7 +63,7 @@ class Key:
 
     @property
     def is_section(self) -> bool:
-        return self.type is SECTION or self.type is SECTION_OR_SWITCH
+        return self.type is SECTION
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:

@@ -15,7 +15,7 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import OR_OFF, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
+from engine.config.section import OR_OFF, OR_SWITCH, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 from engine.config.sections.records import (
     CometConfig,
@@ -26,6 +26,8 @@ from engine.config.sections.records import (
     TimersConfig,
     WandbConfig,
 )
+from engine.config.sections.storage import CheckpointConfig
+from engine.config.sections.zero import ZeroConfig
 
 __all__ = ["EngineConfig"]
 
@@ -56,6 +58,46 @@ class DataConfig(Section):
         return self.model_dump()
 
 
+class SavingConfig(Section):
+    """How checkpoints are kept and written, beyond DeepSpeed's section `checkpoint`."""
+
+    keep_last: Count | None = Field(
+        default=None, description="Newest checkpoints that are kept in a folder; older ones are removed; null for all."
+    )
+    keep_every: Count | None = Field(
+        default=None, description="Steps between checkpoints that keep_last never removes; null for none."
+    )
+    async_save: bool = Field(
+        default=False, description="Stop training only to copy the state; write it while training goes on."
+    )
+    override_schedule: bool = Field(
+        default=False,
+        description="Go on from a checkpoint with the config's schedule where its type or parameters have changed.",
+    )
+    save_on_sigterm: str | None = Field(
+        default=None, description="Folder to save into at the next step after SIGTERM; null for none.", min_length=1
+    )
+
+
+class ZeroOptionsConfig(Section):
+    """How a model is shared out, where DeepSpeed has no key for it."""
+
+    blocks: list[str] | None = Field(
+        default=None,
+        description="Classes or names (with * and ?) of the modules that are gathered as one; null for the modules "
+        "that the model repeats, an empty list for the model as one.",
+    )
+    smallest_block: Whole = Field(
+        default=100_000, description="Blocks with fewer elements than this are gathered with the model, unless named."
+    )
+    accumulate: Literal["local", "shared"] | None = Field(
+        default=None,
+        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or "
+        "shared out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a "
+        "quarter of the device's memory.",
+    )
+
+
 class RedlineConfig(Section):
     """Options that DeepSpeed does not have, and ignores."""
 
@@ -70,11 +112,17 @@ class RedlineConfig(Section):
         description="Seconds that a process waits for the others, at the start and in each collective; then it ends.",
     )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
+    zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep no activations in the model's blocks (redline.zero.blocks): backward computes them again.",
+    )
     progress: bool | None = Field(
         default=None,
         description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
     )
     range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
+    checkpoint: SavingConfig = Field(default=SavingConfig(), description="How checkpoints are kept and written.")
 
 
 class EngineConfig(Section):
@@ -131,6 +179,9 @@ class EngineConfig(Section):
         default=None, description="Optimizer steps between two lines of progress; null for none."
     )
     dataloader_drop_last: bool = Field(default=False, description="Drop the last batch of an epoch if it is not full.")
+    zero_optimization: Annotated[ZeroConfig | None, OR_SWITCH] = Field(
+        default=None, description="Parameters, gradients and optimizer state shared out among processes."
+    )
     tensorboard: Annotated[TensorBoardConfig | None, OR_OFF] = Field(
         default=None, description="Event files for TensorBoard."
     )
@@ -146,6 +197,9 @@ class EngineConfig(Section):
         default=None, description="Time and size of each collective."
     )
     timers: Annotated[TimersConfig | None, OR_OFF] = Field(default=None, description="DeepSpeed's timers.")
+    checkpoint: Annotated[CheckpointConfig | None, OR_OFF] = Field(
+        default=None, description="What processes that save under different tags get."
+    )
     wall_clock_breakdown: bool | None = Field(
         default=False, description="Print the time of data, forward, backward and step."
     )

@@ -29,8 +29,8 @@ from engine.config.parser import Route
 from engine.config.words import describe, is_slip, nearest, objection, shown
 
 __all__ = [
-    "MISTAKE", "NOT_HERE", "OR_OFF", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count", "Fraction",
-    "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
+    "MISTAKE", "NOT_HERE", "OR_OFF", "OR_SWITCH", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count",
+    "Fraction", "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
     "adapter_of", "check", "failure", "finished", "literals", "unknown_key", "wrong",
 ]  # fmt: skip
 
@@ -82,6 +82,24 @@ def _off(value: Any) -> Any:
 
 
 OR_OFF = _OrOff()
+
+
+class _OrSwitch:
+    """Lets ZeRO be true, which is stage 1: an older spelling of DeepSpeed's; false is null."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_switched, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        (section, null) = handler(schema)["anyOf"]
+        return {"anyOf": [section, {"type": "boolean"}, null]}
+
+
+def _switched(value: Any) -> Any:
+    return {"stage": 1} if value is True else _off(value)
+
+
+OR_SWITCH = _OrSwitch()
 PerGroup: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_frozen)]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from engine.config.key import HONOURED, NO_EFFECT, REFUSED, SECTION, SECTION_OR_SWITCH, Key, Status
+from engine.config.key import HONOURED, NO_EFFECT, REFUSED, SECTION, Key, Status
 from engine.config.section import Integer
 from engine.config.sections import precision, zero  # noqa: F401  most configs have them: not on first use
 
@@ -43,7 +43,7 @@ def _removed(name: str, meaning: str, instead: str, kind: Any = SECTION) -> Key:
 
 _LEAVE_OUT = "leave it out"
 _FP32 = "leave it out to train in fp32"
-_SAVE = "save with torch.save from your script"
+_SAVE = "redline.checkpoint.async_save writes while training goes on"
 _FORMAT = Literal["fp16", "bf16", "fp32"]
 
 _TABLE = (
@@ -86,16 +86,14 @@ _TABLE = (
     Key("torch_autocast", HONOURED, "weights stay fp32; fp16 has torch's loss scale"),
     Key("data_types", HONOURED, "which format gradients add up in, and buffers have"),
     # Memory and parallelism
-    Key("zero_optimization", REFUSED, "not built yet; use stage 0, which is DDP", False, SECTION_OR_SWITCH,
-        "zero:ZeroConfig", "stage"),
+    Key("zero_optimization", HONOURED, "stage 0 is DDP, 1 to 3 are torch's FSDP2", False),
     _harmless("zero_allow_untested_optimizer", bool, False,
               "Let ZeRO run with any optimizer.", "every optimizer may be used"),
     _harmless("zero_force_ds_cpu_optimizer", bool, True,
-              "Insist on DeepSpeed's own optimizer with offload.",
-              "there is no offload, and so no optimizer on the CPU"),
+              "Insist on DeepSpeed's own optimizer with offload.", "the optimizer is torch's, on the CPU, too"),
     _unread("aio", "memory:AioConfig", "only NVMe offload reads it"),
     _unread("activation_checkpointing", "memory:ActivationCheckpointingConfig",
-            "models call torch.utils.checkpoint themselves"),
+            "only deepspeed.checkpointing reads it; redline.activation_checkpointing needs no change of the model"),
     _unread("pipeline", "parallelism:PipelineConfig", "only DeepSpeed's PipelineModule reads it"),
     _later("tensor_parallel", "parallelism:TensorParallelConfig",
            "shard the model with torch.distributed.tensor.parallel first", "autotp_size"),
@@ -122,8 +120,8 @@ _TABLE = (
     _harmless("disable_python_gc", bool, False,
               "Switch Python's garbage collection off while training.", "Python's garbage collector is left alone"),
     # Checkpoints and tuning
-    _unread("checkpoint", "storage:CheckpointConfig", f"no checkpoints are written yet; {_SAVE}"),
-    Key("datastates_ckpt", REFUSED, f"not built yet; {_SAVE}", None, SECTION, "", "enabled", on=True,
+    Key("checkpoint", HONOURED, "tag_validation; see redline.checkpoint, too"),
+    Key("datastates_ckpt", REFUSED, f"not built; {_SAVE}", None, SECTION, "", "enabled", on=True,
         meaning="Checkpoints written while training goes on."),
     _later("autotuning", "tuning:AutotuningConfig",
            "find the learning rate with redline range-test; try batch sizes by hand"),
@@ -147,7 +145,9 @@ _TABLE = (
 
 _OWN_SIZES = "torch sizes its own buckets"
 _OWN_ORDER = "torch orders its own communication"
-_NO_OFFLOAD = f"there is no offload; {_LEAVE_OUT}"
+_NO_NVME = 'nothing is kept on a disk; keep it in the CPU\'s memory with "cpu"'
+_NO_PARTS = f"all of it is offloaded, or nothing; {_LEAVE_OUT}"
+_ONE_COPY = "torch streams single parameters; it has no such buffers"
 _NO_QUANTIZED = f"there is no quantized communication; {_LEAVE_OUT}"
 _FP32_STATE = f"weights and moments are kept in fp32; {_LEAVE_OUT}"
 _GONE = f"DeepSpeed has removed it, and refuses a config that has it; {_LEAVE_OUT}"
@@ -181,23 +181,30 @@ _INSIDE = (
     *_own("zero_optimization", NO_EFFECT, "only DeepSpeed's own code reads it", "compute_grad_norm",
           "load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint", "memory_efficient_linear",
           "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-          "save_muon_momentum_buffer_in_memory", "cpu_offload_use_pin_memory"),
+          "save_muon_momentum_buffer_in_memory"),
     *_own("zero_optimization", NO_EFFECT, "see redline.find_unused_parameters", "ignore_unused_parameters"),
-    *(Key(f"zero_optimization.{name}", REFUSED, _NO_OFFLOAD, switch="device")
+    *(Key(f"zero_optimization.{name}.device", REFUSED, _NO_NVME, "none", off=("cpu", "auto"))
       for name in ("offload_param", "offload_optimizer")),
-    *_own("zero_optimization", REFUSED, _NO_OFFLOAD, "zenflow"),
-    *(Key(f"zero_optimization.{name}", REFUSED, _NO_OFFLOAD, False) for name in ("cpu_offload", "cpu_offload_param")),
+    *_own("zero_optimization.offload_param", NO_EFFECT, _ONE_COPY, "nvme_path", "buffer_count", "buffer_size",
+          "max_in_cpu"),
+    *_own("zero_optimization.offload_optimizer", NO_EFFECT, _ONE_COPY, "nvme_path", "buffer_count", "pipeline_read",
+          "pipeline_write", "fast_init", "cpuadam_cores_perc"),
+    Key("zero_optimization.offload_optimizer.ratio", REFUSED, _NO_PARTS, 1.0, off=("auto",)),
+    Key("zero_optimization.offload_optimizer.super_offload", REFUSED, _NO_PARTS, False, off=("auto",)),
+    *_own("zero_optimization", REFUSED, _NO_PARTS, "zenflow"),
     *(Key(f"zero_optimization.zero_quantized_{name}", REFUSED, _NO_QUANTIZED, False)
       for name in ("weights", "nontrainable_weights", "gradients")),
-    Key("zero_optimization.zero_hpz_partition_size", REFUSED, f"there is no second copy; {_LEAVE_OUT}", 1),
-    Key("zero_optimization.mics_shard_size", REFUSED, _GONE, -1),
     Key("zero_optimization.mics_hierarchical_params_gather", REFUSED, _GONE, False),
     Key("zero_optimization.zeropp_loco_param", REFUSED, _GONE),
     # Records
     *_own("timers.throughput", NO_EFFECT, "the clock is read where the loss is, which has waited", "synchronized"),
     # Checkpoints
     Key("checkpoint.load_universal", REFUSED, f"DeepSpeed's universal format is not read; {_LEAVE_OUT}", False),
-    Key("checkpoint.use_node_local_storage", REFUSED, f"not built yet; {_SAVE}", False),
+    Key("checkpoint.use_node_local_storage", REFUSED,
+        "a checkpoint is one folder, which all hosts share; leave it out", False),
+    *_own("checkpoint", NO_EFFECT, "each process writes its share", "parallel_write"),
+    *_own("checkpoint", NO_EFFECT, "chose DeepSpeed's file format", "checkpoint_serialization"),
+    *_own("checkpoint", NO_EFFECT, "chose DeepSpeed's own file writer", "writer"),
 )  # fmt: skip
 
 KEYS = {key.name: key for key in _TABLE}

@@ -8,8 +8,6 @@ of the data.
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.optim import Optimizer
 
 from engine.data import Loader
 from engine.engine import Engine
+from engine.randomness import random_state, set_random_state
 
 __all__ = ["Snapshot"]
 
@@ -43,7 +42,7 @@ class Snapshot:
         self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
         self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
         self._positions = [(part, part.position) for part in data if isinstance(part, Loader)]
-        self._random = _random_state()
+        self._random = random_state()
 
     def restore(self) -> None:
         """Put everything back, in place; may be called any number of times."""
@@ -67,7 +66,7 @@ class Snapshot:
             part.load_state_dict(copy.deepcopy(state))
         for loader, position in self._positions:
             loader.position = position  # a loaded state would go on with a pass that was broken off
-        _set_random_state(self._random)
+        set_random_state(self._random)
 
 
 # What the step loop moves, and the test's own recording and printing switch off.
@@ -139,23 +138,3 @@ def _generators_of(data: tuple[Any, ...]) -> list[torch.Generator]:
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
     return list(found.values())
-
-
-def _random_state() -> dict[str, Any]:
-    # NumPy is the user's: only if it is loaded can its generator have been used.
-    numpy = sys.modules.get("numpy")
-    return {
-        "python": random.getstate(),
-        "numpy": None if numpy is None else numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    if state["numpy"] is not None:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,8 +1,9 @@
 """`comms_logger`: how often processes talk to each other, how much they say, and how long it takes.
 
-Counted are the gradients' reductions, bucket by bucket as DDP sends them, and the engine's own numbers (losses for the
-lines and monitors). A collective's time runs from its start on this process to its end, and so includes the wait for a
-slower process, and for those that were started before it.
+Counted are the gradients' reductions, bucket by bucket as DDP sends them; the gathering of parameters and the sums of a
+model that is shared out, block by block; and the engine's own numbers (losses for the lines and monitors). A
+collective's time runs from its start on this process to its end, and so includes the wait for a slower process, and for
+those that were started before it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import atexit
 import dataclasses
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -37,15 +38,16 @@ class CommsLog:
 
     Args:
         engine: with several processes; its gradients and its own numbers are noted from here on.
-        config: which collectives to note (`prof_all`, else those in `prof_ops`: "all_reduce", "all_gather_object"),
-            whether to print each after its update, which waits for the device (`verbose`), and whether to tell the
-            callers apart (`debug`).
+        config: which collectives to note (`prof_all`, else those in `prof_ops`: "all_reduce", "all_gather",
+            "reduce_scatter", "all_gather_object"), whether to print each after its update, which waits for the device
+            (`verbose`), and whether to tell the callers apart (`debug`).
     """
 
     def __init__(self, engine: Engine, config: CommsLoggerConfig) -> None:
         self._ops = None if config.prof_all else frozenset(config.prof_ops)
         self._verbose, self._debug = config.verbose, config.debug
         self._rank, self._size = engine.global_rank, engine.world_size
+        self._device = engine.device
         self._watch = Stopwatch()
         self._told: dict[Any, Span] = {}
         if engine.world_size == 1:
@@ -53,12 +55,22 @@ class CommsLog:
         world = {field.name: getattr(engine.world, field.name) for field in dataclasses.fields(engine.world)}
         engine.world = MeasuredWorld(**world, log=self)
         if self.notes("all_reduce"):
-            reduction = engine._reduction
+            reduction = engine._parallel.reduction
             fields = {field.name: getattr(reduction, field.name) for field in dataclasses.fields(reduction)}
-            engine._reduction = MeasuredReduction(**fields, log=self)
+            engine._parallel.reduction = MeasuredReduction(**fields, log=self)
             engine.renew_parallel()  # DDP has taken the other one
+        engine._parallel.show_collectives(self._noted)
         if self._rank == 0:
             atexit.register(self.say)
+
+    def _noted(self, op: str, size: int, run: Callable[[], Any]) -> Any:
+        """Run a collective of a model that is shared out, and note it."""
+        if not self.notes(op):
+            return run()
+        begin = stamp(self._device)
+        result = run()
+        self.note(op, "zero", size, begin, stamp(self._device))
+        return result
 
     def notes(self, op: str) -> bool:
         """Whether this kind of collective is noted."""

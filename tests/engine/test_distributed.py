@@ -107,7 +107,7 @@ def watch_the_gradients() -> dict[str, Any]:
         work = dist.all_reduce(bucket.buffer().div_(2), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
-    engine._parallel.register_comm_hook(None, lambda state, bucket: count(bucket))
+    engine._parallel.ddp.register_comm_hook(None, lambda state, bucket: count(bucket))
     x, y = make_data()
     seen = []
     for index in range(6):

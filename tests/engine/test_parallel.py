@@ -1,21 +1,21 @@
-"""The wrapping of a model; what it does between processes is in test_distributed."""
+"""What one process needs of the others; what happens between them is in test_distributed and zero/test_shards."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from engine.distributed import World
-from engine.gradients import Reduction
-from engine.parallel import wrap_model
+from engine import initialize
+from engine.parallel import Alone
 
-CPU = torch.device("cpu")
+CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 
 
 def test_one_process_needs_no_wrapping() -> None:
-    assert wrap_model(nn.Linear(1, 1), World(0, 0, 1, CPU), Reduction(1), None, find_unused_parameters=False) is None
+    engine = initialize(nn.Linear(1, 1), CONFIG, device="cpu")
+    assert type(engine._parallel) is Alone
+    assert engine._parallel.begin(last=True, hold=False) is engine.module
 
 
-def test_a_model_without_trainable_parameters_needs_no_wrapping() -> None:
-    frozen = nn.Linear(1, 1).requires_grad_(False)
-    assert wrap_model(frozen, World(0, 0, 2, CPU), Reduction(2), None, find_unused_parameters=False) is None
+def test_a_stage_on_one_process_is_stage_0() -> None:
+    engine = initialize(nn.Linear(1, 1), {**CONFIG, "zero_optimization": {"stage": 3}}, device="cpu")
+    assert type(engine._parallel) is Alone

@@ -84,7 +84,7 @@ def test_plain_python_is_one_process_without_a_process_group() -> None:
     engine = start()
     assert (engine.global_rank, engine.world_size) == (0, 1)
     assert not torch.distributed.is_initialized()
-    assert engine._parallel is None
+    assert type(engine._parallel) is Alone
 
 
 def test_torchruns_environment_for_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,19 @@ class ZeroConfig(Section):
         None, description="Error feedback of quantized gradients; DeepSpeed has removed it."
     )
 
+    @property
+    def offloads(self) -> bool:
+        """Whether weights and optimizer state are to be kept in the CPU's memory."""
+        sections = (self.offload_optimizer, self.offload_param)
+        named = any(section is not None and section.device == "cpu" for section in sections)
+        return named or bool(self.cpu_offload) or bool(self.cpu_offload_param)
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether that memory is page-locked."""
+        sections = [each for each in (self.offload_optimizer, self.offload_param) if each is not None]
+        return all(each.pin_memory for each in sections) and self.cpu_offload_use_pin_memory is not False
+
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if not self.compute_grad_norm and self.stage not in (1, 2):
             yield ("compute_grad_norm", "stage"), f"got false; expected true, or stage 1 or 2; stage is {self.stage}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_validate_takes_several_files_and_shows_the_config_in_force(
     assert main(["validate", "ds_config.json", "sharded.json"]) == 3
     capsys.readouterr()
     assert main(["validate", "--effective", "ds_config.json"]) == 0
-    assert "gradient_clipping               default  1.0\n" in capsys.readouterr().out
+    assert re.search(r"gradient_clipping +default +1.0\n", capsys.readouterr().out)
     assert main(["validate", "--effective", "--json", "ds_config.json"]) == 0
     assert json.loads(capsys.readouterr().out)["origins"]["gradient_clipping"] == "default"
     with pytest.raises(SystemExit) as left:

@@ -107,7 +107,6 @@ def test_what_switches_nothing_on_leaves_training_as_it_is(off: dict[str, Any]) 
         ("zero_optimization", {"stage": 0, "overlap_comm": True}),
         ("zero_optimization", {"allgather_partitions": True}),
         ("zero_optimization", False),
-        ("checkpoint", {"tag_validation": "Warn"}),
         ("weight_quantization", {"enabled": False}),
         ("weight_quantization", {}),
         ("sequence_parallel_size", 1.0),

@@ -1,0 +1,127 @@
+"""Files and folders that survive a power cut: written with a checksum, flushed, put in place in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Checksummed", "Record", "flush", "record_of", "remove"]
+
+_CHUNK = 1 << 20  # bytes read or written at a time
+_CRUMB = 1 << 15  # bytes below which a write waits for others
+
+
+class Record(NamedTuple):
+    """What a file holds, in two numbers."""
+
+    bytes: int
+    crc32: int
+
+
+class Checksummed:
+    """A file being written from its beginning, whose checksum is known when it is done.
+
+    CRC32 costs a seventh of a second per GiB, and finds every flipped bit, every short burst and all but one in four
+    billion other faults; against an attacker no checksum in the same folder helps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by whoever opened this
+        self._bytes, self._crc32 = 0, 0
+        self._small = bytearray()  # torch.save writes dozens of crumbs for each tensor
+
+    def write(self, data: Any) -> int:
+        """All of it, or an OSError, now or later."""
+        size = len(data)
+        self._bytes += size
+        if size < _CRUMB:
+            self._small += data
+            if len(self._small) > _CHUNK:
+                self.flush()
+        else:
+            self.flush()
+            self._put(data)
+        return size
+
+    def _put(self, data: Any) -> None:
+        view = memoryview(data)
+        self._crc32 = zlib.crc32(view, self._crc32)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand what was held back to the operating system."""
+        if self._small:
+            small, self._small = self._small, bytearray()
+            self._put(small)
+
+    def fileno(self) -> int:
+        """The operating system's number for it."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Done; having it on the disk is another matter."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is done."""
+        return self._file.closed
+
+    @property
+    def record(self) -> Record:
+        """Bytes and checksum of what was written, once it is closed."""
+        return Record(self._bytes, self._crc32)
+
+    def __enter__(self) -> Checksummed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def record_of(path: Path) -> Record:
+    """Bytes and checksum of a file that is there."""
+    size, crc32 = 0, 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            crc32 = zlib.crc32(chunk, crc32)
+    return Record(size, crc32)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Have files and folders on the disk before going on; together, so that the disk is waited for once."""
+    paths = list(paths)
+    if len(paths) == 1:
+        _flush(paths[0])
+        return
+    with ThreadPoolExecutor(len(paths)) as pool:
+        list(pool.map(_flush, paths))
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder, and needs no flush of one
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """A folder and all in it; what is gone already does not matter."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""A checkpoint's plain contents, read: nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.checkpoint import layout
+from engine.checkpoint.layout import Found
+from engine.checkpoint.manifest import Broken
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+__all__ = ["Opened", "open_checkpoint", "why_unreadable"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All of a checkpoint but its tensors.
+
+    Attributes:
+        found: where.
+        metadata: torch.distributed.checkpoint's.
+        entries: which tensors it has: their sizes and number formats, by key.
+        shared: what all processes share, as JSON has it.
+        own: this process's own; rank 0's, if it was saved by fewer processes.
+        is_own: whether it is this process's.
+    """
+
+    found: Found
+    metadata: Metadata
+    entries: Mapping[str, Any]
+    shared: dict[str, Any]
+    own: dict[str, Any]
+    is_own: bool
+
+
+def open_checkpoint(found: Found, rank: int) -> Opened:
+    """Read a checkpoint for one process.
+
+    Raises:
+        Broken: something in it is not what a checkpoint has.
+    """
+    from engine.checkpoint.tensors import read_metadata  # see there
+
+    is_own = rank < found.manifest.world_size
+    own = found.folder / layout.rank_file(rank if is_own else 0)
+    state = found.folder / layout.STATE
+    try:
+        shared = json.loads(state.read_text(encoding="utf-8"))
+        if not isinstance(shared, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise Broken(f"{state}: cannot be read: {error}") from error
+    try:
+        mine = torch.load(own, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's loader stumbles in many ways
+        raise Broken(why_unreadable(own, error)) from error
+    metadata = read_metadata(found.folder)
+    return Opened(found, metadata, metadata.state_dict_metadata, shared, mine, is_own)
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a file that `torch.load` has refused; its own words advise to let it run code."""
+    text = str(error)
+    asks = re.search(r"(?:GLOBAL|global|class|function):? ([\w.]+\.\w+)", text)
+    if "eights only load failed" in text or "weights_only" in text:
+        what = f"it asks for {asks[1]}" if asks else "it is no file of tensors and plain types"
+        return f"{path}: {what}; nothing but tensors and plain types is read"
+    return f"{path}: cannot be read: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
