@@ -1,59 +1,93 @@
-"""Whether all processes were given one config.
+"""Whether all processes were given one config, one model and one dataset.
 
-A batch size or a schedule that differs between ranks trains something that nobody asked for, or waits for ever.
+What differs between ranks trains something that nobody asked for, or waits for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from engine.distributed import World
-from engine.errors import ConfigError, Problem
+from engine.errors import ConfigError, EngineError, Problem
+from engine.peers import name_ranks
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 __all__ = ["check_agreement"]
 
+_SHOWN = 5  # differences of two models that are shown: a wrong width is one mistake in hundreds of weights
 
-def check_agreement(config: EngineConfig, world: World) -> None:
-    """Compare the configs in force of all processes; a collective where there are several.
+
+def check_agreement(config: EngineConfig, world: World, model: nn.Module, training_data: Any = None) -> None:
+    """Compare what `initialize` was given on all processes; a collective where there are several.
+
+    Of the model, names, shapes and formats; of the dataset, the length; of the config, all that is in force.
 
     Raises:
-        ConfigError: they differ; on every process, with the keys, the values and the ranks.
+        ConfigError: the configs differ; on every process, with the keys, the values and the ranks.
+        EngineError: the models or the datasets differ; likewise.
     """
     from engine.config import fingerprint  # see engine/__init__.py
 
     if world.size == 1:
         return
-    mine = fingerprint(config)
+    mine = {"config": fingerprint(config), "model": _weights(model), "data": _length(training_data)}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:
         return
-    everyone: list[dict[str, str]] = world.gather(mine)
-    written = config.as_written()
-    problems = []
-    for path in dict.fromkeys(path for each in everyone for path in each):
-        ranks: dict[str, list[int]] = {}
-        for rank, each in enumerate(everyone):
-            ranks.setdefault(each.get(path, "nothing"), []).append(rank)
-        if len(ranks) > 1:
-            values = "; ".join(f"{value} on {_named(where)}" for value, where in ranks.items())
+    everyone: list[dict[str, dict[str, str]]] = world.gather(mine)
+    if found := _differences([each["config"] for each in everyone]):
+        written = config.as_written()
+        problems = []
+        for path, values in found.items():
             line, column = written.locate(tuple(path.split(".")))
             problems.append(Problem(path, f"got {values}; expected one config on all ranks", line, column))
-    raise ConfigError(problems, written.source)
+        raise ConfigError(problems, written.source)
+    if found := _differences([each["model"] for each in everyone]):
+        lines = [f"\n  {name}: {values}" for name, values in found.items()]
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise EngineError(f"model: expected one model on all ranks, got{''.join(lines[:_SHOWN])}{more}")
+    (values,) = _differences([each["data"] for each in everyone]).values()
+    raise EngineError(
+        f"training_data: got {values}; expected one dataset on all ranks, of which each takes its own share by itself"
+    )
 
 
-def _named(ranks: Sequence[int]) -> str:
-    """``rank 0``, ``ranks 1, 3-7``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+def _weights(model: nn.Module) -> dict[str, str]:
+    """Each parameter and buffer as a text: what the processes exchange must have one shape and one format."""
+    texts = {name: _text(tensor, " buffer") for name, tensor in model.named_buffers(remove_duplicate=False)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        texts[name] = _text(parameter, "" if parameter.requires_grad else " frozen")
+    return texts
+
+
+def _text(tensor: Tensor, kind: str) -> str:
+    shape = "not made yet" if is_lazy(tensor) else str(list(tensor.shape))
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}{kind}"
+
+
+def _length(data: Any) -> dict[str, str]:
+    if data is None:
+        return {"samples": "no data"}
+    try:
+        return {"samples": f"{len(data)} samples"}
+    except TypeError:
+        return {"samples": "an unknown number of samples"}
+
+
+def _differences(everyone: list[dict[str, str]]) -> dict[str, str]:
+    """What is not the same on all ranks, as ``0.5 on rank 0; 1.0 on ranks 1-3``."""
+    found = {}
+    for name in dict.fromkeys(name for each in everyone for name in each):
+        ranks: dict[str, list[int]] = {}
+        for rank, each in enumerate(everyone):
+            ranks.setdefault(each.get(name, "nothing"), []).append(rank)
+        if len(ranks) > 1:
+            found[name] = "; ".join(f"{value} on {name_ranks(where)}" for value, where in ranks.items())
+    return found

@@ -11,6 +11,7 @@ import gc
 import os
 import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.network import choose_interface
+from engine.peers import explains_losses, meet, part
 
 __all__ = ["World", "join_world", "release_at_exit"]
 
@@ -53,26 +56,39 @@ class World:
         """The sum of a tensor over all processes, as a new tensor; a collective where size > 1."""
         total = value.clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            _all_reduce(total)
         return total
 
     def gather(self, value: T) -> list[T]:
         """A value of every process, by rank; a collective where size > 1, for small things that can be pickled."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            _all_gather(values, value)
         return values
 
 
-def join_world(device: torch.device | str | None = None) -> World:
+@explains_losses
+def _all_reduce(value: Tensor) -> None:
+    dist.all_reduce(value)
+
+
+@explains_losses
+def _all_gather(values: list[Any], value: Any) -> None:
+    dist.all_gather_object(values, value)
+
+
+def join_world(device: torch.device | str | None = None, *, timeout: float = 600.0) -> World:
     """Join the process group that torchrun (or the caller) laid out, or stay alone.
 
     Args:
         device: where to compute; None takes CUDA's device of the local rank where there is one, else
             the CPU.
+        timeout: seconds to wait for the other processes, here and in every collective; a group that the caller
+            made keeps its own.
 
     Raises:
-        EngineError: the environment is half there, or there are fewer GPUs than processes on the host.
+        EngineError: the environment is half there; there are fewer GPUs than processes on the host; the other
+            processes do not come in time.
     """
     environment = _environment()
     if dist.is_available() and dist.is_initialized():
@@ -90,9 +106,27 @@ def join_world(device: torch.device | str | None = None) -> World:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         # Both backends: numbers about the run travel on the CPU, gradients on the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        _make_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, size, timeout)
         atexit.register(_leave)
+    if size > 1:
+        meet(rank, size)
     return World(rank, local_rank, size, chosen)
+
+
+def _make_group(backends: str, rank: int, size: int, timeout: float) -> None:
+    """The process group."""
+    choose_interface(size)
+    try:
+        dist.init_process_group(backends, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first, *_ = str(error).splitlines()
+        raise EngineError(
+            f"process group: rank {rank} of {size} did not meet the others at {master} within {timeout:g} s "
+            f"(redline.distributed_timeout): {first.rstrip('.')}; expected all {size} processes to be started with one "
+            "MASTER_ADDR, which they can reach, and with a port that is open there and nobody else's; where a host has "
+            "several networks, GLOO_SOCKET_IFNAME names the interface"
+        ) from error
 
 
 def _environment() -> tuple[int, int, int] | None:
@@ -133,6 +167,7 @@ def release_at_exit(parallel: Any) -> None:
 def _leave() -> None:
     if not dist.is_initialized():
         return
+    part()
     dist.destroy_process_group()
     # A gloo group that DDP still holds while the interpreter goes down ends the process with "terminate called
     # without an active exception", now and then, when another process has gone first.

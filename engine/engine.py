@@ -33,6 +33,7 @@ from engine.finite import FiniteWatch
 from engine.gradients import clip, scale_by
 from engine.log import log
 from engine.parallel import Parallel
+from engine.peers import explains_losses
 from engine.precision import Precision, lower
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class Engine(nn.Module):
 
     # -- the step loop ---------------------------------------------------------------------------
 
+    @explains_losses
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; in fp16 and bf16 floating-point inputs may have either format."""
         if self._lowered is not None:
@@ -173,6 +175,7 @@ class Engine(nn.Module):
         with torch.autocast(self.device.type, self._precision.autocast):
             return model(*args, **kwargs)
 
+    @explains_losses
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Add this micro-batch's gradients to the update under way.
 
@@ -222,6 +225,7 @@ class Engine(nn.Module):
         self._pending = not self._in_no_sync
         return loss
 
+    @explains_losses
     def step(self) -> None:
         """End a micro-batch; at the accumulation boundary update the weights, then rate and momentum.
 
@@ -244,6 +248,7 @@ class Engine(nn.Module):
         if ends_update:
             self._update()
 
+    @explains_losses
     def flush(self) -> bool:
         """Update now, with the mean over the micro-batches since the last update: for an accumulation that ends early.
 

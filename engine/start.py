@@ -17,6 +17,7 @@ from engine.distributed import World, join_world
 from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
+from engine.peers import explains_losses, follow
 from engine.precision import dtype_table
 from engine.watch import attach
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["initialize"]
 
 
+@explains_losses
 def initialize(
     model: nn.Module,
     config: str | Path | dict[str, Any] | EngineConfig,
@@ -66,9 +68,9 @@ def initialize(
     loaded = load_config(config)
     if loaded.scheduler is not None and loaded.optimizer is None and optimizer is None and lr_scheduler is None:
         raise _unscheduled(loaded)
-    world = join_world(device)
+    world = join_world(device, timeout=loaded.redline.distributed_timeout)
     loaded = load_config(loaded, world_size=world.size)
-    check_agreement(loaded, world)
+    check_agreement(loaded, world, model, training_data)
     parts = build_parts(
         loaded,
         world,
@@ -83,6 +85,7 @@ def initialize(
     if parts.training_dataloader is not None:
         log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
     engine = Engine(parts)
+    follow(engine)
     attach(engine)
     return engine
 

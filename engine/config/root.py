@@ -119,6 +119,10 @@ class RedlineConfig(Section):
         description="Let a forward pass leave parameters unused, on some processes or all: at some cost per step with "
         "DDP; a model that is shared out needs it only where processes differ in what they use.",
     )
+    distributed_timeout: Positive = Field(
+        default=600.0,
+        description="Seconds that a process waits for the others, at the start and in each collective; then it ends.",
+    )
     data: DataConfig = Field(default=DataConfig(), description="The loader of training data.")
     zero: ZeroOptionsConfig = Field(default=ZeroOptionsConfig(), description="How ZeRO shares a model out.")
     activation_checkpointing: bool = Field(

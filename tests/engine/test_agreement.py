@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine import ConfigError, initialize
-from engine.agreement import _named
 from tests.distributed import run_ranks
 
 
@@ -39,10 +38,6 @@ def test_a_config_that_differs_between_ranks_is_named_on_every_rank() -> None:
 def test_configs_that_say_the_same_agree() -> None:
     same = {**BASE, "gradient_clipping": 1, "_note": "rank 1", "vocabulary_size": 9}
     assert run_ranks(start, 2, [BASE, same], timeout=60) == ["started", "started"]
-
-
-def test_ranks_are_named_in_runs() -> None:
-    assert [_named(ranks) for ranks in ([0], [1, 3, 4, 5], [0, 1])] == ["rank 0", "ranks 1, 3-5", "ranks 0-1"]
 
 
 def test_a_schedule_without_an_optimizer_is_found_before_any_process_group() -> None:
