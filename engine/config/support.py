@@ -195,7 +195,7 @@ _INSIDE = (
     *_own("zero_optimization", NO_EFFECT, "a process updates all of its share at once", "sub_group_size"),
     *_own("zero_optimization", NO_EFFECT, "a block is gathered as one as it is; name others in redline.zero.blocks",
           "leaf_module"),
-    *_own("zero_optimization", NO_EFFECT, "weights are gathered for every file that needs them whole",
+    *_own("zero_optimization", HONOURED, "in stage 3 without it, save_16bit_model saves nothing, as in DeepSpeed",
           "stage3_gather_16bit_weights_on_model_save"),
     *_own("zero_optimization", NO_EFFECT, "the norm is always computed; it costs one number per process",
           "compute_grad_norm"),

@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -437,3 +439,11 @@ def test_a_folder_without_latest_gives_none_as_in_deepspeed(copied: Any) -> None
     engine = engine_for("stage0-fp32")
     assert engine.load_checkpoint(folder.parent) == (None, None)
     assert engine.load_checkpoint(folder.parent, tag="global_step7")[0] == str(folder)
+
+
+def test_the_recording_script_knows_the_cases_that_are_recorded() -> None:
+    command = [sys.executable, "scripts/record_deepspeed_checkpoints.py", "no-such-case"]
+    done = subprocess.run(command, cwd=FOLDER.parents[2], capture_output=True, text=True)
+    assert done.returncode == 2
+    listed = done.stderr.partition("there are ")[2]
+    assert sorted(listed.strip().split(", ")) == CASES
