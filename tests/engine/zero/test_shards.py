@@ -461,3 +461,14 @@ def test_four_processes_train_alike_however_they_share(
     if name == "second copy" and stage != 3:
         pytest.skip("stage 3 only")
     assert_same(on_four, name, stage)
+
+
+def test_one_process_can_share_with_itself_as_it_does_to_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(build(0))
+    monkeypatch.setattr("engine.build._shares_out", lambda config, world: True)
+    try:
+        engine = build(3)
+        assert type(engine._parallel).__name__ == "Shards"
+        assert flat(train(engine)) == pytest.approx(flat(whole), rel=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
