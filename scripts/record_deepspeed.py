@@ -1017,7 +1017,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/record_deepspeed.py all     (a minute or two; the first time DeepSpeed compiles)",
+        epilog="example: python scripts/record_deepspeed.py all     (a few minutes; the first time DeepSpeed compiles)",
     )
     parser.add_argument("what", choices=[*FILES, "all"], help="which file to write")
     parser.add_argument(

@@ -82,7 +82,7 @@ def adopt(engine: Engine, ranks: Ranks, folder: Path, wanted: Wanted) -> tuple[s
     checkpoint, plan = made[0]
     _install(engine, checkpoint, plan, wanted)
     processes = "1 process" if checkpoint.processes == 1 else f"{checkpoint.processes} processes"
-    rest = "" if wanted.module_only else "; the data and the random numbers begin anew, as DeepSpeed does not save them"
+    rest = "" if wanted.module_only else "; the place in the data and random numbers stay: DeepSpeed saves neither"
     log.info("load_checkpoint: %s is DeepSpeed's, of ZeRO stage %d on %s%s", folder, checkpoint.stage, processes, rest)
     # Copies: tensors in it are mapped from the file.
     client_state = copy.deepcopy({key: value for key, value in checkpoint.state.items() if key not in _DEEPSPEEDS})
