@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 import engine.optimizers
 import schedulers
 from engine import ConfigError, Engine, EngineError, initialize, lean, load_config
+from engine.parallel import Alone
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25}}
 CONFIG = {"train_batch_size": 4, "optimizer": ADAM}
