@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import schedulers
 from engine.data import CollateFn, build_loader
-from engine.distributed import World
+from engine.distributed import World, join_alone
 from engine.engine import Parts, Schedule
 from engine.errors import EngineError
 from engine.gradients import Reduction
@@ -121,6 +121,9 @@ def _place(
         module.to(world.device)
         return None, moved
     from engine.zero.shards import shard_model  # see engine/zero/__init__.py
+
+    if world.size == 1:
+        join_alone(world)
 
     shards = shard_model(module, world, config, blocks, Formats.of(config), reduction)
     return shards, shards.moved

@@ -160,6 +160,23 @@ def _report(options: argparse.Namespace) -> int:
     return 0 if result.has_suggestion else 1
 
 
+def _consolidate(options: argparse.Namespace) -> int:
+    from engine.checkpoint.consolidate import consolidate
+
+    done = consolidate(
+        options.directory,
+        options.output,
+        tag=options.tag,
+        dtype=options.dtype,
+        force=options.force,
+        progress=not options.quiet,
+    )
+    print(f"{done.path}: {done.tensors} tensors, {done.bytes / 2**20:,.1f} MiB; from {done.source}")
+    for alias, name in done.aliases.items():
+        print(f"  {alias} is tied to {name}")
+    return 0
+
+
 # -- the command line ----------------------------------------------------------------------------------
 
 
@@ -236,6 +253,26 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  redline report range_test --train-steps 5000")  # fmt: skip
     report.add_argument("directory", metavar="DIR", help="the folder that range-test wrote")
     report.add_argument("--train-steps", type=_positive, metavar="N", help="suggest for a training of N updates")
+
+    consolidate = _add(commands, "consolidate", _consolidate, "make one file of a checkpoint's model",
+        "DIR is where save_checkpoint saved, here or in DeepSpeed (ZeRO stages 0 to 3), or the folder of one tag.\n"
+        "One process does it, without a GPU and in little memory: tensors go from file to file in parts.\n"
+        "A name that ends in .safetensors gives that format; in it a tied weight stands under one of its names, as\n"
+        "transformers and safetensors.torch.load_model expect. .pt, .pth and .bin are for torch.load, have every\n"
+        "name, and take twice the room while they are written.\n"
+        "Exit code: 0 written, 1 no checkpoint, a broken one, or no room: then there is no file, 2 wrong command "
+        "line.\n\n"
+        "examples:\n  redline consolidate checkpoints -o model.safetensors\n"
+        "  redline consolidate checkpoints --tag global_step1000 --dtype bf16 -o model.bin")  # fmt: skip
+    consolidate.add_argument("directory", metavar="DIR", help="folder of checkpoints")
+    consolidate.add_argument("-o", "--output", required=True, metavar="FILE",
+        help="file to write: .safetensors, .pt, .pth or .bin")  # fmt: skip
+    consolidate.add_argument("--tag", metavar="TAG", help="which checkpoint (default: the one that DIR/latest names)")
+    consolidate.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep",
+        help="number format of parameters; keep is the one of the checkpoint, fp32 wherever training had fp32 weights; "
+        "buffers keep theirs (default: %(default)s)")  # fmt: skip
+    consolidate.add_argument("--force", action="store_true", help="replace a file that is there")
+    consolidate.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 

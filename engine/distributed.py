@@ -23,7 +23,7 @@ from engine.network import choose_interface
 from engine.peers import explains_losses, meet, part
 from engine.rendezvous import meet_in_store
 
-__all__ = ["World", "join_world", "make_side_group", "release_at_exit"]
+__all__ = ["World", "join_alone", "join_world", "make_side_group", "release_at_exit"]
 
 T = TypeVar("T")
 
@@ -119,6 +119,14 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
             atexit.unregister(part)
             atexit.register(part)
     return World(rank, local_rank, size, chosen)
+
+
+def join_alone(world: World) -> None:
+    """Make a process group for a single process that has none: torch's sharding wants one, to offload from one GPU."""
+    if not dist.is_initialized():
+        backends = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
 
 
 def _make_group(backends: str, rank: int, size: int) -> None:

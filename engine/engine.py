@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from engine.checkpoint import Wanted, load_checkpoint, save_checkpoint
+from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
 from engine.distributed import World
 from engine.doubt import Doubt, can_skip, undo_of
@@ -530,7 +530,7 @@ class Engine(nn.Module):
         """Go on from a checkpoint, saved by any number of processes; every process calls this.
 
         Args:
-            load_dir: where `save_checkpoint` saved.
+            load_dir: where `save_checkpoint` saved, or DeepSpeed's.
             tag: which one; None takes the latest, or if that is broken the newest that is whole.
             load_module_strict: refuse a model with other names than the checkpoint's.
             load_optimizer_states: the optimizer's, too.
@@ -560,6 +560,26 @@ class Engine(nn.Module):
         """
         if self._background is not None:
             self._background.wait()
+
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Save the model alone, whole, in the format that it computes in; every process calls this, rank 0 writes.
+
+        Args:
+            save_dir: a folder; made if need be.
+            save_filename: a file in it. One that ends in ``.safetensors`` has that format, in which a tied weight is
+                there under one of its names; any other is for ``torch.load``, and goes into the bare model with
+                ``load_state_dict``.
+            exclude_frozen_parameters: leave out parameters that do not require gradients.
+
+        Returns:
+            True; False in ZeRO stage 3 without `stage3_gather_16bit_weights_on_model_save`: then nothing is saved.
+
+        Raises:
+            EngineError: on all processes, if it could not be saved.
+        """
+        return save_16bit_model(self, save_dir, save_filename, exclude_frozen=exclude_frozen_parameters)
 
     # -- the compiler ----------------------------------------------------------------------------
 

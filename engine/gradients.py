@@ -54,9 +54,14 @@ class Reduction:
         return cls(size, dtype, before=1.0 / factor, after=factor / size)
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the gradients are averaged, wherever the division happens."""
+        return abs(self.before * self.after * self.size - 1) < 1e-12
+
+    @property
     def is_ddps(self) -> bool:
         """Whether DDP does the same by itself, but for rounding."""
-        return self.dtype is torch.float32 and abs(self.before * self.after * self.size - 1) < 1e-12
+        return self.dtype is torch.float32 and self.is_mean
 
     def start(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         """Reduce a buffer of `dtype` in place, without waiting; all processes, in the same order."""

@@ -35,6 +35,7 @@ class _Lean(Optimizer):
 
     _one_kind: bool | None = None  # whether each group is of one device and type; None: not known yet
     _shared: bool | None = None  # whether some parameters are shared out among processes; None: not known yet
+    _fused_on_shares = False  # whether torch can run its fused kernel on those
 
     def step(self, closure: Any = None) -> Any:
         """As torch's. Without closure, hooks and profiler, and once the state is there, straight to the kernel."""
@@ -79,8 +80,6 @@ class _Lean(Optimizer):
 
     def _calls(self) -> list[_Call] | None:
         """All groups' calls; None where torch's own step must do it: then nothing has been touched."""
-        if self._shared is None:
-            self._shared = any(_is_share(each) for group in self.param_groups for each in group["params"])
         calls = []
         for group in self.param_groups:
             if not group["params"]:
@@ -89,18 +88,22 @@ class _Lean(Optimizer):
                 return None
             grads = [parameter.grad for parameter in group["params"]]
             for grad in grads:
-                if grad is None:
-                    return None
+                if grad is None:  # of a frozen parameter, say, which torch's own step passes over, too
+                    group = {**group, "params": [each for each in group["params"] if each.grad is not None]}
+                    grads = [parameter.grad for parameter in group["params"]]
+                    break
+            if not grads:
+                continue
             try:
                 call = self._call(group, grads)
             except KeyError:
-                if not self._shared:
+                if not self._is_shared():
                     return None
                 self._make_state(group)
                 call = self._call(group, grads)
             if call is None:
                 return None
-            if self._shared:
+            if self._is_shared():
                 call = call._replace(tensors=tuple([_own_share(each) for each in tensors] for tensors in call.tensors))
             calls.append(call)
         return calls
@@ -110,7 +113,7 @@ class _Lean(Optimizer):
         raise NotImplementedError
 
     def _own(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """The state of each parameter; all of them have gradients, so torch's step would fill what is missing."""
+        """The state of each parameter."""
         state = self.state
         return [state[parameter] for parameter in group["params"]]
 
@@ -130,7 +133,24 @@ class _Lean(Optimizer):
         used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return not (used and torch.cuda.is_current_stream_capturing())
 
+    def _is_shared(self) -> bool:
+        if self._shared is None:
+            self._shared = any(_is_share(each) for group in self.param_groups for each in group["params"])
+        return self._shared
+
     def _torchs_step(self, closure: Any) -> Any:
+        if self._fused_on_shares or not self._is_shared():
+            return self._really_torchs_step(closure)
+        fused = [group["fused"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["fused"] = None
+        try:
+            return self._really_torchs_step(closure)
+        finally:
+            for group, each in zip(self.param_groups, fused):
+                group["fused"] = each
+
+    def _really_torchs_step(self, closure: Any) -> Any:
         step = super().step
         if getattr(step, "hooked", False):
             return step(closure)
@@ -142,6 +162,7 @@ class Adam(_Lean, torch.optim.Adam):
     """`torch.optim.Adam`, lean when fused."""
 
     _decoupled = False
+    _fused_on_shares = True
 
     def _call(self, group: dict[str, Any], grads: list[Tensor]) -> _Call | None:
         beta1, beta2 = group["betas"]
@@ -177,6 +198,7 @@ class AdamW(_Lean, torch.optim.AdamW):
     """`torch.optim.AdamW`, lean when fused."""
 
     _decoupled = True
+    _fused_on_shares = True
     _call = Adam._call
     _make_state = Adam._make_state
 

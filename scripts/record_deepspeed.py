@@ -2,9 +2,10 @@
 
 Writes ``tests/golden/schedules.json`` (every learning rate schedule, step by step, and every argument refused),
 ``tests/golden/training.json`` (short training runs through ``deepspeed.initialize`` on the CPU, in fp32),
-``tests/golden/precision.json`` (the same in bf16 and fp16) and ``tests/golden/loss_scale.json``. The model, the data
-and the optimizers come from ``tests/golden/workload.py``, which the tests use too. Needs an environment with
-deepspeed==0.19.8 and torch; no other part of this repository. Recording again on one machine gives the same bytes.
+``tests/golden/precision.json`` (the same in bf16 and fp16), ``tests/golden/sharding.json`` (ZeRO's stages on two and
+four processes) and ``tests/golden/loss_scale.json``. The model, the data and the optimizers come from
+``tests/golden/workload.py``, which the tests use too. Needs an environment with deepspeed==0.19.8 and torch; no other
+part of this repository. Recording again on one machine gives the same bytes.
 
 A schedule case is one constructor call and what follows it:
 
@@ -31,6 +32,23 @@ gone, and ``error_at``, the step that found the loss scale at its floor, or null
 Where the loss scale grows, clipping is to less than half the norm: DeepSpeed divides the gradients of such a step by the
 new scale, twice too much, and only clipping makes up for it. Torch's schedules are missing, as DeepSpeed refuses them beside ZeRO.
 
+The cases of ``sharding.json`` have ``zero_optimization`` in their config, and at the end ``distance`` in every format. Of
+the models ("odd", "tied", "frozen", "turns") and of ``groups``, the settings of two parameter groups, see ``workload``. A case
+whose ``deepspeed`` names another stage than its config was recorded at that one, as DeepSpeed errs at its own:
+
+    weights unused for a step      at stage 3 their gradient of the step before counts once more
+    weights unused by one rank     at stages 1 and 2 the norm is another from the first step on, as if gradients of different
+                                   weights were added up; at stage 3 the ranks gather different weights and break off
+    a loss scale that grows        at stage 3 the norm of such a step is divided by the new scale
+
+and some are missing, as DeepSpeed cannot be asked:
+
+    gradient_allreduce_op "sum"    refused at stage 3
+    prescale_gradients,            refused at stages 2 and 3 unless ``reduce_scatter`` is false; at stage 3 a factor equal to
+    gradient_predivide_factor      the number of processes divides once more than it should, so that it is 4 of 2 here
+    weights without a dimension    refused at every stage: DeepSpeed sends a model's bytes around, and they have none
+    mics_shard_size                removed
+
 A loss scale case is one ``DynamicLossScaler``, told of an overflow ("1") or of none ("0") update after update: ``scales``
 after each, and ``error``, whether the last one found the scale at its floor.
 """
@@ -47,6 +65,8 @@ import os
 import platform
 import random
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +442,8 @@ RAMP = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 5, "lr_range_t
 CYCLE = {"cycle_min_lr": 0.002, "cycle_max_lr": 0.03, "cycle_first_step_size": 8}
 WARM = {"warmup_min_lr": 0.0005, "warmup_max_lr": 0.03, "warmup_num_steps": 6}
 TOTAL = {"total_num_steps": 20}
+# Each layer is gathered for itself, as DeepSpeed's stage 3 always does.
+BLOCKS = {"redline": {"zero": {"smallest_block": 0}}}
 # DeepSpeed wants to be told that SGD may be partitioned.
 ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
@@ -676,12 +698,93 @@ def fp16_cases() -> list[Case]:
     ]
 
 
+def sharding_cases() -> list[Case]:
+    return [*stages_compared(), *sharded_reductions(), *sharded_models(), *sharded_low_precision()]
+
+
+def sharded(name: str, optimizer: str, params: dict[str, Any], *schedule: Any, stages: Sequence[int] = (1, 2, 3), zero: dict[str, Any] | None = None, also: dict[str, Any] | None = None, at: dict[int, int] | None = None, **given: Any) -> list[Case]:
+    """One case per stage, at stage 3 with small parameters shared out too; recorded at that stage, or what ``at`` says."""
+    cases = []
+    for stage in stages:
+        section = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}), **(zero or {})}
+        keys = {"zero_optimization": section, "zero_allow_untested_optimizer": True, **(also or {})}
+        other = {"deepspeed": {"zero_optimization": {"stage": at[stage]}}} if at and stage in at else {}
+        cases.append(training_case(f"{name}-stage-{stage}", optimizer, params, *schedule, also=keys, **other, **given))
+    return cases
+
+
+def stages_compared() -> list[Case]:
+    """Optimizers, schedules, groups, clipping and accumulation; two at stage 0, too."""
+    adam, sgd = ADAM_PARAMS, SGD_PARAMS
+    l2 = {**adam, "adam_w_mode": False}
+    each = (0, 1, 2, 3)
+    groups = [{}, {"lr": 0.002, "weight_decay": 0.0}]
+    warm_groups = {**WARM, "warmup_min_lr": [0.0005, 0.001], "warmup_max_lr": [0.03, 0.004]}
+    defaults = {"stage3_param_persistence_threshold": 100_000}
+    return [
+        *sharded("two-adam-with-l2-no-clipping-accumulated", "Adam", l2, "OneCycle", CYCLE, stages=each, processes=2, clipping=0.0, accumulation=4),
+        *sharded("two-adamw-tight-clipping", "AdamW", adam, processes=2, clipping=0.05),
+        *sharded("two-sgd-accumulated", "SGD", sgd, "WarmupLR", WARM, processes=2, clipping=1.0, accumulation=4),
+        *sharded("two-groups-adamw", "AdamW", adam, processes=2, clipping=1.0, groups=groups),
+        *sharded("two-groups-sgd-warmup", "SGD", sgd, "WarmupLR", warm_groups, processes=2, clipping=0.0, groups=groups),
+        *sharded("four-adam-with-l2-no-clipping", "Adam", l2, "WarmupLR", WARM, processes=4, clipping=0.0),
+        *sharded("four-adamw-accumulated", "AdamW", adam, "OneCycle", CYCLE, stages=each, processes=4, clipping=1.0, accumulation=4, also=BLOCKS),
+        *sharded("four-sgd-tight-clipping", "SGD", sgd, processes=4, clipping=0.05),
+        *sharded("four-sgd-small-parameters-whole", "SGD", sgd, stages=(3,), processes=4, clipping=1.0, zero=defaults),
+        *sharded("four-sgd-pairs", "SGD", sgd, stages=(3,), processes=4, clipping=1.0, accumulation=2, zero={"zero_hpz_partition_size": 2}, also=BLOCKS),
+    ]
+
+
+def sharded_reductions() -> list[Case]:
+    """How the sum over processes is scaled; stages 2 and 3 obey but where ``reduce_scatter`` is off, 3 never adds only."""
+    adam, sgd = ADAM_PARAMS, SGD_PARAMS
+    add, before, by_4 = {"gradient_allreduce_op": "sum"}, {"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}
+    off = {"reduce_scatter": False}
+    return [
+        *sharded("two-sum-sgd-no-clipping", "SGD", {**sgd, "lr": 0.01}, stages=(1, 2), processes=2, clipping=0.0, also=add),
+        *sharded("two-prescale-sgd-no-clipping", "SGD", sgd, processes=2, clipping=0.0, zero=off, also=before),
+        *sharded("two-predivide-adam", "Adam", adam, processes=2, clipping=0.05, zero=off, also=by_4),
+        *sharded("four-sum-adam-accumulated-by-2", "Adam", adam, stages=(1, 2), processes=4, clipping=1.0, accumulation=2, also=add),
+    ]
+
+
+def sharded_models() -> list[Case]:
+    """Parameters that do not divide, do not take part, are shared between layers, or do not learn."""
+    adam, sgd = ADAM_PARAMS, SGD_PARAMS
+    find = {"redline": {"find_unused_parameters": True}}
+    return [
+        *sharded("two-odd-adamw", "AdamW", adam, processes=2, clipping=1.0, model="odd"),
+        *sharded("four-odd-sgd-accumulated-by-2", "SGD", sgd, processes=4, clipping=0.5, accumulation=2, model="odd", also=BLOCKS),
+        *sharded("two-unused-sgd", "SGD", {**sgd, "weight_decay": 0.1}, processes=2, clipping=0.0, model="turns", also=BLOCKS, at={3: 1}),
+        *sharded("two-unused-adamw-accumulated-by-2", "AdamW", adam, processes=2, clipping=1.0, accumulation=2, model="turns", at={3: 1}),
+        *sharded("two-unused-by-one-rank-sgd", "SGD", {**sgd, "weight_decay": 0.1}, processes=2, clipping=0.0, model="turns by rank", also=find, at={1: 0, 2: 0, 3: 0}),
+        *sharded("four-unused-by-some-ranks-adamw", "AdamW", adam, stages=(2, 3), processes=4, clipping=1.0, model="turns by rank", also=find, at={2: 0, 3: 0}),
+        *sharded("two-tied-adamw", "AdamW", adam, processes=2, clipping=1.0, model="tied"),
+        *sharded("two-frozen-sgd", "SGD", sgd, processes=2, clipping=1.0, model="frozen", also=BLOCKS),
+    ]
+
+
+def sharded_low_precision() -> list[Case]:
+    adam, coarse, sgd = ADAM_PARAMS, COARSE_ADAM, SGD_PARAMS
+    bf16, autocast = {"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    halves = {"fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 2}}
+    moves = {"fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 3}}
+    return [
+        *sharded("two-bf16-adam-accumulated-by-2", "Adam", coarse, "OneCycle", CYCLE, processes=2, clipping=1.0, accumulation=2, also=bf16),
+        *sharded("four-bf16-sgd", "SGD", sgd, processes=4, clipping=0.5, also={**bf16, **BLOCKS}),
+        *sharded("two-autocast-bf16-adam", "Adam", coarse, processes=2, clipping=1.0, also=autocast),
+        *sharded("two-fp16-adam", "Adam", adam, "WarmupLR", WARM, processes=2, clipping=0.5, overflow=[3, 4, 11], also={**moves, **BLOCKS}, at={3: 1}),
+        *sharded("four-fp16-sgd-accumulated-by-2", "SGD", sgd, "WarmupLR", WARM, processes=4, clipping=0.5, accumulation=2, overflow=[2, 9, 10], also=halves),
+    ]
+
+
 # fmt: on
 def record_training(cases: list[Case]) -> list[Case]:
     """Runs in every rank of ``processes``: the cases with their losses, rates and norms, which all ranks agree on."""
     import deepspeed
 
     _quiet()
+    _take_fp16()
     return [{**case, **_train(deepspeed, case)} for case in cases]
 
 
@@ -689,8 +792,10 @@ def _train(deepspeed: Any, case: Case) -> dict[str, Any]:
     """One run: per optimizer step the loss, and the rates, betas (or momenta) and gradient norm its update used."""
     model = workload.build_model_of(case)
     config = json.loads(json.dumps({**case["config"], **case.get("deepspeed", {})}))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    started_at = _weights(model)
+    parameters = workload.parameters_of(case, model)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    has_zero = engine.zero_optimization_stage() > 0
+    started_at = _weights(deepspeed, model)
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     dataset = workload.build_dataset()
     record: dict[str, Any] = {"loss": [], "lr": [], "momentum": [], "grad_norm": []}
@@ -706,7 +811,7 @@ def _train(deepspeed: Any, case: Case) -> dict[str, Any]:
             if index == indices[-1]:
                 record["lr"].append([float(lr) for lr in engine.get_lr()])
                 record["momentum"].append(engine.get_mom())
-                if "deepspeed" not in case:  # reduced and averaged by backward, clipped only in step
+                if not has_zero:  # reduced and averaged by backward, clipped only in step
                     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
                     scaler = engine.torch_autocast_z0_gradscaler  # of an autocast to fp16
                     scale = 1.0 if scaler is None else scaler.get_scale()
@@ -722,16 +827,19 @@ def _train(deepspeed: Any, case: Case) -> dict[str, Any]:
         record["loss"].append(float(mean / world_size))
         if error_at is not None:
             break
-        if "deepspeed" in case:
+        if has_zero:
             record["grad_norm"].append(_finite(float(engine.get_global_grad_norm())))
         after["skipped_steps"].append(engine.skipped_steps)
         after["loss_scale"].append(engine._get_optimizer_loss_scale())
+    distance = float((_weights(deepspeed, model) - started_at).norm())
     if _in_low_precision(case):
         if "fp16" not in config:
             after["loss_scale"] = None
         if "torch_autocast" in config:
             after["skipped_steps"] = None
-        record |= {**after, "distance": float((_weights(model) - started_at).norm()), "error_at": error_at}
+        record |= {**after, "distance": distance, "error_at": error_at}
+    elif "zero_optimization" in case["config"]:
+        record["distance"] = distance
     _assert_ranks_agree(record)
     assert engine.global_steps == (workload.NUM_STEPS if error_at is None else error_at)
     engine.destroy()
@@ -742,8 +850,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+def _weights(deepspeed: Any, model: torch.nn.Module) -> torch.Tensor:
+    parameters = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):  # which stage 3 has shared out
+        return torch.cat([parameter.detach().flatten().double() for parameter in parameters])
 
 
 def _in_low_precision(case: Case) -> bool:
@@ -836,12 +946,19 @@ def record_training_file(directory: Path) -> None:
 
 
 def record_precision_file(directory: Path) -> None:
-    """Losses and norms to seven digits, which is more than the formats have."""
-    recorded = _record_runs(precision_cases())
+    write(directory / "precision.json", _in_seven_digits(_record_runs(precision_cases())), workload=_settings())
+
+
+def record_sharding_file(directory: Path) -> None:
+    write(directory / "sharding.json", _in_seven_digits(_record_runs(sharding_cases())), workload=_settings())
+
+
+def _in_seven_digits(recorded: list[Case]) -> list[Case]:
+    """Losses and norms rounded to what the formats have, and more."""
     for case in recorded:
         for name in ("loss", "grad_norm"):
             case[name] = [None if value is None else float(f"{value:.7g}") for value in case[name]]
-    write(directory / "precision.json", recorded, workload=_settings())
+    return recorded
 
 
 def record_loss_scale_file(directory: Path) -> None:
@@ -852,7 +969,7 @@ def _record_runs(cases: list[Case]) -> list[Case]:
     """By number of processes; with autocast apart, as DeepSpeed keeps that in a global that ZeRO reads."""
     _assert_names_differ(cases)
     recorded: list[Case] = []
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         for autocast in (False, True):
             chosen = [c for c in cases if c["processes"] == processes and ("torch_autocast" in c["config"]) == autocast]
             recorded += run_ranks(record_training, processes, chosen, timeout=900.0)[0] if chosen else []
@@ -875,13 +992,23 @@ def _assert_names_differ(cases: list[Case]) -> None:
 
 
 def _quiet() -> None:
+    # What DeepSpeed calls in torch.
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _take_fp16() -> None:
+    """DeepSpeed refuses fp16 on a CPU without instructions for it, though torch computes it on every CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 FILES = {
     "schedules": record_schedules_file,
     "training": record_training_file,
     "precision": record_precision_file,
+    "sharding": record_sharding_file,
     "loss_scale": record_loss_scale_file,
 }
 
@@ -890,7 +1017,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/record_deepspeed.py all     (a minute or two; the first time DeepSpeed compiles)",
+        epilog="example: python scripts/record_deepspeed.py all     (a few minutes; the first time DeepSpeed compiles)",
     )
     parser.add_argument("what", choices=[*FILES, "all"], help="which file to write")
     parser.add_argument(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import layout
+from engine.checkpoint.adopt import adopt
+from engine.checkpoint.deepspeed_files import is_deepspeeds
 from engine.checkpoint.manifest import Broken, faults, text_of
 from engine.checkpoint.opened import Opened, open_checkpoint, why_unreadable
 from engine.checkpoint.ranks import Ranks
@@ -30,6 +32,9 @@ def load_checkpoint(
     ranks = Ranks(engine.global_rank, engine.world_size)
     parent = Path(load_dir)
     candidates, why = _candidates(ranks, parent, None if tag is None else str(tag), wanted)
+    deepspeeds = ranks.agree(_DOING, lambda: bool(candidates) and is_deepspeeds(parent / candidates[0]))
+    if any(deepspeeds):
+        return adopt(engine, ranks, parent / candidates[0], wanted)
     for candidate in candidates:
         opened, wrong = _open(ranks, parent, candidate)
         if opened is not None and not wrong:

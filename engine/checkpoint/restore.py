@@ -214,6 +214,9 @@ class Restore:
         engine.global_steps = counters["global_steps"]
         engine.global_samples = counters["global_samples"]
         engine.micro_steps = counters["micro_steps"]
+        accumulation = engine.gradient_accumulation_steps()
+        if self._shared["batch"]["gradient_accumulation_steps"] != accumulation:
+            engine.micro_steps = engine.global_steps * accumulation  # scripts divide one by the other
         engine._skipped = counters["skipped_steps"]
         engine._last_loss = engine._grad_norm = None
         if engine.scaler is not None and self._shared["loss_scale"] is not None:

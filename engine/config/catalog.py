@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 from engine.config.component import Component
 from engine.config.optimizer import OptimizerConfig
 from engine.config.root import EngineConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import Section
-from engine.config.support import KEYS, REFUSED, Key, row_of
+from engine.config.section import Section, sections_in
+from engine.config.support import KEYS, REFUSED, row_of
 from engine.config.words import describe, shown
 
 __all__ = ["Entry", "catalog", "models"]
@@ -67,7 +67,7 @@ def models() -> tuple[type[Section], ...]:
             return
         found[model] = None
         for each in model.model_fields.values():
-            for inner in _sections_in(each.annotation):
+            for inner in sections_in(each.annotation):
                 add(inner)
 
     roots = [model for component in (OptimizerConfig, SchedulerConfig) for model in component.models.values()]
@@ -76,19 +76,12 @@ def models() -> tuple[type[Section], ...]:
     return tuple(model for model in found if model not in (EngineConfig, Section))
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _sections_in(part)
-
-
 def _entries() -> Iterator[Entry]:
     fields = _properties(EngineConfig)
     for key in KEYS.values():
         name = EngineConfig.aliases.get(key.name, key.name)
         schema = fields[name] if name in fields else key.adapter.json_schema()
-        section = _section_of(key)
+        section = key.model or EngineConfig.section(key.name)
         meaning = key.meaning or schema.get("description") or (section.__doc__ or "").partition("\n")[0]
         default = key.default if name not in fields or name.endswith(("size", "steps", "gpu")) else _NONE
         values = describe(schema)
@@ -101,13 +94,6 @@ def _entries() -> Iterator[Entry]:
             yield from _inside(section, key.name)
 
 
-def _section_of(key: Key) -> type[Section] | None:
-    name = EngineConfig.aliases.get(key.name, key.name)
-    if key.model is not None or name not in EngineConfig.model_fields:
-        return key.model
-    return next(_sections_in(EngineConfig.model_fields[name].annotation), None)
-
-
 def _inside(model: type[Section], path: str, types: str = "") -> Iterator[Entry]:
     for name, schema in _properties(model).items():
         if issubclass(model, Component) and name == "params":
@@ -115,7 +101,7 @@ def _inside(model: type[Section], path: str, types: str = "") -> Iterator[Entry]
                 yield from _inside(params, f"{path}.params", f" ({', '.join(names)})")
             continue
         yield _entry(model, name, schema, path, types)
-        for inner in _sections_in(model.model_fields[name].annotation):
+        for inner in sections_in(model.model_fields[name].annotation):
             mapped = "" if schema.get("type") != "object" and "additionalProperties" not in str(schema) else ".NAME"
             yield from _inside(inner, f"{path}.{name}{mapped}", types)
     for alias, name in model.aliases.items():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import textwrap
 from collections.abc import Iterator
 
 from engine.config.catalog import Entry, catalog
+from engine.config.sections.zero import LETTERS, STAGES
 from engine.config.support import KEYS
 from engine.config.table import Paint, paint_nothing, rows_as_text
 from engine.config.words import nearest, shown
 from engine.errors import EngineError
 
-__all__ = ["explain", "reference"]
+__all__ = ["STAGE_HEADS", "explain", "reference"]
 
 _HEADS = ("key", "status", "default", "values")
+STAGE_HEADS = ("stage", "shared out", "reshard_after_forward", "sent per update", "memory per process")
 
 
 def explain(query: str = "", width: int | None = None, paint: Paint = paint_nothing) -> str:
@@ -39,6 +42,8 @@ def explain(query: str = "", width: int | None = None, paint: Paint = paint_noth
     if not found and "." not in query:
         found = [entry for entry in entries if entry.key.rpartition(".")[2] == query]
     texts = ["\n".join(_one(entry, paint)) for entry in _or_miss(found, query)]
+    if found[0].key == "zero_optimization.stage":
+        texts.append("\n".join(_stages(width, paint)))
     inside = [entry for entry in entries if entry.key.startswith(f"{query}.")]
     if inside:
         texts.append("\n".join(_list(inside, width, paint)))
@@ -65,6 +70,14 @@ def _one(entry: Entry, paint: Paint) -> Iterator[str]:
     if entry.auto:
         yield f'  "auto"   {entry.auto}'
     yield f"  status   {paint(entry.status, entry.status)}" + (f": {entry.note}" if entry.note else "")
+
+
+def _stages(width: int | None, paint: Paint) -> Iterator[str]:
+    """What each stage of ZeRO comes to."""
+    rows = STAGES if width else (STAGE_HEADS, *STAGES)  # in a pipe, too: letters need their heads
+    yield from rows_as_text(rows, STAGE_HEADS, width, paint)
+    yield ""
+    yield from textwrap.wrap(LETTERS, width or 120, initial_indent="  ", subsequent_indent="  ")
 
 
 def _list(entries: list[Entry], width: int | None, paint: Paint) -> Iterator[str]:

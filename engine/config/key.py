@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
 from engine.config.section import Section, adapter_of
 
@@ -21,7 +21,14 @@ NO_EFFECT: Final = "no effect"
 REFUSED: Final = "refused"
 Status = Literal["honoured", "no effect", "refused"]
 
-SECTION = dict[str, Any] | Literal[False]
+
+def _no_zero(value: Any) -> Any:
+    if not isinstance(value, bool):  # 0 equals False, and is none in JSON
+        raise ValueError("expected false")
+    return value
+
+
+SECTION = dict[str, Any] | Annotated[Literal[False], BeforeValidator(_no_zero)]
 
 _OFF = (False, None, "auto", "none")  # and 0, which equals False: what a switch says when it is off
 
@@ -38,9 +45,10 @@ class Key:
         type: the values that DeepSpeed takes, null apart; for a section those beside an object; a key that is
             honoured has its type in its model, one within a section in the section's.
         section: the model of a section, as "module:Class" in `engine.config.sections`.
-        switch: for a section, the key inside it that switches it on; without one it has no effect of its own.
+        switch: for a section, the key inside it that switches it on; without one a section that is refused or has no
+            effect has none of its own, and what is refused inside it is refused in any case.
         on: whether the section is on when it is there without its switch.
-        off: other values than the default that change nothing.
+        off: other values than the default that change nothing; of a key that is honoured, all that are not refused.
         meaning: one sentence; where there is a model, that has it.
     """
 
@@ -60,6 +68,11 @@ class Key:
         if isinstance(value, dict) and self.switch is not None:
             return not value or value.get(self.switch, self.on) in _OFF
         return value is None or value in (self.default, *self.off) or (self.is_section and value is False)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether some values are refused."""
+        return self.status == REFUSED or bool(self.off)
 
     @property
     def is_section(self) -> bool:

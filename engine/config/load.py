@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.config.batch import BATCH_KEYS, find_world, resolve_batch
+from engine.config.batch import BATCH_KEYS, World, find_world, resolve_batch
 from engine.config.document import Document, copy_document, parse, read
 from engine.config.judge import judge
 from engine.config.optimizer import OptimizerConfig
 from engine.config.parser import Route, looks_like_json
 from engine.config.root import EngineConfig
-from engine.config.rules import conflicts, unbuilt
+from engine.config.rules import conflicts, misfits, unbuilt
 from engine.config.scheduler import SchedulerConfig
 from engine.config.section import Section, check, unknown_key
 from engine.config.support import HONOURED, INSIDE, KEYS, REFUSED, Key
@@ -79,11 +79,12 @@ def read_config(source: Source, world_size: int | None) -> Reading:
         ConfigError: there is no document to judge: no such file, no JSON.
     """
     document = _open(source)
-    found = _sift(document)
+    world = find_world(world_size)
+    found = _sift(document, world)
     problems = [document.problem(route, message) for route, message in found.mistakes.items()]
     refusals = dict(found.refusals)
 
-    config, world = found.config, find_world(world_size)
+    config = found.config
     if isinstance(world, str):
         problems.append(Problem("", world))
         config = None
@@ -138,7 +139,7 @@ class _Found:
     config: EngineConfig | None = None
 
 
-def _sift(document: Document) -> _Found:
+def _sift(document: Document, world: World | str) -> _Found:
     """Every key judged: the honoured ones together, each other section by its model, the rest by the table."""
     found = _Found(dict(document.mistakes))
     honoured: dict[str, Any] = {}
@@ -178,7 +179,8 @@ def _sift(document: Document) -> _Found:
         for name, value in whole.sound:
             (sections if isinstance(value, Section) else scalars)[name] = value
         spelt = {field: alias for alias, field in EngineConfig.aliases.items() if alias in document.settings}
-        for reads, message in conflicts(whole.sound, sections, scalars):
+        fits = () if isinstance(world, str) else misfits(whole.sound, world)
+        for reads, message in (*conflicts(whole.sound, sections, scalars), *fits):
             reads = tuple((spelt.get(str(route[0]), route[0]), *route[1:]) for route in reads)
             if whole.counts(reads):
                 found.mistakes.setdefault(reads[0], message)
@@ -197,6 +199,8 @@ def _refuse(document: Document, key: Key, found: _Found) -> None:
         if not key.is_off(value):
             found.refusals[key.name,] = key.note if key.is_section else f"got {shown(value)}; {key.note}"
         return
+    if key.switch is not None and key.is_off(value):
+        return
     for row in _refused_inside(key.name) if isinstance(value, dict) else ():
         route, inner = tuple(row.name.split(".")), value
         for part in route[1:]:
@@ -207,7 +211,7 @@ def _refuse(document: Document, key: Key, found: _Found) -> None:
 
 @cache
 def _refused_inside(name: str) -> tuple[Key, ...]:
-    return tuple(row for row in INSIDE.values() if row.status == REFUSED and row.name.startswith(f"{name}."))
+    return tuple(row for row in INSIDE.values() if row.refuses and row.name.startswith(f"{name}."))
 
 
 def _home(name: str) -> str | None:
@@ -218,7 +222,8 @@ def _home(name: str) -> str | None:
         if any(name in model.model_fields for model in component.models.values()):
             return f"it belongs in {component.kind}.params"
     for key in KEYS.values():
-        if key.model is not None and (name in key.model.model_fields or name in key.model.aliases):
+        model = key.model or EngineConfig.section(key.name)
+        if model is not None and (name in model.model_fields or name in model.aliases):
             return f"it belongs in {key.name}"
     return None
 

@@ -117,7 +117,8 @@ def _keys(reading: Reading) -> list[KeyStatus]:
     for name in reading.document.settings:
         if (key := KEYS.get(name)) is None:
             continue
-        if key.status == REFUSED and name not in refused and name not in wrong:
+        off = key.switch is not None and key.is_off(reading.document.settings[name])
+        if (off or key.status == REFUSED) and name not in refused and name not in wrong:
             found.append(KeyStatus(name, NO_EFFECT, "it switches nothing on"))
         else:
             note = f"{key.note}; initialize must get an optimizer" if name == "scheduler" and unscheduled else key.note

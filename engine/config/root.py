@@ -15,7 +15,17 @@ from engine.config.batch import BATCH_KEYS, Batch
 from engine.config.document import Document, copy_document
 from engine.config.optimizer import OptimizerConfig
 from engine.config.scheduler import SchedulerConfig
-from engine.config.section import OR_OFF, OR_SWITCH, TO_DEFAULT, Count, NonNegative, Positive, Section, Whole
+from engine.config.section import (
+    OR_OFF,
+    OR_SWITCH,
+    TO_DEFAULT,
+    Count,
+    NonNegative,
+    Positive,
+    Section,
+    Whole,
+    sections_in,
+)
 from engine.config.sections.precision import BF16Config, DataTypesConfig, FP16Config, TorchAutocastConfig
 from engine.config.sections.records import (
     CometConfig,
@@ -105,7 +115,9 @@ class RedlineConfig(Section):
         default="deepspeed", description="Whether schedules keep DeepSpeed's surprises or correct them."
     )
     find_unused_parameters: bool = Field(
-        default=False, description="Let DDP look for parameters that a forward pass did not use, at some cost per step."
+        default=False,
+        description="Let a forward pass leave parameters unused, on some processes or all: at some cost per step with "
+        "DDP; a model that is shared out needs it only where processes differ in what they use.",
     )
     distributed_timeout: Positive = Field(
         default=600.0,
@@ -209,6 +221,12 @@ class EngineConfig(Section):
 
     _document: Document | None = PrivateAttr(default=None)
     _world_size: int | None = PrivateAttr(default=None)
+
+    @classmethod
+    def section(cls, name: str) -> type[Section] | None:
+        """The model of a key at the top, under either spelling; None where it is no section, or not honoured."""
+        name = cls.aliases.get(name, name)
+        return next(sections_in(cls.model_fields[name].annotation), None) if name in cls.model_fields else None
 
     @property
     def world_size(self) -> int | None:

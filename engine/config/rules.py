@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.config.batch import World
 from engine.config.optimizer import OptimizerConfig
 from engine.config.parser import Route
 from engine.config.root import EngineConfig
 from engine.config.scheduler import OneCycleParams, SchedulerConfig, WarmupLRParams
 from engine.config.section import Section
 from engine.config.sections.precision import SHORT
-from engine.config.words import shown
+from engine.config.words import either, shown
 
-__all__ = ["conflicts", "unbuilt"]
+__all__ = ["conflicts", "misfits", "unbuilt"]
 
 Conflict = tuple[tuple[Route, ...], str]  # the routes that are read, the first where it is said; the message
 
@@ -68,9 +69,42 @@ def unbuilt(config: EngineConfig) -> Iterator[Conflict]:
     if asked and SHORT[asked] not in ("fp32", on):
         reads = (("data_types", "grad_accum_dtype"), *(((on, "enabled"),) if on != "fp32" else ()))
         yield reads, f"got {shown(asked)}; gradients add up in fp32, or in the training's own format, which is {on}"
+    sent = config.communication_data_type or "fp32"
+    if asked and config.zero_optimization and config.zero_optimization.stage and SHORT[asked] != sent:
+        reads = (("data_types", "grad_accum_dtype"), ("zero_optimization", "stage"), ("communication_data_type",))
+        add_up = f"gradients of a model that is shared out add up in the format that they are sent in, which is {sent}"
+        yield reads, f"got {shown(asked)}; {add_up}; give communication_data_type, or leave it out"
+
+
+def misfits(config: EngineConfig, world: World) -> Iterator[Conflict]:
+    """What does not go with the number of processes, batch sizes apart. One process shares out nothing."""
+    zero, processes = config.zero_optimization, world.size
+    if zero is None or zero.stage == 0 or processes == 1:
+        return
+    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
+    groups = {
+        "mics_shard_size": zero.mics_shard_size,
+        # DeepSpeed takes a second copy's larger group for all processes, and so does this.
+        "zero_hpz_partition_size": min(zero.zero_hpz_partition_size, processes),
+    }
+    for key, size in groups.items():
+        if size > 0 and size not in divisors:
+            expected = f"expected a divisor of {processes} (world size, {world.origin}): {either(map(str, divisors))}"
+            yield (("zero_optimization", key), ("zero_optimization", "stage")), f"got {size}; {expected}"
 
 
 def _zero(sections: Mapping[str, Section], scalars: Mapping[str, Any]) -> Iterator[Conflict]:
+    stage = _get(sections, "zero_optimization", "stage", 0)
+    if stage in (2, 3) and _get(sections, "zero_optimization", "reduce_scatter"):
+        reads = (("zero_optimization", "stage"), ("zero_optimization", "reduce_scatter"))
+        instead = f'with zero_optimization.stage {stage}, or "reduce_scatter": false there'
+        if scalars.get("prescale_gradients"):
+            yield (("prescale_gradients",), *reads), f"got true; expected false {instead}"
+        if (factor := scalars.get("gradient_predivide_factor", 1.0)) != 1.0:
+            yield (("gradient_predivide_factor",), *reads), f"got {factor:g}; expected 1 {instead}"
+    if not _get(sections, "zero_optimization", "compute_grad_norm", True) and (limit := scalars["gradient_clipping"]):
+        message = f'got false; expected true, or "gradient_clipping": 0 beside it; gradient_clipping is {limit:g}'
+        yield (("zero_optimization", "compute_grad_norm"), ("gradient_clipping",)), message
     if scalars.get("gradient_allreduce_op") != "sum":
         return
     route = ("gradient_allreduce_op",)

@@ -43,6 +43,8 @@ def build_schema() -> JsonSchema:
             continue
         if key.status == HONOURED:
             limits = _limits_inside(key.name)
+            if key.switch is not None and limits:
+                limits = [{"anyOf": [*_off_schema(key), {"allOf": limits}]}]
             properties[key.name] = schema["properties"][key.name] | ({"allOf": limits} if limits else {})
             continue
         if key.model is not None:
@@ -137,11 +139,14 @@ def _off_schema(key: Key) -> list[JsonSchema]:
 
 def _limits_inside(name: str) -> list[JsonSchema]:
     """The values that keys within a section may have though they are refused."""
-    return [
-        {"properties": {key.name.removeprefix(f"{name}."): {"enum": _values_off(key)}}}
-        for key in INSIDE.values()
-        if key.status == REFUSED and key.name.startswith(f"{name}.")
-    ]
+    limits = []
+    for key in INSIDE.values():
+        if key.refuses and key.name.startswith(f"{name}."):
+            limit: JsonSchema = {"enum": _values_off(key)}
+            for part in reversed(key.name.split(".")[1:]):
+                limit = {"properties": {part: limit}}
+            limits.append(limit)
+    return limits
 
 
 def _allow_spellings(model: type[Section], schema: JsonSchema) -> None:

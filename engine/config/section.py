@@ -31,7 +31,7 @@ from engine.config.words import describe, is_slip, nearest, objection, shown
 __all__ = [
     "MISTAKE", "NOT_HERE", "OR_OFF", "OR_SWITCH", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count",
     "Fraction", "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
-    "adapter_of", "check", "failure", "finished", "literals", "unknown_key", "wrong",
+    "adapter_of", "check", "failure", "finished", "literals", "sections_in", "unknown_key", "wrong",
 ]  # fmt: skip
 
 MISTAKE, REFUSAL = "mistake", "refusal"
@@ -226,6 +226,14 @@ def literals(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(word for part in get_args(annotation) for word in literals(part))
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The models of sections that an annotation names, unions included."""
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from sections_in(part)
 
 
 def wrong(kind: str, message: str, reads: tuple[str, ...] = ()) -> PydanticCustomError:

@@ -3,7 +3,8 @@
 Each key of DeepSpeed 0.19.8's documentation and parser (`deepspeed/runtime/config.py`, `constants.py` and
 the section classes they call) is honoured, has no effect here (why), or is refused (why, and the nearest
 thing that works). A refused key refuses nothing while its value switches nothing on. A key within a section
-shares the section's row unless it has its own. Types, ranges and defaults are the models' in `sections`.
+shares the section's row unless it has its own; none is refused in a section that its switch leaves off. Types,
+ranges and defaults are the models' in `sections`.
 
 To build what is refused: change its status here, and give a section a field in `root.EngineConfig`.
 """
@@ -86,7 +87,7 @@ _TABLE = (
     Key("torch_autocast", HONOURED, "weights stay fp32; fp16 has torch's loss scale"),
     Key("data_types", HONOURED, "which format gradients add up in, and buffers have"),
     # Memory and parallelism
-    Key("zero_optimization", HONOURED, "stage 0 is DDP, 1 to 3 are torch's FSDP2", False),
+    Key("zero_optimization", HONOURED, "stage 0 is DDP, 1 to 3 are torch's FSDP2", False, switch="stage"),
     _harmless("zero_allow_untested_optimizer", bool, False,
               "Let ZeRO run with any optimizer.", "every optimizer may be used"),
     _harmless("zero_force_ds_cpu_optimizer", bool, True,
@@ -143,11 +144,14 @@ _TABLE = (
     _removed("graph_harvesting", "Run the model as a CUDA graph.", "use torch.compile", bool),
 )  # fmt: skip
 
-_OWN_SIZES = "torch sizes its own buckets"
-_OWN_ORDER = "torch orders its own communication"
+_BY_BLOCK = "a block is sent as one, see redline.zero.blocks"
+_ONE_BLOCK = "one block is whole at a time, and the next on its way, see redline.zero.blocks"
+_OWN_ORDER = "torch has its own order: each process gets its share of a block's sum, while backward goes on"
+_ONLY_DEEPSPEEDS = "only DeepSpeed's own code reads it"
 _NO_NVME = 'nothing is kept on a disk; keep it in the CPU\'s memory with "cpu"'
+_ONLY_NVME = "only NVMe offload reads it"
+_BOTH = "on CUDA; torch keeps weights, gradients and optimizer state in one place, so that either key offloads all"
 _NO_PARTS = f"all of it is offloaded, or nothing; {_LEAVE_OUT}"
-_ONE_COPY = "torch streams single parameters; it has no such buffers"
 _NO_QUANTIZED = f"there is no quantized communication; {_LEAVE_OUT}"
 _FP32_STATE = f"weights and moments are kept in fp32; {_LEAVE_OUT}"
 _GONE = f"DeepSpeed has removed it, and refuses a config that has it; {_LEAVE_OUT}"
@@ -171,31 +175,51 @@ _INSIDE = (
     *_own("data_types", NO_EFFECT, "buffers keep the format they have", "keep_in_fp32_modules"),
     *_own("data_types", REFUSED, "parameters have the format of fp16 or bf16, or fp32", "param_dtype"),
     # ZeRO
-    *_own("zero_optimization", NO_EFFECT, _OWN_SIZES, "contiguous_gradients", "reduce_bucket_size",
-          "allgather_bucket_size", "sub_group_size", "parameter_alignment", "stage3_prefetch_bucket_size",
-          "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
-          "stage3_model_persistence_threshold", "stage3_module_granularity_threshold"),
-    *_own("zero_optimization", NO_EFFECT, _OWN_ORDER, "reduce_scatter", "use_multi_rank_bucket_allreduce",
-          "allgather_partitions", "overlap_comm", "round_robin_gradients", "stage3_use_all_reduce_for_fetch_params",
-          "stage3_allgather_sequential", "legacy_stage1", "leaf_module"),
-    *_own("zero_optimization", NO_EFFECT, "only DeepSpeed's own code reads it", "compute_grad_norm",
-          "load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint", "memory_efficient_linear",
-          "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-          "save_muon_momentum_buffer_in_memory"),
-    *_own("zero_optimization", NO_EFFECT, "see redline.find_unused_parameters", "ignore_unused_parameters"),
-    *(Key(f"zero_optimization.{name}.device", REFUSED, _NO_NVME, "none", off=("cpu", "auto"))
+    Key("zero_optimization.stage", HONOURED,
+        "1 is 2 here: torch gives a gradient only to the process that updates with it"),
+    *_own("zero_optimization", HONOURED, _BOTH, "offload_param", "offload_optimizer"),
+    Key("zero_optimization.zero_hpz_partition_size", HONOURED,
+        "with stage 3; from forward to backward the parameters are shared out among so few"),
+    Key("zero_optimization.mics_shard_size", HONOURED,
+        "groups of so many processes share a whole model out, and sum gradients between them; "
+        "DeepSpeed has removed it, and refuses a config that has it"),
+    *_own("zero_optimization", NO_EFFECT, _BY_BLOCK, "reduce_bucket_size", "allgather_bucket_size",
+          "use_multi_rank_bucket_allreduce", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+          "stage3_module_granularity_threshold"),
+    *_own("zero_optimization", NO_EFFECT, _ONE_BLOCK, "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
+          "stage3_max_reuse_distance"),
+    *_own("zero_optimization", NO_EFFECT, _OWN_ORDER, "contiguous_gradients", "reduce_scatter", "allgather_partitions",
+          "overlap_comm", "round_robin_gradients", "parameter_alignment"),
+    *_own("zero_optimization", NO_EFFECT, "small parameters are shared out with their block, which is sent as one",
+          "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *_own("zero_optimization", NO_EFFECT, "a process updates all of its share at once", "sub_group_size"),
+    *_own("zero_optimization", NO_EFFECT, "a block is gathered as one as it is; name others in redline.zero.blocks",
+          "leaf_module"),
+    *_own("zero_optimization", HONOURED, "in stage 3 without it, save_16bit_model saves nothing, as in DeepSpeed",
+          "stage3_gather_16bit_weights_on_model_save"),
+    *_own("zero_optimization", NO_EFFECT, "the norm is always computed; it costs one number per process",
+          "compute_grad_norm"),
+    *_own("zero_optimization", NO_EFFECT, "a weight without a gradient counts as one with a gradient of zeros",
+          "ignore_unused_parameters"),
+    *_own("zero_optimization", NO_EFFECT, _ONLY_DEEPSPEEDS, "load_from_fp32_weights", "elastic_checkpoint",
+          "pipeline_loading_checkpoint", "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings",
+          "enable_sanity_checks"),
+    *_own("zero_optimization", NO_EFFECT, _ONLY_NVME, "save_muon_momentum_buffer_in_memory"),
+    *(Key(f"zero_optimization.{name}.device", HONOURED, _NO_NVME, "none", off=("cpu", "auto"))
       for name in ("offload_param", "offload_optimizer")),
-    *_own("zero_optimization.offload_param", NO_EFFECT, _ONE_COPY, "nvme_path", "buffer_count", "buffer_size",
+    *_own("zero_optimization.offload_param", NO_EFFECT, _ONLY_NVME, "nvme_path", "buffer_count", "buffer_size",
           "max_in_cpu"),
-    *_own("zero_optimization.offload_optimizer", NO_EFFECT, _ONE_COPY, "nvme_path", "buffer_count", "pipeline_read",
-          "pipeline_write", "fast_init", "cpuadam_cores_perc"),
+    *_own("zero_optimization.offload_optimizer", NO_EFFECT, _ONLY_NVME, "nvme_path", "buffer_count", "pipeline_read",
+          "pipeline_write", "fast_init"),
+    *_own("zero_optimization.offload_optimizer", NO_EFFECT, "only super_offload reads it", "cpuadam_cores_perc"),
     Key("zero_optimization.offload_optimizer.ratio", REFUSED, _NO_PARTS, 1.0, off=("auto",)),
     Key("zero_optimization.offload_optimizer.super_offload", REFUSED, _NO_PARTS, False, off=("auto",)),
-    *_own("zero_optimization", REFUSED, _NO_PARTS, "zenflow"),
-    *(Key(f"zero_optimization.zero_quantized_{name}", REFUSED, _NO_QUANTIZED, False)
+    Key("zero_optimization.zenflow", REFUSED, _NO_PARTS, off=("auto",)),
+    *(Key(f"zero_optimization.zero_quantized_{name}", REFUSED, _NO_QUANTIZED, False, off=("auto",))
       for name in ("weights", "nontrainable_weights", "gradients")),
-    Key("zero_optimization.mics_hierarchical_params_gather", REFUSED, _GONE, False),
-    Key("zero_optimization.zeropp_loco_param", REFUSED, _GONE),
+    Key("zero_optimization.mics_hierarchical_params_gather", REFUSED, _GONE, False, off=("auto",)),
+    Key("zero_optimization.zeropp_loco_param", REFUSED, _GONE, off=("auto",)),
+    Key("zero_optimization.legacy_stage1", REFUSED, _GONE, False, off=("auto",)),
     # Records
     *_own("timers.throughput", NO_EFFECT, "the clock is read where the loss is, which has waited", "synchronized"),
     # Checkpoints

@@ -10,7 +10,8 @@ from engine.config.batch import BATCH_KEYS
 from engine.config.document import format_route
 from engine.config.parser import Route
 from engine.config.root import EngineConfig
-from engine.config.support import HONOURED, KEYS
+from engine.config.section import Section
+from engine.config.support import HONOURED, KEYS, row_of
 from engine.config.words import shown
 
 __all__ = ["Difference", "Value", "differences", "effective", "fingerprint", "origins"]
@@ -47,7 +48,8 @@ def effective(config: EngineConfig) -> dict[str, Value]:
 
 def origins(config: EngineConfig) -> dict[str, str]:
     """Where each value in force comes from: "given", "default", "derived" or "auto", by its path."""
-    return {path: value.origin for path, value in _in_force(config, config.as_written().settings)}
+    values = dict(_in_force(config, config.as_written().settings))
+    return {path: value.origin for path, value in values.items() if value.origin != "unread"}
 
 
 def differences(first: EngineConfig, second: EngineConfig) -> list[Difference]:
@@ -72,18 +74,37 @@ def _text(value: Any) -> str:
 
 def _in_force(config: EngineConfig, written: dict[str, Any]) -> Iterator[tuple[str, Value]]:
     for route, value in _leaves(config.model_dump(mode="json"), ()):
-        holder: Any = written
-        for part in route[:-1]:
-            holder = (holder.get(part) or {}) if isinstance(holder, dict) else {}
         batch = route[0] in BATCH_KEYS
-        given = holder.get(route[-1]) if isinstance(holder, dict) else None
+        given = _written(config, route, written)
         if given == "auto" and value != "auto":
             origin = "auto"
-        elif isinstance(holder, dict) and route[-1] in holder and not (batch and given is None):
+        elif given is not _NOTHING and not (batch and given is None):
             origin = "given"
         else:
             origin = "derived" if batch else "default"
-        yield format_route(route), Value(None if batch and value == 0 else value, origin)
+        row = row_of(".".join(map(str, route)))
+        if row is None or row.status == HONOURED:
+            yield format_route(route), Value(None if batch and value == 0 else value, origin)
+        elif origin != "default":  # within a section that has an effect; nobody reads its default
+            yield format_route(route), Value(value, "unread")
+
+
+_NOTHING = object()
+
+
+def _written(section: Any, route: Route, written: Any) -> Any:
+    """What a document has at a route, under any spelling."""
+    for part in route:
+        spellings = [part]
+        if isinstance(section, Section):
+            spellings += [alias for alias, name in section.aliases.items() if name == part]
+        if written is True:  # ZeRO's older spelling
+            written = {"stage": 1}
+        found = [written[each] for each in spellings if each in written] if isinstance(written, dict) else []
+        if not found:
+            return _NOTHING
+        section, written = getattr(section, str(part), None), found[0]
+    return written
 
 
 def _leaves(value: Any, route: Route) -> Iterator[tuple[Route, Any]]:

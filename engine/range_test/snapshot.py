@@ -32,6 +32,7 @@ class Snapshot:
     def __init__(self, engine: Engine, *data: Any) -> None:
         assert engine.optimizer is not None
         self._engine = engine
+        engine.put_away()
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
         self._training = [(module, module.training) for module in engine.modules()]
         self._optimizer = _OptimizerState(engine.optimizer)
@@ -46,6 +47,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back, in place; may be called any number of times."""
+        self._engine.put_away()
         with torch.no_grad():
             for tensor, saved in self._tensors:
                 tensor.copy_(saved)

@@ -137,8 +137,8 @@ class Shards:
         self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shares out
         self.synced = True
         self._show: Show = lambda op, size, run: run()
-        # Where gradients are averaged and a sum is asked for.
-        self._factor = reduction.before * reduction.after * reduction.size
+        # torch averages; the factor makes a sum of it where one is asked for.
+        self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         """What to call for a forward whose backward is to come.
@@ -268,27 +268,16 @@ def _let_processes_differ(units: Sequence[Any]) -> None:
 
 def _mesh(world: World, size: int) -> DeviceMesh:
     """All processes in a row; or, with groups of `size` that each share out a whole model, in rows of that size."""
-    if size in (-1, world.size):
-        return init_device_mesh(world.device.type, (world.size,))
-    if size < 1 or world.size % size:
-        raise EngineError(
-            f"zero_optimization.mics_shard_size: got {size}; expected a divisor of the {world.size} processes, or -1"
-        )
-    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    if 0 < size < world.size:
+        return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, (world.size,))
 
 
 def _after_forward(stage: int, second_copy: int, processes: int) -> bool | int:
     """FSDP2's `reshard_after_forward`: free what was gathered, keep it, or share it out among fewer processes."""
     if stage < 3:
         return False
-    if second_copy in (0, 1, processes):
-        return True
-    if processes % second_copy:
-        raise EngineError(
-            f"zero_optimization.zero_hpz_partition_size: got {second_copy}; expected a divisor of the {processes} "
-            "processes, such as the number of GPUs of a host"
-        )
-    return second_copy
+    return second_copy if 1 < second_copy < processes else True
 
 
 def _place(modules: Iterable[nn.Module], world: World, stored: torch.dtype | None, whole: set[Tensor]) -> None:

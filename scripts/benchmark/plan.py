@@ -13,6 +13,7 @@ __all__ = ["MEASURES", "Machine", "comparisons", "effort_of", "start_subjects", 
 MEASURES = ("overhead", "throughput", "bytes", "memory", "start")
 
 _PEERS = ("DeepSpeed", "DeepSpeed, ZeRO 1", "Accelerate", "Fabric")
+_SHARED = ("Redline, ZeRO 1", "Redline, ZeRO 3", "DeepSpeed, ZeRO 1", "DeepSpeed, ZeRO 2", "DeepSpeed, ZeRO 3")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
                 accumulation=accumulation,
                 threads=max(1, machine.threads // processes),
             )
+    for accumulation in (1, 4) if together > 1 else ():
+        yield comparison(
+            f"GPT 4 x 256, ZeRO, {_said(together, accumulation)}",
+            {"throughput", "bytes", *(["memory"] if accumulation == 1 else [])},
+            ("by hand, again", "Redline", *_SHARED),
+            workload="GPT 4 x 256",
+            processes=together,
+            accumulation=accumulation,
+            threads=max(1, machine.threads // together),
+        )
     large = [("GPT 4 x 256", False)]
     if machine.device == "cuda":
         large += [("GPT-2 12 x 768", False), ("GPT-2 12 x 768", True)]

@@ -96,7 +96,10 @@ def redline(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Up
     """Our engine."""
     from engine import initialize
 
-    engine = initialize(model, _config(task), device="cpu" if task.device == "cpu" else None)
+    config = _config(task)
+    if stage := _stage(task):
+        config["zero_optimization"] = {"stage": stage}
+    engine = initialize(model, config, device="cpu" if task.device == "cpu" else None)
     if task.subject != "Redline, recording":
         engine.recorder = None  # a schedule that is a range test is recorded, unless one says otherwise
     if task.compiled:
@@ -111,8 +114,8 @@ def deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> 
     config = _config(task)
     del config["optimizer"], config["redline"]
     config |= {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    if task.subject == "DeepSpeed, ZeRO 1":
-        config["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 50_000_000}
+    if stage := _stage(task):
+        config["zero_optimization"] = {"stage": stage, "reduce_bucket_size": 50_000_000}
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if task.compiled:
@@ -194,7 +197,8 @@ BUILDERS: dict[str, Callable[[Task, nn.Module, Loss, Batches], Update]] = {
     "Redline": redline,
     "Redline, recording": redline,
     "DeepSpeed": deepspeed,
-    "DeepSpeed, ZeRO 1": deepspeed,
+    **{f"Redline, ZeRO {stage}": redline for stage in (1, 2, 3)},
+    **{f"DeepSpeed, ZeRO {stage}": deepspeed for stage in (1, 2, 3)},
     "Accelerate": accelerate,
     "Fabric": fabric,
 }
@@ -213,6 +217,12 @@ def _driven(engine: Any, task: Task, loss_of: Loss, batches: Batches) -> Update:
         return loss
 
     return update
+
+
+def _stage(task: Task) -> int:
+    """The ZeRO stage that a subject's name ends in; 0 where it names none."""
+    name, _, stage = task.subject.rpartition(", ZeRO ")
+    return int(stage) if name else 0
 
 
 def _config(task: Task) -> dict[str, Any]:

@@ -14,8 +14,9 @@ SUBJECTS = {  # and the module that each imports
     "by hand, fp32 masters": "torch",
     "Redline": "engine",
     "Redline, recording": "engine",
+    **{f"Redline, ZeRO {stage}": "engine" for stage in (1, 2, 3)},
     "DeepSpeed": "deepspeed",
-    "DeepSpeed, ZeRO 1": "deepspeed",
+    **{f"DeepSpeed, ZeRO {stage}": "deepspeed" for stage in (1, 2, 3)},
     "Accelerate": "accelerate",
     "Fabric": "lightning.fabric",
 }

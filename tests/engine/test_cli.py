@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.cli import main
 from engine.config import build_schema
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("validate", "schema", "plot", "range-test", "report")
+COMMANDS = ("validate", "schema", "plot", "range-test", "report", "consolidate")
 
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 TASK = """
@@ -341,3 +342,85 @@ def test_an_interruption_is_said_and_exits_as_shells_expect(
     monkeypatch.setattr("engine.range_test.run_range_test", interrupted)
     assert main(["range-test", "task.py:linear", "--config", "good.json"]) == 130
     assert said(capsys)[1].endswith("redline: interrupted\n")
+
+
+# -- consolidate ---------------------------------------------------------------------------------------------
+
+DEEPSPEEDS = ROOT / "tests" / "golden" / "deepspeed_checkpoints"
+
+
+def test_consolidate_writes_a_file_and_says_what_is_in_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = DEEPSPEEDS / "stage3-bf16-two-groups"
+    assert main(["consolidate", str(source), "-o", "model.safetensors"]) == 0
+    out, err = said(capsys)
+    assert out.splitlines() == [
+        f"model.safetensors: 10 tensors, 0.0 MiB; from {source / 'global_step7'}, DeepSpeed's, of ZeRO stage 3 on "
+        "2 processes",
+        "  head.weight is tied to embed.weight",
+    ]
+    assert err == ""
+    assert (folder / "model.safetensors").stat().st_size == 1168
+
+
+def test_consolidate_takes_a_tag_a_number_format_and_another_kind_of_file(folder: Path) -> None:
+
+    source = str(DEEPSPEEDS / "stage1-fp32-two")
+    assert (
+        main(["consolidate", source, "--tag", "global_step7", "--dtype", "bf16", "--output", "m.bin", "--quiet"]) == 0
+    )
+    tensors = torch.load("m.bin", weights_only=True)
+    assert len(tensors) == 11 and tensors["mix.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "-o", "m.pt"), "redline: nowhere: there is no such folder"),
+        ((".", "-o", "m.pt"), 'redline: .: it has no checkpoint, or none named in the file "latest"'),
+        ((str(DEEPSPEEDS / "stage2-fp32"), "-o", "good.json"), "redline: good.json: expected a name that ends in"),
+        ((str(DEEPSPEEDS / "stage2-fp32"), "-o", "there.pt"), "redline: there.pt: it is there already"),
+        ((str(DEEPSPEEDS / "stage2-fp32"), "-o", "no/m.pt"), "redline: no/m.pt: the folder no is not there"),
+        ((str(DEEPSPEEDS / "stage2-fp32"), "--tag", "x", "-o", "m.pt"), "there are the tags global_step7"),
+    ],
+)
+def test_consolidate_says_what_is_at_fault_in_one_line_and_leaves_no_file(
+    arguments: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "there.pt").write_text("precious")
+    before = sorted(path.name for path in folder.iterdir())
+    assert main(["consolidate", *arguments]) == 1
+    out, err = said(capsys)
+    assert out == "" and message in err and len(err.splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (folder / "there.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("run", "-o", "m.pt", "--dtype", "fp8")])
+def test_consolidate_needs_a_folder_and_a_file_and_knows_its_number_formats(arguments: tuple[str, ...]) -> None:
+    assert exits("consolidate", *arguments) == 2
+
+
+def test_consolidate_of_a_folder_that_cannot_be_written_to_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.name == "nt" or os.geteuid() == 0:  # root may write everywhere
+        monkeypatch.setattr("builtins.open", _refusing_to_write("m.safetensors"))
+    (folder / "locked").mkdir()
+    (folder / "locked").chmod(0o500)
+    assert main(["consolidate", str(DEEPSPEEDS / "stage2-fp32"), "-o", "locked/m.safetensors"]) == 1
+    assert "locked/m.safetensors: it could not be written: Permission denied; nothing was left" in said(capsys)[1]
+    assert list((folder / "locked").iterdir()) == []
+
+
+def _refusing_to_write(name: str) -> Any:
+    import builtins
+    import errno
+
+    usual = builtins.open
+
+    def opening(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "w" in mode and name in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, mode, *rest, **more)
+
+    return opening

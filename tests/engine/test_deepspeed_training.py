@@ -37,7 +37,9 @@ def train(case: dict[str, Any]) -> Record:
     """The case through our engine, in this process; per optimizer step what DeepSpeed was asked for, too."""
     from engine import initialize
 
-    engine = initialize(workload.build_model_of(case), copy.deepcopy(case["config"]), device="cpu")
+    model = workload.build_model_of(case)
+    parameters = workload.parameters_of(case, model)
+    engine = initialize(model, copy.deepcopy(case["config"]), model_parameters=parameters, device="cpu")
     started_at = _weights(engine.module)
     dataset = workload.build_dataset()
     record: Record = {name: [] for name in ("loss", "lr", "momentum", "grad_norm", "skipped_steps", "loss_scale")}
@@ -76,7 +78,13 @@ def train_all(cases: list[dict[str, Any]]) -> dict[str, Record]:
 
 
 def _weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+    whole = [whole_of(parameter.detach()) for parameter in model.parameters()]
+    return torch.cat([parameter.flatten().double() for parameter in whole])
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be shared out, put together; all processes at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _momentum(group: dict[str, Any]) -> Any:

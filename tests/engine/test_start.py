@@ -74,8 +74,8 @@ def test_a_bad_config_is_refused_before_a_process_group_is_joined(monkeypatch: p
 
 
 def test_what_deepspeed_has_and_redline_has_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_optimization"):
-        start({"train_batch_size": 4, "zero_optimization": {"stage": 3}})
+    with pytest.raises(ConfigError, match="tensor_parallel"):
+        start({"train_batch_size": 4, "tensor_parallel": {"autotp_size": 2}})
 
 
 # -- alone and in company ------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ file runs beside DeepSpeed and beside this engine.
     schedules.json   ``build_optimizer(case)``, ``decode(case["args"])``, ``snapshot(optimizer)``
     training.json    ``build_model()``, ``build_dataset()``, ``micro_batch(dataset, index, ...)``, ``loss_fn``
     precision.json   the same
-    both             ``build_model_of(case)``, ``micro_steps(case, step)``, ``loss_of(case, engine, dataset, ...)``
+    sharding.json    the same
+    all three        ``build_model_of(case)``, ``parameters_of(case, model)``, ``micro_steps(case, step)``,
+                     ``loss_of(case, engine, dataset, ...)``
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ MODEL_SEED = 0
 DATA_SEED = 1234
 NUM_STEPS = 24  # optimizer steps of a training case
 MICRO_BATCH = 8  # rows per process and backward
-NUM_ROWS = NUM_STEPS * MICRO_BATCH * 8  # enough for 2 processes that accumulate 4 micro-batches
+NUM_ROWS = NUM_STEPS * MICRO_BATCH * 8  # enough for 2 processes that accumulate 4 micro-batches; then all over again
 
 loss_fn = nn.functional.mse_loss
 
@@ -46,9 +48,66 @@ class Turns(nn.Module):
         return answer
 
 
+class Odd(nn.Module):
+    """First dimensions that 2 and 4 do not divide; one layer and one weight have a single row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(MODEL_SEED)
+        self.body = nn.Sequential(nn.Linear(16, 13), nn.Tanh(), nn.Linear(13, 3), nn.Tanh(), nn.Linear(3, 4))
+        self.gate = nn.Linear(13, 1)
+        self.gain = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body[:2](x)
+        answer: Tensor = self.body[2:](hidden) * self.gain + self.gate(hidden)
+        return answer
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight, and not their biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(MODEL_SEED)
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return answer
+
+
+def build_frozen() -> nn.Sequential:
+    """The perceptron with another layer in its middle that does not learn, and a bias that does not either."""
+    torch.manual_seed(MODEL_SEED)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    model[2].requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "turns": Turns, "turns by rank": Turns, "odd": Odd, "tied": Tied, "frozen": build_frozen,
+}  # fmt: skip
+
+
 def build_model_of(case: dict[str, Any]) -> nn.Module:
-    """The perceptron, or what the case's ``model`` says: "turns", or "turns by rank"."""
-    return Turns() if "model" in case else build_model()
+    """The perceptron, or the one of ``MODELS`` that the case's ``model`` names."""
+    return MODELS[case["model"]]() if "model" in case else build_model()
+
+
+def parameters_of(case: dict[str, Any], model: nn.Module) -> list[Any]:
+    """What the config's optimizer is built on.
+
+    All parameters; or, with the case's ``groups``, the settings of two, those of weights and those of biases.
+    """
+    if "groups" not in case:
+        return list(model.parameters())
+    members: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for parameter in model.parameters():
+        members[parameter.dim() < 2].append(parameter)
+    return [{"params": params, **settings} for params, settings in zip(members, case["groups"])]
 
 
 def build_dataset() -> tuple[Tensor, Tensor]:
@@ -71,7 +130,7 @@ def micro_batch(
     The processes' slices of one index lie side by side, so two processes that accumulate 1 see, step by step, the
     same rows as one process that accumulates 2.
     """
-    start = (index * world_size + rank) * MICRO_BATCH
+    start = (index * world_size + rank) * MICRO_BATCH % NUM_ROWS
     x, y = dataset
     return x[start : start + MICRO_BATCH], y[start : start + MICRO_BATCH]
 
@@ -105,8 +164,8 @@ def loss_of(
     if step in case.get("overflow", []) and index == micro_steps(case, step)[0] and rank == world_size - 1:
         x = x.clone()
         x[0, 0] = torch.inf
-    model = case.get("model")
-    turn = () if model is None else (step + rank if model == "turns by rank" else step,)
+    model = case.get("model", "")
+    turn = (step + rank if model == "turns by rank" else step,) if model.startswith("turns") else ()
     return loss_fn(engine(x, *turn).float(), y)
 
 

@@ -7,15 +7,53 @@ After `deepspeed/runtime/zero/config.py`, `offload_config.py`, `leaf_module_conf
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from engine.config.section import TO_DEFAULT, Count, Integer, Ratio, Section, Whole
+from engine.config.section import TO_DEFAULT, Count, Index, Integer, Ratio, Section, Whole
 
-__all__ = ["LeafModuleConfig", "OffloadOptimizerConfig", "OffloadParamConfig", "ZenFlowConfig", "ZeroConfig"]
+__all__ = [
+    "LETTERS", "STAGES", "LeafModuleConfig", "OffloadOptimizerConfig", "OffloadParamConfig", "Stage", "ZenFlowConfig",
+    "ZeroConfig",
+]  # fmt: skip
 
 Device = Literal["none", "cpu", "nvme"]
+
+
+class Stage(NamedTuple):
+    """What a stage of ZeRO is here; the letters are in `LETTERS`.
+
+    Attributes:
+        stage: the stage, and the key beside it.
+        shared: what each process has its share of.
+        torch: what FSDP2's `fully_shard` is given as `reshard_after_forward`.
+        sent: by each process, per update.
+        memory: of each process, activations apart.
+    """
+
+    stage: str
+    shared: str
+    torch: str
+    sent: str
+    memory: str
+
+
+STAGES = (
+    Stage("0", "nothing", "(DDP)", "2G", "w + W + G + S; in fp32 W + G + S"),
+    Stage("1, 2", "gradients, optimizer state", "False", "w + G", "w + (W + G + S)/N"),
+    Stage("3", "parameters, too", "True", "2w per micro-batch, G", "(W + G + S)/N + w of a block or two"),
+    Stage(
+        "3, hpz n", "and a copy of them among n", "n", "w, w among n per micro-batch, G", "as 3, and w/n until backward"
+    ),
+    Stage(
+        "1-3, mics n", "as the stage, but among n", "as the stage", "as the stage, and 2G/n", "as the stage, n for N"
+    ),
+)
+LETTERS = (
+    "N processes; W weights as the optimizer has them, w as the model computes with them; G gradients; S optimizer "
+    "state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a mesh of N/n by n."
+)
 
 
 class _Offload(Section):
@@ -94,7 +132,7 @@ class ZeroConfig(Section):
     }  # fmt: skip
 
     stage: Annotated[Integer, Field(ge=0, le=3, json_schema_extra={"enum": [0, 1, 2, 3]})] = Field(
-        0, description="0 shares nothing, 1 the optimizer's state, 2 gradients as well, 3 parameters as well."
+        0, description="0 shares out nothing, 1 the optimizer's state, 2 gradients as well, 3 parameters as well."
     )
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they are made.")
     reduce_scatter: bool = Field(True, description="Reduce each gradient to the process that owns it only.")
@@ -136,7 +174,9 @@ class ZeroConfig(Section):
     legacy_stage1: bool = Field(False, description="An older stage 1.")
     round_robin_gradients: bool = Field(False, description="Deal gradients out so that they are offloaded in parallel.")
     parameter_alignment: bool = Field(False, description="Start each parameter on a multiple of 16 bytes.")
-    zero_hpz_partition_size: Whole = Field(1, description="Processes that keep a second copy among them (ZeRO++).")
+    zero_hpz_partition_size: Whole = Field(
+        1, description="Processes, of one host say, that keep a second copy among them (ZeRO++); 0 or 1 for none."
+    )
     zero_quantized_weights: bool = Field(False, description="Gather parameters as int8 (ZeRO++).")
     zero_quantized_nontrainable_weights: bool = Field(False, description="Keep frozen parameters as int8.")
     zero_quantized_gradients: bool = Field(False, description="Reduce gradients as int4 (ZeRO++).")
@@ -147,7 +187,9 @@ class ZeroConfig(Section):
     enable_sanity_checks: bool = Field(False, description="Check DeepSpeed's own bookkeeping.")
     save_muon_momentum_buffer_in_memory: bool = Field(False, description="Keep Muon's momentum off the disk; stage 3.")
     leaf_module: LeafModuleConfig | None = Field(None, description="Modules that are gathered as one; stage 3.")
-    mics_shard_size: Integer = Field(-1, description="Processes of a shard group (MiCS); DeepSpeed has removed it.")
+    mics_shard_size: Index = Field(
+        -1, description="Processes that share out a whole model (MiCS); -1 or 0 for all of them."
+    )
     mics_hierarchical_params_gather: bool = Field(
         False, description="Gather within hosts first (MiCS); DeepSpeed has removed it."
     )
@@ -175,6 +217,21 @@ class ZeroConfig(Section):
         if offload is not None and offload.ratio < 1 and self.stage != 3:
             message = f"ratio is {offload.ratio:g}; expected 1, or stage 3; stage is {self.stage}"
             yield ("offload_optimizer", "stage"), message
+        if self.stage in (1, 2):  # DeepSpeed goes on without them, and without a word
+            if self.offload_param is not None and self.offload_param.device != "none":
+                message = f'device is "{self.offload_param.device}"; expected "none", or stage 3; stage is {self.stage}'
+                yield ("offload_param", "stage"), message
+            if self.cpu_offload_param:
+                yield ("cpu_offload_param", "stage"), f"got true; expected false, or stage 3; stage is {self.stage}"
+            if (size := self.zero_hpz_partition_size) > 1:
+                message = f"got {size}; expected 1, or stage 3; stage is {self.stage}"
+                yield ("zero_hpz_partition_size", "stage"), message
+        if (group := self.mics_shard_size) > 0:
+            if self.stage == 0:
+                yield ("mics_shard_size", "stage"), f"got {group}; expected -1, or stage 1, 2 or 3; stage is 0"
+            if (size := self.zero_hpz_partition_size) > 1:
+                message = f"got {group} beside zero_hpz_partition_size: {size}; take one of the two"
+                yield ("mics_shard_size", "zero_hpz_partition_size"), message
         for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
             if getattr(self, old) is not None and new in self.model_fields_set:
                 yield (old, new), f"given beside {new}, which takes its place; remove it"

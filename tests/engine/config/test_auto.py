@@ -48,6 +48,7 @@ def test_auto_is_the_default_or_inferred_and_its_origin_is_auto() -> None:
         *(f"scheduler.params.warmup_{name}" for name in ("min_lr", "max_lr", "num_steps")),
         "fp16.enabled",
         "bf16.enabled",
+        "zero_optimization.offload_param.device",
     }
 
 

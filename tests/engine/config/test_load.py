@@ -279,7 +279,7 @@ def test_five_mistakes_of_five_kinds_are_named_at_once_with_line_and_remedy(writ
     "type": "OneCycle",
     "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.01}
   },
-  "zero_optimization": {"stage": 3}
+  "compile": {"deepcompile": true}
 }
 """)
     expected = """ds_config.json: 6 problems
@@ -288,7 +288,7 @@ def test_five_mistakes_of_five_kinds_are_named_at_once_with_line_and_remedy(writ
   9:7: optimizer.params.lr: got "0.001"; expected a number >= 0; remove the quotes
   10:7: optimizer.params.max_grad_norm: unknown key here; gradients are clipped by the top-level key "gradient_clipping"; move the number there
   15:16: scheduler.params.cycle_min_lr: got 0.1; expected at most cycle_max_lr, which is 0.01
-  17:3: zero_optimization: not built yet; use stage 0, which is DDP"""  # noqa: E501
+  17:3: compile: not built yet; engine.compile() compiles without it"""  # noqa: E501
     assert error(path) == expected
 
 

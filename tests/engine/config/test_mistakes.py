@@ -113,16 +113,15 @@ def test_one_mistake_does_not_hide_another() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 5, "cpu_offload": True, "offload_optimizer": {}},
     }
-    lines = text_of(config).splitlines()
-    assert [line for line in lines if "not built yet" not in line] == [
-        "config: 10 problems",
-        "  zero_optimization.stage: got 5; expected 0, 1, 2 or 3",
-        "  zero_optimization.cpu_offload: given beside offload_optimizer, which takes its place; remove it",
+    assert text_of(config).splitlines() == [
+        "config: 9 problems",
         '  optimizer.params.lr_decai: unknown key; did you mean "lr_decay"?',
         '  scheduler.params.cycle_frist_step_size: unknown key; did you mean "cycle_first_step_size"?',
         '  fp16.hysterisis: unknown key; did you mean "hysteresis"?',
+        "  zero_optimization.stage: got 5; expected 0, 1, 2 or 3",
         "  scheduler.params.cycle_min_lr: got 0.1; expected at most cycle_max_lr, which is 0.01",
         "  fp16.loss_scale_window: got 0; expected > 0: the scale is dynamic",
+        "  zero_optimization.cpu_offload: given beside offload_optimizer, which takes its place; remove it",
         "  scheduler.params.cycle_min_mom: Adagrad has no momentum to cycle; set cycle_momentum to false and leave its "
         "bounds out",
         "  bf16.enabled: got true beside fp16.enabled: true; a run has one number format; set one of the two to false",

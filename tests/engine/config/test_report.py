@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig, load_config, origins, validate
+from engine.config import EngineConfig, effective, fingerprint, load_config, origins, validate
 from engine.errors import ConfigError
 
 TEXT = """{
@@ -129,6 +129,31 @@ def test_every_value_has_an_origin() -> None:
         "scheduler": "given",
     }
     assert found["optimizer.params.weight_decay"] == found["redline.range_test.output_dir"] == "default"
+
+
+def test_a_key_without_effect_in_a_section_that_has_one_is_unread_and_its_default_is_nobodys() -> None:
+    zero = {"stage": 2, "overlap_comm": True, "prefetch_bucket_size": 9, "offload_optimizer": {"ratio": 1.0}}
+    config = load_config({"train_batch_size": 8, "zero_optimization": zero})
+    values = {path: value for path, value in effective(config).items() if path.startswith("zero_optimization.")}
+    assert {path: value.origin for path, value in values.items() if value.origin != "default"} == {
+        "zero_optimization.stage": "given",
+        "zero_optimization.overlap_comm": "unread",
+        "zero_optimization.stage3_prefetch_bucket_size": "unread",
+        "zero_optimization.offload_optimizer.ratio": "unread",
+    }
+    assert "zero_optimization.reduce_bucket_size" not in values
+    assert not [path for path in (*fingerprint(config), *origins(config)) if "overlap" in path or "ratio" in path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({"bfloat16": {"enabled": True}}, "bf16.enabled"),
+        ({"zero_optimization": True}, "zero_optimization.stage"),
+    ],
+)
+def test_a_value_under_another_spelling_is_given(settings: dict[str, Any], path: str) -> None:
+    assert origins(load_config({"train_batch_size": 8, **settings}))[path] == "given"
 
 
 def test_the_text_shows_problems_keys_and_batch(write: Callable[[str], Path]) -> None:

@@ -102,7 +102,7 @@ BASES = [
     BASE,
     *({**BASE, "scheduler": {"type": name, "params": each}} for name, each in zip(SchedulerConfig.models, SCHEDULES)),
     RARE,
-    RARE,
+    {**RARE, "zero_optimization": {**RARE["zero_optimization"], "stage": 3}},
     {**BASE, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.5}}},
 ]
 
@@ -234,6 +234,9 @@ BEYOND_A_SCHEMA = (
     "with compile",
     "the scale is dynamic",
     "take one of the two",
+    "or stage 1, 2 or 3",
+    "expected a divisor of",
+    "gradients of a model that is shared out",
     "fills in and nothing here can; give train",
     "no momentum to cycle",
     "inside itself",

@@ -11,6 +11,7 @@ import pytest
 from engine.config import EngineConfig, UnsupportedConfigError, load_config, validate
 from engine.config.catalog import catalog
 from engine.config.support import HONOURED, INSIDE, KEYS, NO_EFFECT, REFUSED
+from engine.errors import ConfigError
 
 
 def load(**settings: Any) -> EngineConfig:
@@ -106,6 +107,10 @@ def test_what_switches_nothing_on_leaves_training_as_it_is(off: dict[str, Any]) 
         ("amp", {"enabled": False, "opt_level": "O1"}),
         ("zero_optimization", {"stage": 0, "overlap_comm": True}),
         ("zero_optimization", {"allgather_partitions": True}),
+        ("zero_optimization", {"stage": "auto", "offload_param": {"device": "cpu"}, "zero_hpz_partition_size": 8}),
+        ("zero_optimization", {"stage": 0, "offload_optimizer": {"device": "nvme"}, "legacy_stage1": True}),
+        ("zero_optimization", {"zenflow": {}, "zero_quantized_weights": True}),
+        ("zero_optimization", {}),
         ("zero_optimization", False),
         ("weight_quantization", {"enabled": False}),
         ("weight_quantization", {}),
@@ -114,7 +119,7 @@ def test_what_switches_nothing_on_leaves_training_as_it_is(off: dict[str, Any]) 
         ("compile", {"deepcompile": False, "passes": ["z1"]}),
     ],
 )
-def test_a_refused_key_that_switches_nothing_on_has_no_effect(name: str, off: Any) -> None:
+def test_a_key_that_switches_nothing_on_has_no_effect(name: str, off: Any) -> None:
     load(**{name: off})
     report = validate({"train_batch_size": 8, name: off})
     assert report.exit_code == 0
@@ -124,8 +129,6 @@ def test_a_refused_key_that_switches_nothing_on_has_no_effect(name: str, off: An
 @pytest.mark.parametrize(
     ("name", "on"),
     [
-        ("zero_optimization", {"stage": 2}),
-        ("zero_optimization", True),
         ("weight_quantization", {"quantized_initialization": {}}),
         ("compression_training", {"weight_quantization": {}}),
         ("sequence_parallel_size", 2),
@@ -152,6 +155,8 @@ def test_a_refused_key_that_is_on_is_refused_by_name(name: str, on: Any) -> None
         ("communication_data_type", "fp8", 'got "fp8"; expected "fp16", "bf16", "fp32" or null'),
         ("fp16", True, "got true; expected an object: { ... }"),
         ("aio", [], "got []; expected an object: { ... }, false or null"),
+        ("checkpoint", 0, "got 0; expected an object: { ... }"),
+        ("zero_optimization", 1, "got 1; expected an object: { ... }"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_mistake_and_not_a_refusal(name: str, value: Any, message: str) -> None:
@@ -216,6 +221,45 @@ def test_a_value_of_the_wrong_type_is_a_mistake_and_not_a_refusal(name: str, val
             'gradient_allreduce_op: got "sum"; expected "mean" with zero_optimization.stage 3',
         ),
         (
+            {"prescale_gradients": True, "zero_optimization": {"stage": 2}},
+            "prescale_gradients: got true; expected false with zero_optimization.stage 2, "
+            'or "reduce_scatter": false there',
+        ),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3}},
+            "gradient_predivide_factor: got 2; expected 1 with zero_optimization.stage 3, "
+            'or "reduce_scatter": false there',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            'zero_optimization.compute_grad_norm: got false; expected true, or "gradient_clipping": 0 beside it; '
+            "gradient_clipping is 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            'zero_optimization.offload_param: device is "cpu"; expected "none", or stage 3; stage is 2',
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "cpu_offload_param": True}},
+            "zero_optimization.cpu_offload_param: got true; expected false, or stage 3; stage is 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_hpz_partition_size: got 2; expected 1, or stage 3; stage is 1",
+        ),
+        (
+            {"zero_optimization": {"mics_shard_size": 2}},
+            "zero_optimization.mics_shard_size: got 2; expected -1, or stage 1, 2 or 3; stage is 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2, "zero_hpz_partition_size": 2}},
+            "zero_optimization.mics_shard_size: got 2 beside zero_hpz_partition_size: 2; take one of the two",
+        ),
+        (
+            {"zero_optimization": {"mics_shard_size": -2}},
+            "zero_optimization.mics_shard_size: got -2; expected a whole number >= -1",
+        ),
+        (
             {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True}}}},
             "data_efficiency.data_sampling.curriculum_learning.enabled: got true; "
             "expected curriculum_metrics beside it",
@@ -241,6 +285,32 @@ def test_a_mistake_is_found_in_a_section_that_is_refused_or_off(settings: dict[s
     [
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
+        ({"zero_optimization": {"stage": 3, "zenflow": {}}}, "zero_optimization.zenflow"),
+        ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "zero_optimization.legacy_stage1"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_optimization.zero_quantized_weights",
+        ),
+        (
+            {
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "bf16"},
+                "zero_optimization": {"stage": 2},
+            },
+            "data_types.grad_accum_dtype",
+        ),
+        (
+            {
+                "communication_data_type": "fp16",
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "zero_optimization": {"stage": 2},
+            },
+            "data_types.grad_accum_dtype",
+        ),
         ({"compile": {"backend": "inductor"}}, "compile.backend"),
         ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}}, "optimizer.params.max_grad_norm"),
     ],
@@ -249,6 +319,53 @@ def test_a_key_inside_a_section_can_be_refused(settings: dict[str, Any], path: s
     report = validate({"train_batch_size": 8, **settings})
     assert report.exit_code == 3
     assert [problem.path for problem in report.refusals] == [path]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_optimization": True},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "zero_hpz_partition_size": 8}},
+        {"zero_optimization": {"stage": 2, "cpu_offload": True, "zero_quantized_weights": "auto", "zenflow": "auto"}},
+        {"zero_optimization": {"stage": 1}, "prescale_gradients": True},
+        {"zero_optimization": {"stage": 2, "reduce_scatter": False}, "gradient_predivide_factor": 2.0},
+        {"zero_optimization": {"stage": 2, "compute_grad_norm": False}, "gradient_clipping": 0},
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 0, "offload_optimizer": {"device": "auto"}}},
+    ],
+    ids=str,
+)
+def test_zero_is_honoured(settings: dict[str, Any]) -> None:
+    report = validate({"train_batch_size": 8, **settings}, world_size=2)
+    assert report.exit_code == 0, report.to_text()
+    assert ("zero_optimization", HONOURED) in [(key.path, key.status) for key in report.keys]
+
+
+def test_true_is_stage_1_as_in_deepspeed() -> None:
+    zero = load(zero_optimization=True).zero_optimization
+    assert zero is not None and zero.stage == 1
+    assert load(zero_optimization=None).zero_optimization is load(zero_optimization=False).zero_optimization is None
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 1, "mics_shard_size": 4}, "zero_optimization.mics_shard_size: got 4"),
+        ({"stage": 3, "mics_shard_size": 12}, "zero_optimization.mics_shard_size: got 12"),
+        ({"stage": 3, "zero_hpz_partition_size": 5}, "zero_optimization.zero_hpz_partition_size: got 5"),
+    ],
+)
+def test_a_group_of_processes_divides_their_number(zero: dict[str, Any], message: str) -> None:
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, world_size=6)
+    expected = "expected a divisor of 6 (world size, from the argument): 1, 2, 3 or 6"
+    assert str(caught.value) == f"config: 1 problem\n  {message}; {expected}"
+    load_config(config, world_size=1)  # where nothing is shared out
+
+
+def test_a_second_copy_of_more_processes_than_there_are_is_among_all_as_in_deepspeed() -> None:
+    load_config({"train_batch_size": 8, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, world_size=4)
 
 
 def test_other_spellings_are_known() -> None:

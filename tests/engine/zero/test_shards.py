@@ -129,6 +129,21 @@ def client_instance(stage: int) -> Any:
     return train(engine), engine.get_lr()
 
 
+def looked_at(stage: int, name: str, **params: Any) -> Any:
+    """Steps that torch makes, since somebody waits for them; and a frozen parameter in the groups."""
+    torch.manual_seed(0)
+    model = Perceptron()
+    model.layers[1].requires_grad_(False)
+    given = {"optimizer": {"type": name, "params": {"lr": 0.01, **params}}}
+    engine = build(stage, model, give={"model_parameters": list(model.parameters())}, **given)
+    record = train(engine, 2)
+    seen = []
+    engine.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    record += train(engine, 2)
+    assert len(seen) == 2
+    return record
+
+
 def model_parameters(stage: int) -> Any:
     torch.manual_seed(0)
     model = Perceptron()
@@ -354,6 +369,9 @@ CASES: list[Case] = [
     ("batch norm", batch_norm, {}),
     ("client's optimizer", client_instance, {}),
     ("model_parameters", model_parameters, {}),
+    *((f"{name} with hooks", looked_at, {"name": name, **params}) for name, params in {
+        "AdamW": {}, "SGD": {"momentum": 0.9}, "Adagrad": {},
+    }.items()),
     ("frozen", frozen, {}),
     ("tied", tied, {}),
     ("heads in turn", turns, {"by_rank": False}),
@@ -443,3 +461,14 @@ def test_four_processes_train_alike_however_they_share(
     if name == "second copy" and stage != 3:
         pytest.skip("stage 3 only")
     assert_same(on_four, name, stage)
+
+
+def test_one_process_can_share_with_itself_as_it_does_to_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(build(0))
+    monkeypatch.setattr("engine.build._shares_out", lambda config, world: True)
+    try:
+        engine = build(3)
+        assert type(engine._parallel).__name__ == "Shards"
+        assert flat(train(engine)) == pytest.approx(flat(whole), rel=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
