@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.log import configure, log
 from engine.peers import explains_losses, follow
 from engine.precision import dtype_table
+from engine.sigterm import save_on_sigterm
 from engine.watch import attach
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def initialize(
     engine = Engine(parts)
     follow(engine)
     attach(engine)
+    save_on_sigterm(engine)
     return engine
 
 
