@@ -81,7 +81,8 @@ class Peers:
             return
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
         if self._with_rank_zero and self.rank == 0:
-            self._call_roll(hurry=False)  # so that the others can still read it
+            if self._call_roll(hurry=False).is_whole:  # so that the others can still read it:
+                time.sleep(1.0)  # those that have written read until all have
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
