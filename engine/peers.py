@@ -80,9 +80,9 @@ class Peers:
             self._note(f"ended its script{done}")
             return
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
-        if self._with_rank_zero and self.rank == 0:
-            if self._call_roll(hurry=False).is_whole:  # so that the others can still read it:
-                time.sleep(1.0)  # those that have written read until all have
+        # The others are to read it while the store is there, and go on reading until all have written.
+        if self._with_rank_zero and self.rank == 0 and self._call_roll(hurry=False).is_whole:
+            time.sleep(1.0)
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
