@@ -11,12 +11,12 @@ CPU, a store, an NCCL call) comes here.
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,13 +26,13 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from engine.errors import EngineError
+from engine.rendezvous import agents_store
 
 __all__ = ["Peers", "explains_losses", "follow", "meet", "name_ranks", "part"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GRACE = 5.0  # seconds that the others have to say that they are there
-_KEY = "redline/roll"
 _HERE = "is there"
 _AGAIN = "what it printed may say more; start all processes again, from the last checkpoint"
 _SAME_WORK = "all need the same number of micro-batches, and must make the same calls in the same order"
@@ -47,10 +47,14 @@ class _Counts(Protocol):
 class Peers:
     """The other processes of the group, as one of them knows them."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, *, fresh: bool) -> None:
         self.rank, self.size = rank, size
-        # torchrun's agent holds the store, otherwise rank zero does, and the store goes when that goes.
-        self._with_rank_zero = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._with_rank_zero = not agents_store()  # the store goes when that goes
+        # The script's own store may hold what processes of an earlier start have written, which are dead.
+        name = [""] if fresh else [uuid.uuid4().hex]
+        if not fresh:
+            dist.broadcast_object_list(name)
+        self._key = f"redline/roll/{name[0]}"
         self._engine: Callable[[], _Counts | None] = lambda: None
         self._noted = False
         self._write(f"@{socket.gethostname()}")
@@ -76,8 +80,9 @@ class Peers:
             self._note(f"ended its script{done}")
             return
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
-        if self._with_rank_zero and self.rank == 0:
-            self._call_roll(hurry=False)  # so that the others can still read it
+        # The others are to read it while the store is there, and go on reading until all have written.
+        if self._with_rank_zero and self.rank == 0 and self._call_roll(hurry=False).is_whole:
+            time.sleep(1.0)
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
@@ -88,7 +93,7 @@ class Peers:
     def _write(self, text: str) -> None:
         # The store is asked for anew each time: one that is held here would keep its port when the group is gone.
         with suppress(RuntimeError, ValueError, OSError):
-            _store().append(_KEY, f"{self.rank} {text}\n")
+            _store().append(self._key, f"{self.rank} {text}\n")
 
     def _call_roll(self, hurry: bool = True) -> _Roll:
         """What each rank wrote, once all have or their time is over; in a hurry, soon after one has told the cause."""
@@ -98,7 +103,7 @@ class Peers:
             store = _store()
             deadline = time.monotonic() + _GRACE
             while time.monotonic() < deadline:
-                roll.read(store.get(_KEY).decode())
+                roll.read(store.get(self._key).decode())
                 if len(roll.notes) == self.size:
                     break
                 if hurry and any(text != _HERE for text in roll.notes.values()):
@@ -152,10 +157,10 @@ class _Roll:
 _peers: Peers | None = None
 
 
-def meet(rank: int, size: int) -> Peers:
-    """The processes of the default group, which has just been made."""
+def meet(rank: int, size: int, *, fresh: bool) -> Peers:
+    """The processes of the default group; whether nobody but these has written into its store."""
     global _peers
-    _peers = Peers(rank, size)
+    _peers = Peers(rank, size, fresh=fresh)
     return _peers
 
 

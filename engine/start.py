@@ -20,6 +20,7 @@ from engine.log import configure, log
 from engine.needs import count_model, tell_needs
 from engine.peers import explains_losses, follow
 from engine.precision import dtype_table
+from engine.sigterm import save_on_sigterm
 from engine.watch import attach
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def initialize(
     engine = Engine(parts)
     follow(engine)
     attach(engine)
+    save_on_sigterm(engine)
     return engine
 
 

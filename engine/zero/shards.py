@@ -225,6 +225,13 @@ class Shards:
     def renew(self) -> None:
         """Nothing here depends on what has been trained before."""
 
+    def order(self) -> list[int] | None:
+        """See `renew`."""
+        return None
+
+    def rehearse(self, order: Sequence[int]) -> None:
+        """See `renew`."""
+
     def carry_optimizer_over(self, optimizer: Optimizer) -> None:
         """Give an optimizer that was made of the model's own parameters the sharded ones, its state with them."""
         carry_optimizer_over(optimizer, self.moved, _share_of)
