@@ -193,10 +193,11 @@ def release_at_exit(parallel: Any) -> None:
 def _leave() -> None:
     if not dist.is_initialized():
         return
-    part()
+    wait = part()
     dist.destroy_process_group()
     # A gloo group that DDP still holds while the interpreter goes down ends the process with "terminate called
     # without an active exception", now and then, when another process has gone first.
     for holder in list(_holders):
         holder.reducer = holder.logger = holder.process_group = None
     gc.collect()
+    wait()

@@ -71,18 +71,33 @@ class Peers:
         where = "start" if engine is None else f"update {engine.global_steps}"
         return EngineError(f"{where}: {self._who(roll, str(error))}")
 
-    def leave(self) -> None:
-        """Leave word for those that stay; the last thing that a process does with the store."""
+    def leave(self) -> Callable[[], None]:
+        """Leave word for those that stay.
+
+        Returns:
+            What is to be called when the connections are closed, which is when the others begin to ask: it keeps the
+            store, where this process has it, until they have read.
+        """
         reason = getattr(sys, "last_value", None)
         engine = self._engine()
         done = "" if engine is None else f" after {engine.global_steps} updates"
         if reason is None:
             self._note(f"ended its script{done}")
-            return
+            return lambda: None
+        patience = 1.0 if self._noted else _GRACE  # the others have called the roll at the same time
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
-        # The others are to read it while the store is there, and go on reading until all have written.
-        if self._with_rank_zero and self.rank == 0 and self._call_roll(hurry=False).is_whole:
-            time.sleep(1.0)
+        if self._with_rank_zero and self.rank == 0:
+            with suppress(RuntimeError, ValueError, OSError):
+                store = _store()
+                return lambda: self._wait_for_readers(store, patience)
+        return lambda: None
+
+    def _wait_for_readers(self, store: Any, patience: float) -> None:
+        roll, deadline = _Roll(), time.monotonic() + patience
+        while len(roll.notes) < self.size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            roll.read(store.get(self._key).decode())
+        time.sleep(0.3)  # who has just written reads within 0.1 s
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
@@ -95,8 +110,8 @@ class Peers:
         with suppress(RuntimeError, ValueError, OSError):
             _store().append(self._key, f"{self.rank} {text}\n")
 
-    def _call_roll(self, hurry: bool = True) -> _Roll:
-        """What each rank wrote, once all have or their time is over; in a hurry, soon after one has told the cause."""
+    def _call_roll(self) -> _Roll:
+        """What each rank wrote, once all have, or one has told the cause, or their time is over."""
         roll = _Roll()
 
         def read() -> None:
@@ -106,7 +121,7 @@ class Peers:
                 roll.read(store.get(self._key).decode())
                 if len(roll.notes) == self.size:
                     break
-                if hurry and any(text != _HERE for text in roll.notes.values()):
+                if any(text != _HERE for text in roll.notes.values()):
                     deadline = min(deadline, time.monotonic() + 1)
                 time.sleep(0.1)
 
@@ -170,12 +185,11 @@ def follow(engine: _Counts) -> None:
         _peers.follow(engine)
 
 
-def part() -> None:
-    """Leave the others, for good."""
+def part() -> Callable[[], None]:
+    """Leave the others, for good; see :meth:`Peers.leave`."""
     global _peers
-    if _peers is not None:
-        _peers.leave()
-        _peers = None
+    peers, _peers = _peers, None
+    return peers.leave() if peers is not None else lambda: None
 
 
 def explains_losses(function: F) -> F:
