@@ -24,9 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from benchmark.workloads import WORKLOADS  # noqa: E402
+from benchmark.workloads import WORKLOADS
 
-from engine import Engine, initialize  # noqa: E402
+from engine import Engine, initialize
 
 LIMIT, ASYNC_LIMIT = 1.3, 0.25
 
