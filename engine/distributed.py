@@ -125,7 +125,7 @@ def join_alone(world: World) -> None:
     """Make a process group for a single process that has none: torch's sharding wants one, to offload from one GPU."""
     if not dist.is_initialized():
         backends = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(_leave)
 
 

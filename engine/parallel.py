@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from engine.distributed import World, release_at_exit
 from engine.gradients import Reduction, communication_hook, norm_of
@@ -64,6 +65,12 @@ class Parallel(Protocol):
     def renew(self) -> None:
         """Let the next forward be like the first: DDP orders its sums anew after one, which shows in the last bits."""
 
+    def order(self) -> list[int] | None:
+        """In which order gradients came in that first backward, by the parameters' places; None for no matter."""
+
+    def rehearse(self, order: Sequence[int]) -> None:
+        """Order sums as after a first backward in which gradients came so. A collective; leaves gradients behind."""
+
 
 class Alone:
     """One process."""
@@ -106,6 +113,8 @@ class Alone:
     def forget(self) -> None: ...
     def show_collectives(self, show: Show) -> None: ...
     def renew(self) -> None: ...
+    def order(self) -> list[int] | None: ...
+    def rehearse(self, order: Sequence[int]) -> None: ...
 
 
 class Replicas(Alone):
@@ -133,12 +142,18 @@ class Replicas(Alone):
         super().__init__(module, reduction)
         self._world, self._masters, self._find_unused = world, masters, find_unused_parameters
         self.ddp: DistributedDataParallel | None = self._wrap()
+        # Whether the order of sums shows: two numbers have the same sum in any order, and some DDPs keep theirs.
+        self._orders = world.size > 2 and not find_unused_parameters
+        self._order: list[int] = []  # of the gradients of the first backward that is sent
+        self._watches: list[RemovableHandle] = []
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         if self.ddp is None:
             self.ddp = self._wrap()
         # DDP decides in the forward whether the backward will send anything.
         self.ddp.require_backward_grad_sync = self.synced = last and not hold
+        if self._orders and (self._watches or not self._order):
+            self._watch(self.synced)
         return self.ddp
 
     def gradients(self, weights: Sequence[Tensor], *, reduced: bool) -> list[Tensor]:
@@ -151,6 +166,42 @@ class Replicas(Alone):
         # The new one is made by the next forward, and not here: making DDP is a collective, and a process may be
         # failing. The old one goes first, since both would hook the parameters.
         self.ddp = None
+        self._order = []
+
+    def order(self) -> list[int] | None:
+        return list(dict.fromkeys(self._order)) or None
+
+    def rehearse(self, order: Sequence[int]) -> None:
+        """DDP's first iteration, with gradients of zero."""
+        if self._order or not self._orders:
+            return
+        self.ddp = self.ddp or self._wrap()
+        self.ddp.require_backward_grad_sync = True
+        self.ddp.reducer.prepare_for_forward()
+        self.ddp.reducer.prepare_for_backward([])
+        trained = self._trained()
+        with torch.enable_grad():
+            for index in order:
+                (trained[index].flatten()[:1] * 0).sum().backward()  # type: ignore[no-untyped-call]
+        self._order = list(order)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _watch(self, sent: bool) -> None:
+        """Take down in which order gradients come, in one backward that is sent, and in no other."""
+        for watch in self._watches:
+            watch.remove()
+        self._watches = []
+        if sent and not self._order:
+
+            def came(index: int) -> Callable[[Tensor], None]:
+                return lambda _: self._order.append(index)
+
+            self._watches = [
+                parameter.register_post_accumulate_grad_hook(came(index))  # type: ignore[no-untyped-call]
+                for index, parameter in enumerate(self._trained())
+            ]
 
     def _wrap(self) -> DistributedDataParallel:
         parallel = DistributedDataParallel(

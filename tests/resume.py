@@ -1,8 +1,8 @@
 """A small run that can be cut in two: what a checkpoint has to keep is all in it, and all of it can be compared.
 
-    whole = run(case, steps=7)                                  # never interrupted
-    run(case, steps=3, save=folder); cut = run(case, steps=4, load=folder)
-    assert cut == whole.last(4)
+whole = run(case, steps=7)                                  # never interrupted
+run(case, steps=3, save=folder); cut = run(case, steps=4, load=folder)
+assert cut == whole.last(4)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Case:
     noise: float = 0.1
     drops: float = 0.3
     norm: bool = True
-    samples: int = 20
+    samples: int = 24
     script: str = ""
 
 
@@ -117,7 +117,9 @@ CASES = {
             "scheduler": {"type": "StepLR", "params": {"step_size": 2, "gamma": 0.5}},
         }
     ),
-    "bf16 autocast, AMSGrad": Case({**_adam(amsgrad=True, torch_adam=True), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    "bf16 autocast, AMSGrad": Case(
+        {**_adam(amsgrad=True, torch_adam=True), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    ),
 }  # fmt: skip
 
 
@@ -136,7 +138,11 @@ def build(case: Case, **extra: Any) -> Any:
     if case.script:
         give["model_parameters"] = [
             {"params": [*model.inputs.parameters()], "lr": 0.02, "weight_decay": 0.1},
-            {"params": [each for name, each in model.named_parameters() if each.requires_grad and "inputs" not in name]},
+            {
+                "params": [
+                    each for name, each in model.named_parameters() if each.requires_grad and "inputs" not in name
+                ]
+            },
         ]
         give["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
             optimizer,

@@ -42,7 +42,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.zero", "engine.recompute"),
     ("engine.engine",),
     ("engine.range_test", "engine.sigterm", "engine.watch"),
-    ("engine.build",),
+    ("engine.build", "engine.needs"),
     ("engine.preview", "engine.start"),
     ("engine.cli",),
     ("engine", "engine.__main__"),

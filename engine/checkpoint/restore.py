@@ -168,9 +168,11 @@ class Restore:
         for name, module in extra_states_of(engine.module):
             if name in shared["extra_state"]:
                 module.set_extra_state(unpack(shared["extra_state"][name], self._targets))
+        manifest = self._opened.found.manifest
+        if manifest.world_size == engine.world_size and shared["order"] and not self._wanted.module_only:
+            engine._parallel.rehearse(shared["order"])
         engine.drop_update()
         self._install_model()
-        manifest = self._opened.found.manifest
         if not self._wanted.module_only:
             if self._moments is not None:
                 self._moments.install(self._targets)

@@ -86,6 +86,7 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
         "left_out": left_out,
         "buffers": list(buffers),
         "aliases": aliases_of(module),
+        "order": engine._parallel.order(),
         "extra_state": {
             name: pack(each.get_extra_state(), f"{name or type(each).__name__}.get_extra_state()", tensors,
                        key=f"extra_state.{name}")

@@ -29,7 +29,10 @@ def test_saving_changes_nothing_in_the_run_that_goes_on(background: bool, tmp_pa
     case = CASES["fp32, AdamW, OneCycle, accumulation 4"]
     saving = run(case, STEPS, often=tmp_path, redline={"checkpoint": {"async_save": background}})
     assert saving == run(case, STEPS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"global_step{n + 1}" for n in range(STEPS)), "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"global_step{n + 1}" for n in range(STEPS)),
+        "latest",
+    ]
 
 
 # Which stages each case is tried at on two processes; all pass at all.
@@ -100,10 +103,17 @@ def leg(load: str | None, save: str, stage: int, steps: int = LEG) -> Any:
     return updates, {name: each.tolist() for name, each in whole.items()}
 
 
+def cut_and_leg(folder: str, load: str, save: str) -> Any:
+    """On four processes, where the order of a sum shows in its last bits: uninterrupted and cut, then one part."""
+    wrong = cut_and_whole(folder, [("fp32, AdamW, OneCycle, accumulation 4", 0)])
+    return wrong, leg(load, save, 3)
+
+
 def together(answers: list[Any]) -> Any:
     """The answers of all processes as those of one."""
     updates = [
-        (rates[0][0], sorted(sum((seen for _, seen in rates), []))) for rates in zip(*(updates for updates, _ in answers))
+        (rates[0][0], sorted(index for _, seen in rates for index in seen))
+        for rates in zip(*(updates for updates, _ in answers))
     ]
     return updates, answers[0][1]
 
@@ -112,7 +122,9 @@ def test_a_run_moves_from_one_process_to_four_to_two_to_one_and_from_stage_to_st
     places = [str(tmp_path / name) for name in ("one", "four", "two", "end", "whole")]
     whole, weights = leg(None, places[4], 0, steps=4 * LEG)
     updates = leg(None, places[0], 0)[0]
-    updates += together(run_ranks(leg, 4, places[0], places[1], 3))[0]
+    four = run_ranks(cut_and_leg, 4, str(tmp_path), places[0], places[1])
+    assert [wrong for wrong, _ in four] == [[]] * 4
+    updates += together([answer for _, answer in four])[0]
     updates += together(run_ranks(leg, 2, places[1], places[2], 0))[0]
     last, left = leg(places[2], places[3], 0)
     assert updates + last == whole
