@@ -117,7 +117,9 @@ CASES = {
             "scheduler": {"type": "StepLR", "params": {"step_size": 2, "gamma": 0.5}},
         }
     ),
-    "bf16 autocast, AMSGrad": Case({**_adam(amsgrad=True, torch_adam=True), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    "bf16 autocast, AMSGrad": Case(
+        {**_adam(amsgrad=True, torch_adam=True), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    ),
 }  # fmt: skip
 
 
