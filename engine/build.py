@@ -83,6 +83,7 @@ def build_parts(
             micro_batch=config.train_micro_batch_size_per_gpu,
             collate_fn=collate_fn,
             drop_last=config.dataloader_drop_last,
+            survives_sigterm=config.redline.checkpoint.save_on_sigterm is not None,
             **config.redline.data.arguments(),
         )
     precision = set_precision(config, module, chosen, shared=shards is not None)

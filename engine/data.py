@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import math
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def build_loader(
     workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = True,
+    survives_sigterm: bool = False,
 ) -> Loader:
     """A loader over this process's share of a dataset.
 
@@ -158,11 +160,13 @@ def build_loader(
             iterable dataset has at most one: each would read all of it.
         prefetch_factor: micro-batches that each worker reads ahead.
         pin_memory: put batches into pinned memory where the device is a GPU.
+        survives_sigterm: let workers go on after SIGTERM, which torchrun and SLURM send to them, too.
 
     Raises:
         EngineError: a map-style dataset without samples.
     """
     options: dict[str, Any] = {"collate_fn": collate_fn, "pin_memory": pin_memory and world.device.type == "cuda"}
+    survival: dict[str, Any] = {"worker_init_fn": _outlive_sigterm} if survives_sigterm else {}
     source: _Source
     if isinstance(dataset, IterableDataset):
         if sampler is not None:
@@ -171,11 +175,11 @@ def build_loader(
             log.info("data: an iterable dataset is read by 1 worker, not %d, each of which would read all", workers)
             workers = 1
         if workers:
-            options |= {"num_workers": workers, "prefetch_factor": prefetch_factor}
+            options |= {"num_workers": workers, "prefetch_factor": prefetch_factor, **survival}
         source = _Stream(dataset, world, seed, {**options, "batch_size": micro_batch, "drop_last": drop_last})
     else:
         if workers:
-            options |= {"num_workers": workers, "prefetch_factor": prefetch_factor}
+            options |= {"num_workers": workers, "prefetch_factor": prefetch_factor, **survival}
         size = len(dataset)  # type: ignore[arg-type]
         if size == 0:
             raise EngineError("data: the dataset is empty; give it at least one sample")
@@ -332,6 +336,12 @@ class _Seeded:
         if getattr(self.dataset, "__getitems__", None):
             return list(self.dataset.__getitems__(indices))
         return [self.dataset[index] for index in indices]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """In a worker: leave SIGTERM to the training process, which ends the worker when it has saved."""
+    # A function, not SIG_IGN: that would be handed on to programs that the dataset starts.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
 
 
 def _seed(*of: int) -> int:

@@ -21,11 +21,13 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.network import choose_interface
 from engine.peers import explains_losses, meet, part
+from engine.rendezvous import meet_in_store
 
-__all__ = ["World", "join_alone", "join_world", "release_at_exit"]
+__all__ = ["World", "join_alone", "join_world", "make_side_group", "release_at_exit"]
 
 T = TypeVar("T")
 
+_timeout = timedelta(seconds=600)  # of the groups to come
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()  # of the process group
 
 
@@ -90,6 +92,8 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
         EngineError: the environment is half there; there are fewer GPUs than processes on the host; the other
             processes do not come in time.
     """
+    global _timeout
+    _timeout = timedelta(seconds=timeout)
     environment = _environment()
     if dist.is_available() and dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -104,12 +108,16 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
         torch.cuda.set_device(chosen)
-    if size > 1 and not dist.is_initialized():
+    fresh = size > 1 and not dist.is_initialized()
+    if fresh:
         # Both backends: numbers about the run travel on the CPU, gradients on the device.
-        _make_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, size, timeout)
+        _make_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank, size)
         atexit.register(_leave)
     if size > 1:
-        meet(rank, size)
+        meet(rank, size, fresh=fresh)
+        if not fresh:  # the script's group, which the script ends
+            atexit.unregister(part)
+            atexit.register(part)
     return World(rank, local_rank, size, chosen)
 
 
@@ -117,24 +125,34 @@ def join_alone(world: World) -> None:
     """Make a process group for a single process that has none: torch's sharding wants one, to offload from one GPU."""
     if not dist.is_initialized():
         backends = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(_leave)
 
 
-def _make_group(backends: str, rank: int, size: int, timeout: float) -> None:
+def _make_group(backends: str, rank: int, size: int) -> None:
     """The process group."""
     choose_interface(size)
     try:
-        dist.init_process_group(backends, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        store = meet_in_store(rank, size, _timeout)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=_timeout)
     except RuntimeError as error:
         master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first, *_ = str(error).splitlines()
+        seconds = _timeout.total_seconds()
         raise EngineError(
-            f"process group: rank {rank} of {size} did not meet the others at {master} within {timeout:g} s "
-            f"(redline.distributed_timeout): {first.rstrip('.')}; expected all {size} processes to be started with one "
+            f"process group: rank {rank} of {size} did not meet the others at {master} (redline.distributed_timeout is "
+            f"{seconds:g} s): {first.rstrip('.')}; expected all {size} processes to be started with one "
             "MASTER_ADDR, which they can reach, and with a port that is open there and nobody else's; where a host has "
             "several networks, GLOO_SOCKET_IFNAME names the interface"
         ) from error
+
+
+def make_side_group() -> Any:
+    """A group of all processes on their CPUs, for collectives that must not mix with the training's; a collective.
+
+    torch gives each group a timeout of its own; this one has that of :func:`join_world`.
+    """
+    return dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def _environment() -> tuple[int, int, int] | None:
@@ -175,10 +193,11 @@ def release_at_exit(parallel: Any) -> None:
 def _leave() -> None:
     if not dist.is_initialized():
         return
-    part()
+    wait = part()
     dist.destroy_process_group()
     # A gloo group that DDP still holds while the interpreter goes down ends the process with "terminate called
     # without an active exception", now and then, when another process has gone first.
     for holder in list(_holders):
         holder.reducer = holder.logger = holder.process_group = None
     gc.collect()
+    wait()

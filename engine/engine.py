@@ -99,6 +99,8 @@ class Engine(nn.Module):
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
         observers: what looks at every update, in this order.
+        after_update: what is called when an update is whole, rate and momentum of the next one included.
+        client_state_on_sigterm: gives the `client_state` of the checkpoint that SIGTERM asks for; None for none.
         steps_per_print: updates between two lines about progress; None for no lines. May be changed at any time, on
             all processes alike.
     """
@@ -113,6 +115,8 @@ class Engine(nn.Module):
         self.training_dataloader = parts.training_dataloader
         self.recorder = parts.recorder
         self.observers: list[Observer] = []
+        self.after_update: Callable[[Engine], None] | None = None
+        self.client_state_on_sigterm: Callable[[], dict[str, Any]] | None = None
         self.config = parts.config
         self.world = parts.world
         self.device = parts.world.device
@@ -310,6 +314,8 @@ class Engine(nn.Module):
             self.lr_scheduler.step()
         if self.scaler is not None and skipped is not None:
             self.scaler.update(skipped)
+        if self.after_update is not None:
+            self.after_update(self)
 
     def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool | None:
         """Unscale, clip, step; whether the update was skipped instead, None where only the device knows."""
@@ -471,6 +477,7 @@ class Engine(nn.Module):
             workers=data.workers if num_local_io_workers is None else num_local_io_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
+            survives_sigterm=self.config.redline.checkpoint.save_on_sigterm is not None,
         )
 
     # -- checkpoints -----------------------------------------------------------------------------

@@ -11,12 +11,12 @@ CPU, a store, an NCCL call) comes here.
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,13 +26,13 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from engine.errors import EngineError
+from engine.rendezvous import agents_store
 
 __all__ = ["Peers", "explains_losses", "follow", "meet", "name_ranks", "part"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GRACE = 5.0  # seconds that the others have to say that they are there
-_KEY = "redline/roll"
 _HERE = "is there"
 _AGAIN = "what it printed may say more; start all processes again, from the last checkpoint"
 _SAME_WORK = "all need the same number of micro-batches, and must make the same calls in the same order"
@@ -47,10 +47,14 @@ class _Counts(Protocol):
 class Peers:
     """The other processes of the group, as one of them knows them."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, *, fresh: bool) -> None:
         self.rank, self.size = rank, size
-        # torchrun's agent holds the store, otherwise rank zero does, and the store goes when that goes.
-        self._with_rank_zero = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._with_rank_zero = not agents_store()  # the store goes when that goes
+        # The script's own store may hold what processes of an earlier start have written, which are dead.
+        name = [""] if fresh else [uuid.uuid4().hex]
+        if not fresh:
+            dist.broadcast_object_list(name)
+        self._key = f"redline/roll/{name[0]}"
         self._engine: Callable[[], _Counts | None] = lambda: None
         self._noted = False
         self._write(f"@{socket.gethostname()}")
@@ -67,17 +71,33 @@ class Peers:
         where = "start" if engine is None else f"update {engine.global_steps}"
         return EngineError(f"{where}: {self._who(roll, str(error))}")
 
-    def leave(self) -> None:
-        """Leave word for those that stay; the last thing that a process does with the store."""
+    def leave(self) -> Callable[[], None]:
+        """Leave word for those that stay.
+
+        Returns:
+            What is to be called when the connections are closed, which is when the others begin to ask: it keeps the
+            store, where this process has it, until they have read.
+        """
         reason = getattr(sys, "last_value", None)
         engine = self._engine()
         done = "" if engine is None else f" after {engine.global_steps} updates"
         if reason is None:
             self._note(f"ended its script{done}")
-            return
+            return lambda: None
+        patience = 1.0 if self._noted else _GRACE  # the others have called the roll at the same time
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
         if self._with_rank_zero and self.rank == 0:
-            self._call_roll(hurry=False)  # so that the others can still read it
+            with suppress(RuntimeError, ValueError, OSError):
+                store = _store()
+                return lambda: self._wait_for_readers(store, patience)
+        return lambda: None
+
+    def _wait_for_readers(self, store: Any, patience: float) -> None:
+        roll, deadline = _Roll(), time.monotonic() + patience
+        while len(roll.notes) < self.size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            roll.read(store.get(self._key).decode())
+        time.sleep(0.3)  # who has just written reads within 0.1 s
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
@@ -88,20 +108,20 @@ class Peers:
     def _write(self, text: str) -> None:
         # The store is asked for anew each time: one that is held here would keep its port when the group is gone.
         with suppress(RuntimeError, ValueError, OSError):
-            _store().append(_KEY, f"{self.rank} {text}\n")
+            _store().append(self._key, f"{self.rank} {text}\n")
 
-    def _call_roll(self, hurry: bool = True) -> _Roll:
-        """What each rank wrote, once all have or their time is over; in a hurry, soon after one has told the cause."""
+    def _call_roll(self) -> _Roll:
+        """What each rank wrote, once all have, or one has told the cause, or their time is over."""
         roll = _Roll()
 
         def read() -> None:
             store = _store()
             deadline = time.monotonic() + _GRACE
             while time.monotonic() < deadline:
-                roll.read(store.get(_KEY).decode())
+                roll.read(store.get(self._key).decode())
                 if len(roll.notes) == self.size:
                     break
-                if hurry and any(text != _HERE for text in roll.notes.values()):
+                if any(text != _HERE for text in roll.notes.values()):
                     deadline = min(deadline, time.monotonic() + 1)
                 time.sleep(0.1)
 
@@ -152,10 +172,10 @@ class _Roll:
 _peers: Peers | None = None
 
 
-def meet(rank: int, size: int) -> Peers:
-    """The processes of the default group, which has just been made."""
+def meet(rank: int, size: int, *, fresh: bool) -> Peers:
+    """The processes of the default group; whether nobody but these has written into its store."""
     global _peers
-    _peers = Peers(rank, size)
+    _peers = Peers(rank, size, fresh=fresh)
     return _peers
 
 
@@ -165,12 +185,11 @@ def follow(engine: _Counts) -> None:
         _peers.follow(engine)
 
 
-def part() -> None:
-    """Leave the others, for good."""
+def part() -> Callable[[], None]:
+    """Leave the others, for good; see :meth:`Peers.leave`."""
     global _peers
-    if _peers is not None:
-        _peers.leave()
-        _peers = None
+    peers, _peers = _peers, None
+    return peers.leave() if peers is not None else lambda: None
 
 
 def explains_losses(function: F) -> F:

@@ -17,8 +17,10 @@ from engine.distributed import World, join_world
 from engine.engine import Engine, Parts
 from engine.errors import ConfigError
 from engine.log import configure, log
+from engine.needs import count_model, tell_needs
 from engine.peers import explains_losses, follow
 from engine.precision import dtype_table
+from engine.sigterm import save_on_sigterm
 from engine.watch import attach
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def initialize(
     world = join_world(device, timeout=loaded.redline.distributed_timeout)
     loaded = load_config(loaded, world_size=world.size)
     check_agreement(loaded, world, model, training_data)
+    elements = count_model(model, loaded, world)  # before it is shared out
     parts = build_parts(
         loaded,
         world,
@@ -81,12 +84,14 @@ def initialize(
         lr_scheduler=lr_scheduler,
         collate_fn=collate_fn,
     )
-    log.info("%s\n%s", _summary(parts), dtype_table(parts.precision, parts.optimizer))
+    told = [_summary(parts), dtype_table(parts.precision, parts.optimizer), *tell_needs(parts, elements)]
+    log.info("%s", "\n".join(told))
     if parts.training_dataloader is not None:
         log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
     engine = Engine(parts)
     follow(engine)
     attach(engine)
+    save_on_sigterm(engine)
     return engine
 
 

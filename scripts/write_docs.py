@@ -2,8 +2,8 @@
 
     python scripts/write_docs.py
 
-In README.md and docs/schedules.md it rewrites the blocks between <!-- name --> and <!-- end -->; docs/config.md and
-configs/schema.json it writes whole. Tests fail where one of them is not what the code says.
+In README.md, docs/schedules.md and docs/zero.md it rewrites the blocks between <!-- name --> and <!-- end -->;
+docs/config.md and configs/schema.json it writes whole. Tests fail where one of them is not what the code says.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 
 import schedulers
 from engine.config import build_schema
-from engine.config.explain import reference
+from engine.config.explain import STAGE_HEADS, reference
+from engine.config.sections.zero import LETTERS, STAGES
 from engine.config.support import HONOURED, KEYS, NO_EFFECT, REFUSED, Key
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/schedules.md")
+FILES = ("README.md", "docs/schedules.md", "docs/zero.md")
 _BLOCK = re.compile(r"<!-- (?P<name>[a-z][a-z0-9_ ]*) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -110,9 +111,15 @@ def _named(keys: Iterable[Key]) -> str:
     return ", ".join(f"`{key.name}`" for key in keys)
 
 
+def stages() -> str:
+    """What each stage of ZeRO is here."""
+    return f"{table(STAGE_HEADS, STAGES)}\n\n{LETTERS}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     **traces(),
     "support": support,
+    "stages": stages,
 }
 
 

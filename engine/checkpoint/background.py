@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from engine.distributed import make_side_group
 from engine.errors import EngineError
 from engine.log import log
 
@@ -30,7 +30,7 @@ class Background:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.group: Any = make_side_group() if world_size > 1 else None
         self.failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}

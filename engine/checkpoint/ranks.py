@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from engine.errors import EngineError
+from engine.peers import explains_losses, name_ranks
 
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
+
+
+@explains_losses
+def _all_gather(values: list[Any], value: Any, group: Any) -> None:
+    dist.all_gather_object(values, value, group=group)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Ranks:
         values = [value] * self.size
         if self.size > 1:
             try:
-                dist.all_gather_object(values, value, group=self.group)
+                _all_gather(values, value, self.group)
+            except EngineError as error:
+                raise EngineError(f"{doing}: {error}") from error.__cause__
             except (RuntimeError, ValueError) as error:
                 # torch's DistError is a RuntimeError; so is what it raises when the other side has hung up.
                 raise EngineError(f"{doing}: another process has gone, or no longer answers: {error}") from error
@@ -65,7 +73,7 @@ class Ranks:
     def _sentence(self, faults: dict[str, list[int]]) -> str:
         if len(faults) == 1 and len(next(iter(faults.values()))) == self.size:
             return next(iter(faults))
-        return "; ".join(f"{_named(ranks)}: {fault}" for fault, ranks in faults.items())
+        return "; ".join(f"{name_ranks(ranks)}: {fault}" for fault, ranks in faults.items())
 
 
 def words(error: Exception) -> str:
@@ -75,7 +83,3 @@ def words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -183,7 +183,7 @@ _NOT_BUILT = {
     "onebitadam": "it compresses communication, and DeepSpeed has removed it; use Adam",
     "zerooneadam": "it compresses communication, and DeepSpeed has removed it; use Adam",
     "onebitlamb": f"it compresses communication, and DeepSpeed has removed it; use AdamW, {_OR_YOUR_OWN}",
-    "cpuadam": "there is no offload; use Adam",
+    "cpuadam": "with zero_optimization.offload_optimizer torch's Adam runs on the CPU; use Adam",
     "lbfgs": "its step evaluates the loss again, which Engine.step cannot; use another",
 }
 

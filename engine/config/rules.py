@@ -69,11 +69,13 @@ def unbuilt(config: EngineConfig) -> Iterator[Conflict]:
     if asked and SHORT[asked] not in ("fp32", on):
         reads = (("data_types", "grad_accum_dtype"), *(((on, "enabled"),) if on != "fp32" else ()))
         yield reads, f"got {shown(asked)}; gradients add up in fp32, or in the training's own format, which is {on}"
-    sent = config.communication_data_type or "fp32"
-    if asked and config.zero_optimization and config.zero_optimization.stage and SHORT[asked] != sent:
-        reads = (("data_types", "grad_accum_dtype"), ("zero_optimization", "stage"), ("communication_data_type",))
-        add_up = f"gradients of a model that is shared out add up in the format that they are sent in, which is {sent}"
-        yield reads, f"got {shown(asked)}; {add_up}; give communication_data_type, or leave it out"
+    if asked and config.zero_optimization and config.zero_optimization.stage:
+        add_up, what = config.communication_data_type or "fp32", "whole gradients add up in communication_data_type"
+        if config.redline.zero.accumulate == "shared":
+            add_up, what = "fp32", "shares of gradients add up in fp32"
+        if SHORT[asked] != add_up:
+            reads = (("data_types", "grad_accum_dtype"), ("zero_optimization", "stage"), ("communication_data_type",))
+            yield reads, f"got {shown(asked)}; expected {shown(add_up)} or null: {what}; see redline.zero.accumulate"
 
 
 def misfits(config: EngineConfig, world: World) -> Iterator[Conflict]:

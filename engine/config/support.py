@@ -59,10 +59,10 @@ _TABLE = (
     Key("dataloader_drop_last", HONOURED, "for a loader that initialize builds", False),
     Key("redline", HONOURED, "Redline's own options"),
     # Communication
-    Key("prescale_gradients", HONOURED, "divides before the sum; gradient_predivide_factor then counts for nothing",
-        False),
-    Key("gradient_predivide_factor", HONOURED, "DeepSpeed's arithmetic", 1.0),
-    Key("gradient_allreduce_op", HONOURED, "DDP's mean, or the sum", "mean"),
+    Key("prescale_gradients", HONOURED, "divides before the sum; gradient_predivide_factor then counts for nothing; "
+        "from zero_optimization.stage 1 on torch divides", False),
+    Key("gradient_predivide_factor", HONOURED, "DeepSpeed's arithmetic; torch's from stage 1 on", 1.0),
+    Key("gradient_allreduce_op", HONOURED, "the mean, or the sum", "mean"),
     Key("communication_data_type", HONOURED, "null sums in fp32, in every precision; DeepSpeed in the training's"),
     Key("managed_gradient_accumulation", HONOURED, "false: every step() is an update, and sends the gradients", True),
     _harmless("disable_allgather", bool, False,

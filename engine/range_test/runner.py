@@ -164,6 +164,7 @@ class _Plan:
         )
         engine.recorder = Recorder(engine.world)
         engine.observers = []
+        engine.after_update = None
         engine._finite = None  # a test is there to diverge
 
 

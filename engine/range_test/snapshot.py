@@ -80,6 +80,7 @@ _COUNTERS = (
     "_doubt",
     "recorder",
     "observers",
+    "after_update",
     "_finite",
     "_last_loss",
     "_grad_norm",

@@ -22,8 +22,8 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None, smallest:
     """The blocks of a model, by name, none inside another.
 
     Without `names` these are the classes that a model of Hugging Face says not to split, else what a list or a
-    sequence of modules repeats: two or more of a class, not counting lists within lists. A block that shares a
-    parameter with the rest of the model is left to the model itself.
+    sequence of modules repeats: two or more of a class, not counting lists of such. A block that shares a parameter
+    with the rest of the model is left to the model itself.
 
     Args:
         names: classes, or names in the model, with ``*`` and ``?``; an empty list for no blocks.
@@ -57,16 +57,22 @@ def _named(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     }
 
 
-def _repeated(module: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    for name, each in module.named_modules():
-        if not isinstance(each, _CONTAINERS):
-            continue
-        members = {key: member for key, member in each.named_children() if not isinstance(member, _CONTAINERS)}
-        kinds = [type(member) for member in members.values()]
-        for key, member in members.items():
-            if kinds.count(type(member)) > 1 and any(True for _ in member.parameters()):
-                found[f"{name}.{key}" if name else key] = member
+def _repeated(module: nn.Module, name: str = "") -> dict[str, nn.Module]:
+    """What lists and sequences repeat; one that stands in another and repeats nothing itself is repeated, or not."""
+    found: dict[str, nn.Module] = {}
+    members: dict[str, nn.Module] = {}
+    for key, child in module.named_children():
+        place = f"{name}.{key}" if name else key
+        inner = _repeated(child, place) if isinstance(child, _CONTAINERS) else {}
+        found |= inner
+        if not inner and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            members[place] = child
+    kinds = [type(member) for member in members.values()] if isinstance(module, _CONTAINERS) else []
+    for place, member in members.items():
+        if kinds.count(type(member)) > 1 and any(True for _ in member.parameters()):
+            found[place] = member
+        else:
+            found |= _repeated(member, place)
     return found
 
 

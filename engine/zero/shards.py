@@ -26,7 +26,7 @@ from engine.log import log
 from engine.zero.blank import fill
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
-from engine.zero.memory import memory_of
+from engine.zero.memory import adds_up_whole, memory_of
 from engine.zero.torchs import Show, forget, send_held, show_collectives
 
 if TYPE_CHECKING:
@@ -98,14 +98,13 @@ def shard_model(
         _let_processes_differ(units)
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
-    keeps = zero.stage < 3
-    local = keeps or accumulate == "local" or (accumulate is None and _has_room(model, world))
+    local = _add_up_whole(model, world, zero.stage, accumulate)
     log.info(
         "zero stage %d: %d processes share %s; %s", zero.stage, world.size,
         f"the model and {len(blocks)} blocks of it" if blocks else "the model as one",
         "gradients are sent once an update" if local else "gradients are sent after every micro-batch",
     )  # fmt: skip
-    return Shards(model, mesh, units, moved, reduction, keeps=keeps, local=local)
+    return Shards(model, mesh, units, moved, reduction, keeps=zero.stage < 3, local=local)
 
 
 class Shards:
@@ -115,6 +114,7 @@ class Shards:
         module: the model, sharded in place.
         moved: the sharded parameter in the place of each one that the model had.
         synced: whether the last backward has given every process its share of the gradients.
+        adds_up_whole: whether gradients of micro-batches stay whole, on each process, until the last one.
     """
 
     sums_every_backward = True  # also of two before one step
@@ -133,7 +133,7 @@ class Shards:
         self.module, self.moved = module, moved
         self._units, self.reduction = units, reduction
         self._num_shares = 0  # of the gradients that were given out last; whole ones follow them
-        self._keeps, self._local = keeps, local
+        self._keeps, self.adds_up_whole = keeps, local
         self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shares out
         self.synced = True
         self._show: Show = lambda op, size, run: run()
@@ -147,7 +147,7 @@ class Shards:
             last: whether that backward ends an update.
             hold: whether its gradients stay with this process in any case.
         """
-        sync = (last or not self._local) and not hold
+        sync = (last or not self.adds_up_whole) and not hold
         if sync is not self.synced:
             for unit in self._units:
                 unit.set_requires_gradient_sync(sync, recurse=False)
@@ -298,11 +298,10 @@ def _place(modules: Iterable[nn.Module], world: World, stored: torch.dtype | Non
             dist.broadcast(tensor.data, 0)
 
 
-def _has_room(model: nn.Module, world: World) -> bool:
-    """Whether every process can hold all gradients in fp32: in a quarter of its memory, whatever else is in use.
-
-    Of the memory that there is, not of what is free, so that a run that is resumed decides alike.
-    """
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    room = memory_of(world.device)
-    return room is not None and needed <= room // 4
+def _add_up_whole(model: nn.Module, world: World, stage: int, accumulate: str | None) -> bool:
+    """Whether gradients of micro-batches add up whole; one answer for all processes, whose hosts may differ."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    answer = torch.tensor(float(adds_up_whole(stage, accumulate, trained, memory_of(world.device))))
+    answer = answer.to(world.device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)

@@ -112,7 +112,7 @@ def cut_and_leg(folder: str, load: str, save: str) -> Any:
 def together(answers: list[Any]) -> Any:
     """The answers of all processes as those of one."""
     updates = [
-        (rates[0][0], sorted(each for _, seen in rates for each in seen))
+        (rates[0][0], sorted(index for _, seen in rates for index in seen))
         for rates in zip(*(updates for updates, _ in answers))
     ]
     return updates, answers[0][1]

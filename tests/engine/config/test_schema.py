@@ -236,7 +236,7 @@ BEYOND_A_SCHEMA = (
     "take one of the two",
     "or stage 1, 2 or 3",
     "expected a divisor of",
-    "gradients of a model that is shared out",
+    "see redline.zero.accumulate",
     "fills in and nothing here can; give train",
     "no momentum to cycle",
     "inside itself",

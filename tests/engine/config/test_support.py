@@ -332,6 +332,12 @@ def test_a_key_inside_a_section_can_be_refused(settings: dict[str, Any], path: s
         {"zero_optimization": {"stage": 2, "compute_grad_norm": False}, "gradient_clipping": 0},
         {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3}},
         {"zero_optimization": {"stage": 3, "mics_shard_size": 0, "offload_optimizer": {"device": "auto"}}},
+        {
+            "communication_data_type": "fp16",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": {"stage": 2},
+            "redline": {"zero": {"accumulate": "shared"}},
+        },
     ],
     ids=str,
 )

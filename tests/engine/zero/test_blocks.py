@@ -37,6 +37,11 @@ def test_lists_of_lists_are_looked_through() -> None:
     assert list(find_blocks(stages)) == ["0.0", "0.1", "2.0", "2.1"]
 
 
+def test_sequences_that_repeat_nothing_themselves_are_repeated() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)), nn.Linear(4, 2))
+    assert list(find_blocks(model)) == ["0", "1", "2"]
+
+
 def test_a_block_within_a_block_belongs_to_it() -> None:
     outer = nn.ModuleList([Stack(), Stack()])
     assert list(find_blocks(outer)) == ["0", "1"]
