@@ -82,7 +82,7 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
         return "a tensor"
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5, sign: str = ", ") -> str:
     """Names, the first of many."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return sign.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Checksummed", "Record", "flush", "record_of", "remove"]
+__all__ = ["Checksummed", "Record", "flush", "record_of", "remove", "why_unreadable"]
 
 _CHUNK = 1 << 20  # bytes read or written at a time
 _CRUMB = 1 << 15  # bytes below which a write waits for others
@@ -125,3 +126,13 @@ def _flush(path: Path) -> None:
 def remove(folder: Path) -> None:
     """A folder and all in it; what is gone already does not matter."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a file that `torch.load` has refused; its own words advise to let it run code."""
+    text = str(error)
+    if "eights only load failed" in text or "weights_only" in text:
+        asks = re.search(r"(?:GLOBAL|global|class|function):? ([\w.]+\.\w+)", text)
+        what = f"it asks for {asks[1]}" if asks else "it is no file of torch's"
+        return f"{path}: {what}; nothing but tensors and plain types is read"
+    return f"{path}: cannot be read: {type(error).__name__}: {text.partition(chr(10))[0]}"

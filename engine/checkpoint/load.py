@@ -10,7 +10,7 @@ from engine.checkpoint import layout
 from engine.checkpoint.adopt import adopt
 from engine.checkpoint.deepspeed_files import is_deepspeeds
 from engine.checkpoint.manifest import Broken, faults, text_of
-from engine.checkpoint.opened import Opened, open_checkpoint, why_unreadable
+from engine.checkpoint.opened import Opened, open_checkpoint
 from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.restore import Restore, Wanted
 from engine.errors import EngineError
@@ -70,8 +70,8 @@ def _candidates(ranks: Ranks, parent: Path, tag: str | None, wanted: Wanted) -> 
     candidates, why = looks[0][2]
     if not candidates and not why:
         found = list(layout.tags(parent)) if parent.is_dir() else []
-        hint = f"; the tags in it were saved with save_latest=False: {', '.join(found)}; name one" if found else ""
-        log.warning("%s: %s has no %s: nothing is loaded%s", _DOING, parent, layout.LATEST, hint)
+        hint = f"; tags that were saved with save_latest=False have to be named: {', '.join(found)}" if found else ""
+        log.warning("%s: no checkpoint in %s: nothing is loaded%s", _DOING, parent, hint)
     return list(candidates), list(why)
 
 
@@ -137,8 +137,8 @@ def _read(ranks: Ranks, restore: Restore) -> list[str]:
     def read() -> list[str]:
         try:
             restore.read()
-        except Exception as error:  # a tensor's file with code in it is found here
-            return [why_unreadable(restore.folder, error)]
+        except Broken as error:  # a tensor's file with code in it is found here
+            return [str(error)]
         return []
 
     return list(dict.fromkeys(fault for wrong in ranks.agree(_DOING, read) for fault in wrong))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.checkpoint import layout
+from engine.checkpoint.files import why_unreadable
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["Opened", "open_checkpoint", "why_unreadable"]
+__all__ = ["Opened", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,3 @@ def open_checkpoint(found: Found, rank: int) -> Opened:
         raise Broken(why_unreadable(own, error)) from error
     metadata = read_metadata(found.folder)
     return Opened(found, metadata, metadata.state_dict_metadata, shared, mine, is_own)
-
-
-def why_unreadable(path: Path, error: Exception) -> str:
-    """What is wrong with a file that `torch.load` has refused; its own words advise to let it run code."""
-    text = str(error)
-    asks = re.search(r"(?:GLOBAL|global|class|function):? ([\w.]+\.\w+)", text)
-    if "eights only load failed" in text or "weights_only" in text:
-        what = f"it asks for {asks[1]}" if asks else "it is no file of tensors and plain types"
-        return f"{path}: {what}; nothing but tensors and plain types is read"
-    return f"{path}: cannot be read: {type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -43,7 +43,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor], *, key: str | None =
     if refused:
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise EngineError(
-            f"checkpoint: {'; '.join(refused[:_SHOWN])}{more}; expected None, numbers, strings, bytes, lists, tuples, "
+            f"{'; '.join(refused[:_SHOWN])}{more}; expected None, numbers, strings, bytes, lists, tuples, "
             "sets, dicts and tensors, so that nothing has to be unpickled; save what it is made of, such as vars(x) "
             "or x.state_dict()"
         )

@@ -101,7 +101,7 @@ class Restore:
             if self._saved[source].size != tensors[name].shape
         ]
         if wrong:
-            raise EngineError(f"{self.folder}: {listed(wrong)}; build the model that was saved")
+            raise EngineError(f"{self.folder}: {listed(wrong, sign='; ')}; build the model that was saved")
         self._sources = names.sources
         # Beside the engine's own, so that a file that cannot be read leaves it as it is: for a moment this takes the
         # memory that gradients will take.
@@ -154,7 +154,7 @@ class Restore:
         """Read all tensors, beside what the engine has.
 
         Raises:
-            Exception: of many kinds, if a file cannot be read.
+            Broken: a file holds anything but the tensors it should.
         """
         from engine.checkpoint.tensors import read  # see there
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import layout
+from engine.checkpoint.files import why_unreadable
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken
-from engine.checkpoint.opened import why_unreadable
 from engine.checkpoint.stored import PART, Stored
 
 __all__ = ["SavedCheckpoint"]

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, S
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from engine.checkpoint.files import Checksummed, Record
+from engine.checkpoint.files import Checksummed, Record, why_unreadable
 from engine.checkpoint.frames import write_tensor
 from engine.checkpoint.manifest import Broken
 
@@ -175,7 +175,7 @@ def read_metadata(folder: Path) -> Metadata:
     except Broken as error:
         raise Broken(f"{path}: {error}") from None
     except Exception as error:  # an unpickler stumbles in many ways
-        raise Broken(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+        raise Broken(why_unreadable(path, error)) from error
     if not isinstance(metadata, Metadata):
         raise Broken(f"{path}: expected torch.distributed.checkpoint's Metadata, found {type(metadata).__name__}")
     for key, entry in metadata.state_dict_metadata.items():
@@ -215,15 +215,33 @@ def read(folder: Path, metadata: Metadata, targets: Mapping[str, Tensor]) -> Non
     """Fill tensors in place: whole ones whole, of DTensors what this process has of them.
 
     Raises:
-        RuntimeError, ValueError, OSError: a tensor is not there, or of another shape, or cannot be read.
+        Broken: a file holds anything but the tensors it should.
     """
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
     reader = FileSystemReader(folder)
+    reader.fs = files = _Noting()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     plan: LoadPlan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    with torch.no_grad():
-        reader.read_data(plan, planner).wait()
+    try:
+        with torch.no_grad():
+            reader.read_data(plan, planner).wait()
+    except Broken:
+        raise
+    except Exception as error:
+        raise Broken(why_unreadable(files.last or folder, error)) from error
+
+
+class _Noting(FileSystem):
+    """Files that are read, and which was the last: torch's errors do not tell."""
+
+    last: Path | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        self.last = Path(path)
+        with open(path, mode) as file:
+            yield file
 
 
 class _LoadPlanner(DefaultLoadPlanner):

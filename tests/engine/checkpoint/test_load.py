@@ -1,0 +1,507 @@
+"""What load_checkpoint gives back, what it leaves alone, and what it refuses; a step at a time, in one process."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import EngineError, initialize
+from tests.resume import Case, build, trained
+
+WARM = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10}}}
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}}
+CASE = Case({**ADAM, **WARM})
+
+
+def saved(folder: Path, case: Case = CASE, steps: int = 3, **give: Any) -> Any:
+    """An engine that has trained and saved."""
+    engine = build(case)
+    trained(engine, steps)
+    engine.save_checkpoint(folder, **give)
+    return engine
+
+
+def weights(engine: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+# -- what comes back, as DeepSpeed has it --------------------------------------------------------------
+
+
+def test_the_default_tag_is_the_step_and_the_path_is_its_folder(tmp_path: Path) -> None:
+    before = saved(tmp_path, client_state={"epoch": 3})
+    assert (tmp_path / "latest").read_text() == "global_step3"
+    engine = build(CASE)
+    assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "global_step3"), {"epoch": 3})
+    assert (engine.global_steps, engine.global_samples, engine.micro_steps) == (3, 6, 3)
+    assert engine.get_lr() == before.get_lr()
+
+
+def test_saving_returns_true_and_no_client_state_is_an_empty_one(tmp_path: Path) -> None:
+    engine = build(CASE)
+    assert engine.save_checkpoint(tmp_path, tag=7) is True
+    assert engine.load_checkpoint(tmp_path, tag=7) == (str(tmp_path / "7"), {})
+
+
+def test_a_tag_that_is_not_the_latest_is_loaded_by_its_name(tmp_path: Path) -> None:
+    engine = saved(tmp_path, tag="good", client_state={"which": 1})
+    trained(engine, 1)
+    engine.save_checkpoint(tmp_path, tag="best", client_state={"which": 2}, save_latest=False)
+    assert (tmp_path / "latest").read_text() == "good"
+    assert build(CASE).load_checkpoint(tmp_path)[1] == {"which": 1}
+    assert build(CASE).load_checkpoint(tmp_path, "best")[1] == {"which": 2}
+
+
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_no_checkpoint_at_all_is_none_and_a_warning(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert build(CASE).load_checkpoint(tmp_path / folder) == (None, None)
+    assert f"load_checkpoint: no checkpoint in {tmp_path / folder}: nothing is loaded" in caplog.messages
+
+
+def test_what_was_not_saved_as_the_latest_is_not_found_as_such(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, tag="best", save_latest=False)
+    assert build(CASE).load_checkpoint(tmp_path) == (None, None)
+    assert "tags that were saved with save_latest=False have to be named: best" in caplog.text
+
+
+def test_a_tag_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(EngineError) as caught:
+        build(CASE).load_checkpoint(tmp_path, "global_step4")
+    assert str(caught.value) == (
+        f"load_checkpoint: {tmp_path}/global_step4 is not there; the tags in {tmp_path} are global_step3"
+    )
+
+
+def test_the_module_alone_leaves_all_else_as_it_is(tmp_path: Path) -> None:
+    before = saved(tmp_path, client_state={"a": 1})
+    engine = build(CASE)
+    trained(engine, 1)
+    rates, draws = engine.get_lr(), torch.get_rng_state()
+    assert engine.load_checkpoint(tmp_path, load_module_only=True)[1] == {"a": 1}
+    assert same(weights(engine), weights(before))
+    assert (engine.global_steps, engine.micro_steps, engine.get_lr()) == (1, 1, rates)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(float(state["step"]) == 1 for state in engine.optimizer.state.values())
+
+
+def test_without_the_optimizers_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
+    saved(tmp_path)
+    engine = build(CASE)
+    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
+    assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (0, 3, 2)
+    assert engine.get_lr() == build(CASE).get_lr()  # DeepSpeed's, too: the schedule writes with the next step
+
+
+def test_without_the_schedules_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
+    before = saved(tmp_path)
+    engine = build(CASE)
+    engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (9, 3, -1)
+    assert engine.get_lr() == before.get_lr()  # DeepSpeed's, too: they are in the optimizer's groups
+
+
+def test_client_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = {
+        "plain": [1, 2.5, None, True, "text", float("inf")],
+        "tuple": (1, (2, [3])),
+        "keys": {1: "a", (2, 3): "b", "$float": "c"},
+        "bytes": b"\x00\xff",
+        "set": {1, 2},
+        "complex": 1 + 2j,
+        "tensor": torch.arange(3),
+        "half": {"in": [torch.ones(2, dtype=torch.bfloat16)]},
+        "dtype": torch.float16,
+        "size": torch.Size([2, 3]),
+        "a.b": torch.zeros(1),
+        "a": {"b": torch.ones(1)},
+    }
+    saved(tmp_path, client_state=state)
+    back = build(CASE).load_checkpoint(tmp_path)[1]
+    assert back.keys() == state.keys()
+    for key in ("plain", "tuple", "keys", "bytes", "set", "complex", "dtype", "size"):
+        assert back[key] == state[key] and type(back[key]) is type(state[key])
+    assert torch.equal(back["tensor"], torch.arange(3))
+    assert torch.equal(back["half"]["in"][0], torch.ones(2, dtype=torch.bfloat16))
+    assert (float(back["a.b"]), float(back["a"]["b"])) == (0.0, 1.0)
+
+
+def test_what_would_have_to_be_unpickled_is_refused_by_name(tmp_path: Path) -> None:
+    class Args:
+        pass
+
+    with pytest.raises(EngineError) as caught:
+        build(CASE).save_checkpoint(tmp_path, client_state={"args": Args(), "paths": [1, tmp_path]})
+    assert "client_state['args'] is of type " in str(
+        caught.value
+    ) and "Args; client_state['paths'][1] is of type" in str(caught.value)
+    assert "save what it is made of, such as vars(x)" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numpys_numbers_become_pythons(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy", reason="needs NumPy")
+    saved(tmp_path, client_state={"best": numpy.float64(0.5), "step": numpy.int32(3)})
+    back = build(CASE).load_checkpoint(tmp_path)[1]
+    assert back == {"best": 0.5, "step": 3} and type(back["best"]) is float and type(back["step"]) is int
+
+
+# -- models that differ --------------------------------------------------------------------------------
+
+
+def engine_of(module: nn.Module, **extra: Any) -> Any:
+    return initialize(module, {"train_micro_batch_size_per_gpu": 2, **ADAM, **extra}, device="cpu")
+
+
+def stepped(engine: Any) -> Any:
+    engine.backward(engine(torch.ones(2, 4)).float().square().mean())
+    engine.step()
+    return engine
+
+
+def test_other_names_are_refused_with_both_sides(tmp_path: Path) -> None:
+    engine_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))).save_checkpoint(tmp_path)
+    other = engine_of(nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)))
+    before = weights(other)
+    with pytest.raises(EngineError) as caught:
+        other.load_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"load_checkpoint: {tmp_path}/global_step0: it lacks 1.bias, which the model has; it has 0.bias, which the "
+        "model lacks; build the model that was saved, or load what both have: load_module_strict=False"
+    )
+    assert same(weights(other), before)
+
+
+def test_not_strict_loads_what_both_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = stepped(engine_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))))
+    one.save_checkpoint(tmp_path)
+    other = engine_of(nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)))
+    bias = other.module[1].bias.detach().clone()
+    other.load_checkpoint(tmp_path, load_module_strict=False)
+    assert "what both have is loaded" in caplog.text
+    assert torch.equal(other.module[0].weight, one.module[0].weight)
+    assert torch.equal(other.module[1].bias, bias)
+    assert set(other.optimizer.state) == {other.module[0].weight, other.module[1].weight}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_shape_is_refused_in_any_case(strict: bool, tmp_path: Path) -> None:
+    engine_of(nn.Linear(4, 4)).save_checkpoint(tmp_path)
+    with pytest.raises(EngineError, match=r"weight is \[4, 4\] in the checkpoint, \[2, 4\] in the model; bias is "):
+        engine_of(nn.Linear(4, 2)).load_checkpoint(tmp_path, load_module_strict=strict)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        if tied:
+            self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.two(self.one(x))
+        return out
+
+
+@pytest.mark.parametrize("now", [True, False], ids=["tied", "untied"])
+def test_tied_weights_load_where_they_are_tied_and_where_not(now: bool, tmp_path: Path) -> None:
+    one = engine_of(Tied(True))
+    one.save_checkpoint(tmp_path)
+    other = engine_of(Tied(now))
+    other.load_checkpoint(tmp_path, load_module_only=True)
+    assert torch.equal(other.module.one.weight, one.module.one.weight)
+    assert torch.equal(other.module.two.weight, one.module.one.weight)
+
+
+def test_frozen_parameters_are_saved_unless_they_are_excluded(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        return module[0].requires_grad_(False) and module
+
+    engine = engine_of(model())
+    engine.save_checkpoint(tmp_path, "all")
+    engine.save_checkpoint(tmp_path, "some", exclude_frozen_parameters=True)
+    other = engine_of(model())
+    other.load_checkpoint(tmp_path, "all")
+    assert same(weights(other), weights(engine))
+    with pytest.raises(EngineError, match=r"it was saved with exclude_frozen_parameters, without 0.weight, 0.bias"):
+        engine_of(model()).load_checkpoint(tmp_path, "some")
+    third = engine_of(model())
+    frozen = third.module[0].weight.clone()
+    third.load_checkpoint(tmp_path, "some", load_module_strict=False)
+    assert torch.equal(third.module[0].weight, frozen)
+    assert torch.equal(third.module[1].weight, engine.module[1].weight)
+
+
+def test_buffers_that_a_state_dict_has_are_saved_and_passing_ones_are_not(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        module = nn.Linear(4, 4)
+        module.register_buffer("kept", torch.zeros(2))
+        module.register_buffer("passing", torch.zeros(2), persistent=False)
+        return module
+
+    engine = engine_of(model())
+    engine.module.kept.fill_(1)
+    engine.module.passing.fill_(1)
+    engine.save_checkpoint(tmp_path)
+    other = engine_of(model())
+    other.load_checkpoint(tmp_path)
+    assert (other.module.kept.tolist(), other.module.passing.tolist()) == ([1, 1], [0, 0])
+
+
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.calls: list[int] = [1]
+
+    def get_extra_state(self) -> Any:
+        return {"calls": tuple(self.calls), "kept": torch.ones(2)}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = list(state["calls"])
+        assert torch.equal(state["kept"], torch.ones(2))
+
+
+def test_a_modules_extra_state_is_kept(tmp_path: Path) -> None:
+    engine = engine_of(nn.Sequential(Counting()))
+    engine.module[0].calls.append(5)
+    engine.save_checkpoint(tmp_path)
+    other = engine_of(nn.Sequential(Counting()))
+    other.load_checkpoint(tmp_path)
+    assert other.module[0].calls == [1, 5]
+
+
+def test_a_function_of_the_scripts_may_load_the_model(tmp_path: Path) -> None:
+    engine = stepped(engine_of(nn.Linear(4, 4)))
+    engine.save_checkpoint(tmp_path)
+
+    def load(src: dict[str, Tensor], dst: nn.Module) -> None:
+        dst.load_state_dict({f"inner.{name}": value for name, value in src.items()})
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            return out
+
+    other = engine_of(Outer(), bf16={"enabled": True})
+    other.load_checkpoint(tmp_path, custom_load_fn=load, load_module_only=True)
+    assert torch.equal(other.module.inner.weight.float(), engine.module.weight.bfloat16().float())
+    stepped(other)  # from there, and not from its own first weights
+    assert torch.allclose(other.module.inner.weight.float(), engine.module.weight, atol=0.03)
+
+
+@pytest.mark.parametrize("case", ["fp32 to bf16", "bf16 to fp32", "fp16 to bf16"])
+def test_a_checkpoint_loads_in_another_precision(case: str, tmp_path: Path) -> None:
+    was, now = ({} if name == "fp32" else {name: {"enabled": True}} for name in case.split(" to "))
+    engine = stepped(engine_of(nn.Linear(4, 4), **was))
+    engine.save_checkpoint(tmp_path)
+    other = engine_of(nn.Linear(4, 4), **now)
+    other.load_checkpoint(tmp_path)
+    mine, theirs = (each.optimizer.param_groups[0]["params"] for each in (other, engine))
+    assert same(mine, theirs)  # fp32 in each, bit for bit
+    assert torch.equal(other.module.weight.float(), mine[0].to(other.module.weight.dtype).float())
+    assert torch.equal(other.optimizer.state[mine[0]]["exp_avg"], engine.optimizer.state[theirs[0]]["exp_avg"])
+
+
+# -- optimizers and schedules that differ --------------------------------------------------------------
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    engine_of(nn.Linear(4, 4)).save_checkpoint(tmp_path)
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with pytest.raises(EngineError, match=r"optimizer: was AdamW, is SGD; .* load_optimizer_states=False"):
+        engine_of(nn.Linear(4, 4), **sgd).load_checkpoint(tmp_path)
+    engine_of(nn.Linear(4, 4), **sgd).load_checkpoint(tmp_path, load_optimizer_states=False)
+
+
+def test_other_groups_are_refused(tmp_path: Path) -> None:
+    engine_of(nn.Linear(4, 4)).save_checkpoint(tmp_path)
+    model = nn.Linear(4, 4)
+    config = {"train_micro_batch_size_per_gpu": 2, **ADAM}
+    two = initialize(
+        model, config, model_parameters=[{"params": [model.weight]}, {"params": [model.bias]}], device="cpu"
+    )
+    with pytest.raises(EngineError, match=r"optimizer: had 1 groups of weights, has 2; make the same"):
+        two.load_checkpoint(tmp_path)
+    model = nn.Linear(4, 4)
+    fewer = initialize(model, config, model_parameters=[model.weight], device="cpu")
+    with pytest.raises(EngineError, match=r"group 0 of the checkpoint has 2 weights; the engine's is without bias"):
+        fewer.load_checkpoint(tmp_path)
+
+
+def test_settings_that_the_config_has_changed_are_the_checkpoints_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine_of(nn.Linear(4, 4)).save_checkpoint(tmp_path)
+    changed = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": 0.1}}}
+    other = engine_of(nn.Linear(4, 4), **changed)
+    other.load_checkpoint(tmp_path)
+    assert other.get_lr() == [0.01]
+    assert "optimizer: lr was 0.01, is 0.5; the checkpoint's values are in force" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": 0.03, "warmup_num_steps": 10}},
+         "scheduler: warmup_max_lr was 0.02, is 0.03"),
+        ({"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 10}},
+         "scheduler: type was WarmupLR, is WarmupDecayLR"),
+        (None, "scheduler: type was WarmupLR, is none"),
+    ],
+    ids=["a parameter", "the type", "none"],
+)  # fmt: skip
+def test_a_changed_schedule_is_named_and_refused(now: Any, said: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = build(Case({**ADAM, "scheduler": now} if now else ADAM))
+    with pytest.raises(EngineError) as caught:
+        other.load_checkpoint(tmp_path)
+    assert said in str(caught.value) and '"override_schedule": true' in str(caught.value)
+    assert (other.global_steps, len(other.optimizer.state)) == (0, 0)
+    other.load_checkpoint(tmp_path, load_lr_scheduler_states=False)  # on purpose
+
+
+def test_a_changed_schedule_goes_on_at_the_step_reached_where_the_config_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path)
+    decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2, "warmup_max_lr": 0.1}}
+    case = Case({**ADAM, "scheduler": decay})
+    other = build(case, redline={"checkpoint": {"override_schedule": True}})
+    other.load_checkpoint(tmp_path)
+    assert "scheduler: type was WarmupLR, is WarmupDecayLR; the new one goes on at step 3" in caplog.text
+    there = build(case)
+    trained(there, 3)
+    assert other.get_lr() == there.get_lr()
+    assert other.lr_scheduler.last_batch_iteration == 2
+
+
+def test_torchs_schedules_are_compared_and_overridden_too(tmp_path: Path) -> None:
+    def step(gamma: float, **extra: Any) -> Any:
+        schedule = {"type": "StepLR", "params": {"step_size": 1, "gamma": gamma}}
+        return build(Case({**ADAM, "scheduler": schedule}), **extra)
+
+    engine = step(0.5)
+    trained(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    with pytest.raises(EngineError, match=r"scheduler: gamma was 0.5, is 0.1"):
+        step(0.1).load_checkpoint(tmp_path)
+    other = step(0.1, redline={"checkpoint": {"override_schedule": True}})
+    other.load_checkpoint(tmp_path)
+    assert other.get_lr() == pytest.approx([0.01 * 0.1**2])
+    trained(other, 1)
+    assert other.get_lr() == pytest.approx([0.01 * 0.1**3])
+
+
+def test_a_static_loss_scale_is_the_configs(tmp_path: Path) -> None:
+    def scaled(scale: float) -> Any:
+        return engine_of(nn.Linear(4, 4), fp16={"enabled": True, "loss_scale": scale})
+
+    scaled(8.0).save_checkpoint(tmp_path)
+    other = scaled(4.0)
+    other.load_checkpoint(tmp_path)
+    assert other.loss_scale == 4.0
+
+
+# -- random numbers, data, and updates under way -------------------------------------------------------
+
+
+def test_all_random_numbers_go_on(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy", reason="needs NumPy")
+
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(torch.rand(())), float(numpy.random.rand())
+
+    engine = build(CASE)
+    engine.save_checkpoint(tmp_path)
+    expected = draws()
+    assert draws() != expected
+    build(CASE).load_checkpoint(tmp_path)
+    assert draws() == expected
+
+
+def test_an_engine_with_data_of_another_kind_is_refused(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield from range(100)
+
+    config = {"train_micro_batch_size_per_gpu": 2, **ADAM}
+    initialize(nn.Linear(4, 4), config, training_data=Stream(), device="cpu").save_checkpoint(tmp_path)
+    other = initialize(nn.Linear(4, 4), config, training_data=range(10), device="cpu")
+    with pytest.raises(EngineError, match=r"its place in the data is of another kind of dataset: epoch, samples;"):
+        other.load_checkpoint(tmp_path)
+
+
+def test_a_save_within_an_update_holds_the_one_before_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case({**ADAM, "gradient_accumulation_steps": 4}, noise=0, drops=0, norm=False)
+    engine = build(case)
+    seen: list[int] = []
+    for indices, x in engine.training_dataloader:
+        engine.backward((engine(x) - x).square().mean())
+        engine.step()
+        seen += indices.tolist()
+        if engine.micro_steps == 6:
+            break
+    engine.save_checkpoint(tmp_path)
+    assert "in the middle of an update, after 2 of its 4 micro-batches" in caplog.text
+    other = build(case)
+    other.load_checkpoint(tmp_path)
+    assert (other.global_steps, other.micro_steps, other.global_samples) == (1, 4, 8)
+    again = next(iter(other.training_dataloader))[0]
+    assert again.tolist() == seen[8:10]
+
+
+def test_loading_within_an_update_drops_it(tmp_path: Path) -> None:
+    case = Case({**ADAM, "gradient_accumulation_steps": 4}, noise=0, drops=0, norm=False)
+    engine = build(case)
+    engine.save_checkpoint(tmp_path)
+    for _, x in engine.training_dataloader:
+        engine.backward((engine(x) - x).square().mean())
+        engine.step()
+        break
+    engine.load_checkpoint(tmp_path)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    assert trained(engine, 2) == trained(build(case), 2)
+
+
+def test_a_model_without_an_optimizer_saves_and_loads(tmp_path: Path) -> None:
+    def bare() -> Any:
+        return initialize(nn.Linear(4, 4), {"train_micro_batch_size_per_gpu": 2}, device="cpu")
+
+    engine = bare()
+    engine.save_checkpoint(tmp_path)
+    other = bare()
+    other.load_checkpoint(tmp_path)
+    assert same(weights(other), weights(engine))
+    saved(tmp_path / "trained")
+    with pytest.raises(EngineError, match="it lacks weight, bias"):
+        bare().load_checkpoint(tmp_path / "trained")
+
+
+def test_one_line_says_what_was_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path)
+    other = build(CASE)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        caplog.clear()
+        other.load_checkpoint(tmp_path)
+    assert caplog.messages == [f"load_checkpoint: {tmp_path}/global_step3, after update 3, saved by 1 process"]

@@ -1,0 +1,510 @@
+"""How a checkpoint comes to the disk, what is found of one that is broken, and which ones stay."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import EngineError
+from engine.checkpoint import files, layout, save
+from tests.resume import Case, build, trained
+
+CASE = Case({"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}})
+
+
+def run_of(folder: Path, saves: int = 2, **checkpoint: Any) -> Any:
+    """An engine that has saved after each of its updates."""
+    engine = build(CASE, redline={"checkpoint": checkpoint})
+    trained(engine, saves, lambda: engine.save_checkpoint(folder, client_state={"step": engine.global_steps}))
+    return engine
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def loaded(folder: Path, tag: str | None = None) -> Any:
+    """The step that a checkpoint was saved at."""
+    return build(CASE).load_checkpoint(folder, tag)[1]["step"]
+
+
+# -- what is there -------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_checkpoints_and_latest_and_nothing_else(tmp_path: Path) -> None:
+    run_of(tmp_path)
+    assert names(tmp_path) == {"global_step1", "global_step2", "latest"}
+    assert (tmp_path / "latest").read_text() == "global_step2"
+    files_of = {"manifest.json", "state.json", ".metadata", "__0_0.distcp", "rank_0.pt"}
+    assert names(tmp_path / "global_step2") == files_of
+    manifest = json.loads((tmp_path / "global_step2" / "manifest.json").read_text())
+    assert set(manifest["files"]) == files_of - {"manifest.json"}
+    assert (manifest["format"], manifest["step"], manifest["world_size"]) == (1, 2, 1)
+
+
+def test_any_reader_of_torchs_distributed_checkpoints_reads_the_tensors(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    engine = run_of(tmp_path / "run", 1)
+    dcp_to_torch_save(tmp_path / "run" / "global_step1", tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(whole[f"model.{name}"], parameter)
+    weight = engine.module.inputs.weight
+    assert torch.equal(whole["optimizer.inputs.weight.exp_avg"], engine.optimizer.state[weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("tag", ["", "a/b", "..", ".hidden", "latest", "a\\b", " a", "a:b"])
+def test_a_tag_that_is_no_name_for_a_folder_is_refused(tag: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be the name of a folder"):
+        build(CASE).save_checkpoint(tmp_path, tag)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("folder", ["", " "])
+def test_a_save_to_nowhere_is_refused(folder: str) -> None:
+    with pytest.raises(EngineError, match=r"save_dir: got '.?'; expected a folder"):
+        build(CASE).save_checkpoint(folder)
+
+
+# -- replaced, killed, tidied --------------------------------------------------------------------------
+
+
+def test_a_tag_that_is_there_is_replaced(tmp_path: Path) -> None:
+    engine = build(CASE)
+    engine.save_checkpoint(tmp_path, "same", {"step": 1})
+    engine.save_checkpoint(tmp_path, "same", {"step": 2})
+    assert names(tmp_path) == {"same", "latest"}
+    assert loaded(tmp_path) == 2
+
+
+class Killed(BaseException):
+    """What no handler of errors catches; the rest of a kill is a process that does no more."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Let the process die at one of its calls of rename and replace."""
+    calls = iter(range(100))
+
+    def dying(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if next(calls) == place:
+                monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # it cleans up nothing either
+                raise Killed
+            real(*args)
+
+        return call
+
+    monkeypatch.setattr(os, "rename", dying(os.rename))
+    monkeypatch.setattr(os, "replace", dying(os.replace))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_kill_at_any_rename_of_a_replacement_leaves_the_old_one_or_the_new(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(CASE)
+    engine.save_checkpoint(tmp_path, "same", {"step": 1})
+    with monkeypatch.context() as patch:
+        killed_at(patch, place)
+        if place < 4:
+            with pytest.raises(Killed):
+                engine.save_checkpoint(tmp_path, "same", {"step": 2})
+    assert loaded(tmp_path) in (1, 2)
+    assert loaded(tmp_path, "same") in (1, 2)
+    build(CASE).save_checkpoint(tmp_path, "other", {"step": 3})  # which tidies up
+    assert names(tmp_path) == {"same", "other", "latest"}
+    assert loaded(tmp_path, "same") in (1, 2)
+
+
+def test_a_kill_in_the_very_first_save_after_its_rename_is_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(patch, 2)  # .metadata, the folder, latest
+        with pytest.raises(Killed):
+            build(CASE).save_checkpoint(tmp_path, client_state={"step": 0})
+    assert names(tmp_path) == {"global_step0", ".latest.partial"}
+    assert loaded(tmp_path) == 0
+    assert f"{tmp_path}/latest is not there; global_step0, the newest that is whole, is loaded instead" in caplog.text
+
+
+def test_what_a_killed_run_has_left_is_removed_by_the_next_save_and_nothing_else_is(tmp_path: Path) -> None:
+    for name in (".global_step9.partial-0123abcd", ".mine", "foreign", ".x.partial-xyz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    run_of(tmp_path, 1)
+    assert names(tmp_path) == {".mine", "foreign", ".x.partial-xyz", "global_step1", "latest"}
+
+
+# -- broken --------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> str:
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    return f"{path}: expected {size} bytes, found {size - 1}"
+
+
+def flip(path: Path) -> str:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    expected = zlib.crc32(path.read_bytes())
+    path.write_bytes(data)
+    return f"{path}: expected checksum {expected:08x}, found {zlib.crc32(data):08x}"
+
+
+def delete(path: Path) -> str:
+    size = path.stat().st_size
+    path.unlink()
+    return f"{path}: missing; expected {size} bytes"
+
+
+def add(path: Path) -> str:
+    other = path.with_name("__9_0.distcp")
+    other.write_bytes(b"x")
+    return f"{other}: foreign; it is not in manifest.json; move it away"
+
+
+FILES = (".metadata", "__0_0.distcp", "rank_0.pt", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [truncate, flip, delete, add])
+def test_a_file_that_was_harmed_is_named_and_the_newest_whole_checkpoint_is_used(
+    name: str, harm: Callable[[Path], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path)
+    said = harm(tmp_path / "global_step2" / name)
+    assert loaded(tmp_path) == 1
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"load_checkpoint: {said}; global_step1, the newest that is whole, is loaded instead"]
+    engine = build(CASE)
+    before = torch.get_rng_state()
+    with pytest.raises(EngineError) as caught:
+        engine.load_checkpoint(tmp_path, "global_step2")
+    assert str(caught.value).startswith(
+        f"load_checkpoint: {said}; the tags in {tmp_path} are global_step1, global_step2"
+    )
+    assert (engine.global_steps, len(engine.optimizer.state)) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "missing", "newer", "another's"])
+def test_a_manifest_that_was_harmed_is_named(harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_of(tmp_path)
+    path = tmp_path / "global_step2" / "manifest.json"
+    text = path.read_text()
+    texts = {
+        "truncated": text[:-20],
+        "flipped": text.replace('"step": 2', '"step": 3'),
+        "empty": "",
+        "newer": text.replace('"format": 1', '"format": 2'),
+        "another's": '{"format": 1, "crc32": "90d9eb9d"}',
+    }
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_text(texts[harm])
+    assert loaded(tmp_path) == 1
+    said = {
+        "truncated": "cannot be read: ",
+        "flipped": "expected checksum ",
+        "empty": "cannot be read: ",
+        "missing": "which is written last",
+        "newer": "format 2; this Redline reads 1",
+        "another's": "expected checksum ",
+    }
+    assert said[harm] in caplog.text and str(path.parent) in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "global_step7", "../elsewhere", "global_step1\0"])
+def test_a_latest_that_names_nothing_is_said_and_the_newest_is_used(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path)
+    (tmp_path / "latest").write_text(text)
+    assert loaded(tmp_path) == 2
+    assert "global_step2, the newest that is whole, is loaded instead" in caplog.text
+
+
+def test_where_nothing_is_whole_each_is_named_with_its_fault(tmp_path: Path) -> None:
+    run_of(tmp_path)
+    said = [truncate(tmp_path / "global_step2" / "state.json"), delete(tmp_path / "global_step1" / "rank_0.pt")]
+    with pytest.raises(EngineError) as caught:
+        build(CASE).load_checkpoint(tmp_path)
+    assert str(caught.value) == f"load_checkpoint: {'; '.join(said)}"
+
+
+class Evil:
+    """A pickle with code in it: one that leaves a mark when it is run."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def sealed(folder: Path) -> None:
+    """Write the manifest anew, as someone would who wants a checkpoint to be loaded."""
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["crc32"]
+    for name in document["files"]:
+        record = files.record_of(folder / name)
+        document["files"][name] = {"bytes": record.bytes, "crc32": f"{record.crc32:08x}"}
+    seal = f"{zlib.crc32(json.dumps(document, sort_keys=True).encode()):08x}"
+    path.write_text(json.dumps({**document, "crc32": seal}))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rank_0.pt"])
+@pytest.mark.parametrize("torchs", [False, True], ids=["a pickle", "a file of torch"])
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(
+    name: str, torchs: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path / "run")
+    mark, folder = tmp_path / "mark", tmp_path / "run" / "global_step2"
+    size = (folder / name).stat().st_size
+    if torchs:
+        with open(folder / name, "wb") as file:
+            torch.save(Evil(mark), file)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Evil(mark)))
+    if name == "__0_0.distcp":  # long enough for the places of its tensors
+        with open(folder / name, "ab") as file:
+            file.truncate(size)
+    sealed(folder)
+    engine = build(CASE)
+    assert engine.load_checkpoint(tmp_path / "run")[1] == {"step": 1}
+    assert str(folder) in caplog.text
+    assert not mark.exists()
+    with pytest.raises(EngineError) as caught:
+        engine.load_checkpoint(tmp_path / "run", "global_step2")
+    assert str(caught.value).startswith(f"load_checkpoint: {folder / name}: ")
+    assert not mark.exists()
+
+
+def test_a_tensors_entry_that_would_be_unpickled_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    run_of(tmp_path, 1)
+    folder = tmp_path / "global_step1"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["model.inputs.bias"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    sealed(folder)
+    with pytest.raises(EngineError, match=r"asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata"):
+        build(CASE).load_checkpoint(tmp_path)
+
+
+def test_a_metadata_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    run_of(tmp_path, 1)
+    folder = tmp_path / "global_step1"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../../secret.distcp"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    sealed(folder)
+    with pytest.raises(EngineError, match=r"is said to be in '../../secret.distcp', which is no plain file"):
+        build(CASE).load_checkpoint(tmp_path)
+
+
+# -- a full disk ---------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = run_of(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 999, 999))
+    with pytest.raises(EngineError) as caught:
+        engine.save_checkpoint(tmp_path, "more")
+    assert str(caught.value).startswith(
+        f"save_checkpoint: {tmp_path}: the checkpoint takes 0.1 MB, and the disk has 0.0 MB"
+    )
+    assert names(tmp_path) == {"global_step1", "latest"}
+    assert loaded(tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "rank_0.pt", ".metadata.tmp", "state.json", "manifest.json"])
+def test_a_disk_that_gets_full_leaves_what_was_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = run_of(tmp_path, 1)
+    real = files.Checksummed._put
+
+    def put(self: Any, data: Any) -> None:
+        if str(self._file.name).endswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Checksummed, "_put", put)
+        with pytest.raises(EngineError) as caught:
+            engine.save_checkpoint(tmp_path, "more")
+    assert str(caught.value) == (
+        f"save_checkpoint: {tmp_path}: No space left on device, while tag more was written; what there was of it is "
+        "removed; the checkpoints that were there are as they were"
+    )
+    assert names(tmp_path) == {"global_step1", "latest"}
+    assert loaded(tmp_path) == 1
+    engine.save_checkpoint(tmp_path, "more", {"step": 5})  # with room again
+    assert loaded(tmp_path) == 5
+
+
+def test_a_real_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=160k tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        engine = run_of(disk, 1)
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        with pytest.raises(EngineError, match=r"the checkpoint takes .* and the disk has 0.0 MB free"):
+            engine.save_checkpoint(disk, "more")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(save._Save, "_check_room", lambda *_: None)
+            with pytest.raises(EngineError, match="No space left on device, while tag more was written"):
+                engine.save_checkpoint(disk, "more")
+        assert names(disk) == {"global_step1", "latest", "filler"}
+        assert loaded(disk) == 1
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"save_checkpoint: (File exists|Not a directory): "):
+        build(CASE).save_checkpoint(tmp_path / "file")
+
+
+# -- which ones stay -----------------------------------------------------------------------------------
+
+
+def test_the_last_few_stay_and_every_so_many(tmp_path: Path) -> None:
+    run_of(tmp_path, 7, keep_last=2, keep_every=3)
+    assert names(tmp_path) == {"global_step3", "global_step6", "global_step7", "latest"}
+
+
+def test_what_is_not_in_the_row_is_neither_counted_nor_removed(tmp_path: Path) -> None:
+    engine = build(CASE, redline={"checkpoint": {"keep_last": 1}})
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
+    engine.save_checkpoint(tmp_path, "best", save_latest=False)
+    for tag in ("a", "b", "c"):
+        engine.save_checkpoint(tmp_path, tag)
+    assert names(tmp_path) == {"foreign", "best", "c", "latest"}
+
+
+def test_the_one_that_latest_names_stays(tmp_path: Path) -> None:
+    engine = build(CASE, redline={"checkpoint": {"keep_last": 1}})
+    engine.save_checkpoint(tmp_path, "a")
+    (tmp_path / "latest").write_text("a")
+    engine.save_checkpoint(tmp_path, "b", save_latest=False)
+    assert names(tmp_path) == {"a", "b", "latest"}
+
+
+def test_after_going_back_the_newest_are_those_saved_last(tmp_path: Path) -> None:
+    run_of(tmp_path, 4)
+    engine = build(CASE, redline={"checkpoint": {"keep_last": 2}})
+    engine.load_checkpoint(tmp_path, "global_step1")
+    trained(engine, 1)
+    engine.save_checkpoint(tmp_path, "again", {"step": 2})
+    assert names(tmp_path) == {"again", "global_step4", "latest"}
+
+
+def test_an_old_one_goes_only_when_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = run_of(tmp_path, 1, keep_last=1)
+    flushed: list[str] = []
+    monkeypatch.setattr(save, "flush", lambda paths: flushed.extend(str(path) for path in paths))
+    monkeypatch.setattr(save, "remove_old", lambda *_: flushed.append("removed"))
+    engine.save_checkpoint(tmp_path, "b")
+    assert flushed[-2:] == [str(tmp_path), "removed"]
+    assert {Path(each).name for each in flushed} >= {"__0_0.distcp", "manifest.json", ".latest.partial"}
+
+
+# -- while training goes on ----------------------------------------------------------------------------
+
+
+def test_in_the_background_what_is_saved_is_the_moment_of_the_call(tmp_path: Path) -> None:
+    engine = build(CASE, redline={"checkpoint": {"async_save": True}})
+    trained(engine, 1)
+    state = {"step": torch.tensor(1)}
+    weight = engine.module.inputs.weight
+    before = weight.detach().clone()
+    hold = threading.Event()
+    real = save._Save.run
+
+    def slow(self: Any, *args: Any) -> None:
+        hold.wait(10)
+        real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save._Save, "run", slow)
+        engine.save_checkpoint(tmp_path, client_state=state)
+        trained(engine, 2)
+        state["step"].fill_(9)
+        assert names(tmp_path) == set()
+        hold.set()
+        engine.wait_for_checkpoint()
+    other = build(CASE)
+    path, back = other.load_checkpoint(tmp_path)
+    assert path == str(tmp_path / "global_step1") and int(back["step"]) == 1
+    assert torch.equal(other.module.inputs.weight, before)
+    assert not torch.equal(weight, before)
+
+
+def test_in_the_background_a_second_save_waits_for_the_first_and_keeps_its_memory(tmp_path: Path) -> None:
+    engine = run_of(tmp_path, 3, async_save=True)
+    engine.wait_for_checkpoint()
+    assert names(tmp_path) == {"global_step1", "global_step2", "global_step3", "latest"}
+    buffers = dict(engine._background._buffers)
+    engine.save_checkpoint(tmp_path, "again")
+    engine.wait_for_checkpoint()
+    assert all(engine._background._buffers[key] is buffer for key, buffer in buffers.items() if "client" not in key)
+
+
+@pytest.mark.parametrize("notices", ["step", "flush", "save", "wait", "load"])
+def test_in_the_background_an_error_is_raised_by_whatever_comes_next(notices: str, tmp_path: Path) -> None:
+    engine = build(CASE, redline={"checkpoint": {"async_save": True}})
+    trained(engine, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        engine.save_checkpoint(tmp_path)
+        engine._background._thread.join()
+    actions = {
+        "step": lambda: trained(engine, 1),
+        "flush": engine.flush,
+        "save": lambda: engine.save_checkpoint(tmp_path),
+        "wait": engine.wait_for_checkpoint,
+        "load": lambda: engine.load_checkpoint(tmp_path),
+    }
+    with pytest.raises(EngineError, match=r"the disk has 0.0 MB free; .* \(while training went on: async_save\)"):
+        actions[notices]()
+    engine.save_checkpoint(tmp_path, client_state={"step": 1})  # said once
+    engine.wait_for_checkpoint()
+    assert loaded(tmp_path) == 1
+
+
+def test_in_the_background_what_cannot_be_saved_is_said_at_once(tmp_path: Path) -> None:
+    engine = build(CASE, redline={"checkpoint": {"async_save": True}})
+    with pytest.raises(EngineError, match=r"client_state\['x'\] is of type object"):
+        engine.save_checkpoint(tmp_path, client_state={"x": object()})
+
+
+def test_tidying_finds_its_own_names_only() -> None:
+    assert layout._PARTIAL.fullmatch(".global_step3.partial-0123abcd")
+    assert not layout._PARTIAL.fullmatch(".partial-0123abcd")
+    assert not layout._PARTIAL.fullmatch("global_step3.partial-0123abcd")
