@@ -266,10 +266,11 @@ class Engine(nn.Module):
             return False
         assert self._loss is not None
         factor = self._accumulation / done
-        scale_by(self._gradients(), factor)
+        gradients = self._gradients()
+        scale_by(gradients, factor)
         self._loss = self._loss * factor
         self._pending = False
-        self._update()
+        self._update(gradients)
         return True
 
     def drop_update(self) -> None:
@@ -282,10 +283,10 @@ class Engine(nn.Module):
         self._reduced = True
         self._loss = None
 
-    def _update(self) -> None:
+    def _update(self, gradients: list[Tensor] | None = None) -> None:
         optimizer = self.optimizer
         assert optimizer is not None and self._loss is not None
-        skipped = self._take_step(optimizer, self._gradients())
+        skipped = self._take_step(optimizer, self._gradients() if gradients is None else gradients)
         for weight in self._weights:
             weight.grad = None
         if self._weights is not self._leaves:
@@ -342,9 +343,11 @@ class Engine(nn.Module):
                 clip(gradients, norm, limit)
             if self._precision.skips:
                 optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            self._parallel.update(optimizer)
-            if self._precision.skips:
-                optimizer.found_inf = None  # type: ignore[attr-defined]
+            try:
+                self._parallel.update(optimizer)
+            finally:
+                if self._precision.skips:
+                    optimizer.found_inf = None  # type: ignore[attr-defined]
         if self._publish is not None:
             self._publish()
         self._parallel.put_away()

@@ -141,6 +141,11 @@ class _Lean(Optimizer):
     def _torchs_step(self, closure: Any) -> Any:
         if self._fused_on_shares or not self._is_shared():
             return self._really_torchs_step(closure)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:  # torch's plain step takes no such word
+            self.found_inf = None
+            if found_inf.item():
+                return None
         fused = [group["fused"] for group in self.param_groups]
         for group in self.param_groups:
             group["fused"] = None

@@ -141,6 +141,9 @@ class Replicas(Alone):
     ) -> None:
         super().__init__(module, reduction)
         self._world, self._masters, self._find_unused = world, masters, find_unused_parameters
+        for buffer in module.buffers():
+            if not buffer.is_contiguous():  # one row seen as many, say: DDP cannot write into that
+                buffer.data = buffer.data.contiguous()
         self.ddp: DistributedDataParallel | None = self._wrap()
         # Whether the order of sums shows: two numbers have the same sum in any order, and some DDPs keep theirs.
         self._orders = world.size > 2 and not find_unused_parameters
@@ -162,6 +165,10 @@ class Replicas(Alone):
             self.reduction.reduce(gradients)
         return gradients
 
+    def forget(self) -> None:
+        if self.order() is None:
+            self._order = []
+
     def renew(self) -> None:
         # The new one is made by the next forward, and not here: making DDP is a collective, and a process may be
         # failing. The old one goes first, since both would hook the parameters.
@@ -169,17 +176,18 @@ class Replicas(Alone):
         self._order = []
 
     def order(self) -> list[int] | None:
-        return list(dict.fromkeys(self._order)) or None
+        order = list(dict.fromkeys(self._order))
+        return order if len(order) == len(self._trained()) else None  # a backward that broke off saw a part
 
     def rehearse(self, order: Sequence[int]) -> None:
         """DDP's first iteration, with gradients of zero."""
-        if self._order or not self._orders:
+        trained = self._trained()
+        if self._order or not self._orders or sorted(order) != list(range(len(trained))):  # others are trained now
             return
         self.ddp = self.ddp or self._wrap()
         self.ddp.require_backward_grad_sync = True
         self.ddp.reducer.prepare_for_forward()
         self.ddp.reducer.prepare_for_backward([])
-        trained = self._trained()
         with torch.enable_grad():
             for index in order:
                 (trained[index].flatten()[:1] * 0).sum().backward()  # type: ignore[no-untyped-call]

@@ -21,11 +21,13 @@ def random_state() -> dict[str, Any]:
     """The state of all generators, in plain types and tensors; None for one that nobody has used."""
     # NumPy is the user's: only if it is loaded can its generator have been used.
     numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "python": random.getstate(),
         "numpy": None if numpy is None else _to_tensors(numpy.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+        "cuda": torch.cuda.get_rng_state_all() if cuda else None,
+        "cuda_device": torch.cuda.current_device() if cuda else None,
     }
 
 
@@ -44,6 +46,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if state["cuda"] is not None and torch.cuda.is_available():
         for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(each, device)
+        if state.get("cuda_device") is not None:  # a process may have another device now
+            torch.cuda.set_rng_state(state["cuda"][state["cuda_device"]])
 
 
 def reseed(state: Mapping[str, Any], rank: int) -> None:

@@ -92,6 +92,10 @@ class Sigterm:
         if self.received if self._group is None else self._exchange():
             log.warning("SIGTERM: saving after update %d into %s", engine.global_steps, self._folder)
             begin = time.monotonic()
+            try:
+                engine.wait_for_checkpoint()
+            except EngineError as error:  # of an older checkpoint; this one may do better
+                log.error("%s", error)
             state = engine.client_state_on_sigterm
             engine.save_checkpoint(self._folder, client_state=None if state is None else state())
             engine.wait_for_checkpoint()

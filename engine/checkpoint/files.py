@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +105,27 @@ def record_of(path: Path) -> Record:
 
 def flush(paths: Iterable[Path]) -> None:
     """Have files and folders on the disk before going on; together, so that the disk is waited for once."""
-    paths = list(paths)
-    if len(paths) == 1:
-        _flush(paths[0])
-        return
-    with ThreadPoolExecutor(len(paths)) as pool:
-        list(pool.map(_flush, paths))
+    failures: list[BaseException] = []
+
+    def run(path: Path) -> None:
+        try:
+            _flush(path)
+        except BaseException as error:
+            failures.append(error)
+
+    threads: list[threading.Thread] = []
+    for path in paths:
+        thread = threading.Thread(target=run, args=(path,))
+        try:
+            thread.start()  # no pool of concurrent.futures: none works any more while an interpreter waits for the last
+        except RuntimeError:  # save; nor, from Python 3.12 on, does a thread start
+            run(path)
+        else:
+            threads.append(thread)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _flush(path: Path) -> None:

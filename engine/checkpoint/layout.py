@@ -107,7 +107,10 @@ def tidy(parent: Path) -> None:
             else:
                 os.rename(path, parent / match[1])
         elif _PARTIAL.fullmatch(path.name):
-            remove(path)
+            if path.is_dir():
+                remove(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def tags(parent: Path) -> Iterator[str]:

@@ -99,7 +99,7 @@ class Moments:
         on_cpu = set(self._saved["on_cpu"])
         for name, state in self._saved["state"].items():
             weight = self._weights.get(name)
-            if weight is None:
+            if weight is None or id(weight) not in groups:  # frozen since
                 continue
             model = metadata.get(f"model.{name}")
             for key, packed in state.items():
@@ -125,8 +125,9 @@ class Moments:
             optimizer.load_state_dict(unpack(self._saved["whole"], tensors))
             return
         optimizer.state.clear()
+        own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         for name, state in self._saved["state"].items():
-            if name in self._weights:
+            if name in self._weights and id(self._weights[name]) in own:
                 optimizer.state[self._weights[name]] = unpack(state, tensors)
         for group, saved in zip(optimizer.param_groups, self._saved["groups"]):
             for key, value in unpack(saved["settings"], tensors).items():

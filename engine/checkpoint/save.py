@@ -207,7 +207,7 @@ class _Save:
         """What only rank 0 does, when all have written."""
         if self.ranks.rank != 0:
             return
-        latest = self.parent / f".{layout.LATEST}.partial"
+        latest = layout.new_partial(self.parent, layout.LATEST)
 
         def write() -> None:
             writing.finish([results for _, results in written])

@@ -70,8 +70,9 @@ def shard_model(
         "mesh": mesh,
         "reshard_after_forward": _after_forward(zero.stage, zero.zero_hpz_partition_size, world.size),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if formats.compute is formats.stored else formats.compute,
-            reduce_dtype=reduction.dtype,
+            # None for what the model brings: fp64 stays fp64, as without sharding.
+            param_dtype=None if formats.stored in (None, formats.compute) else formats.compute,
+            reduce_dtype=None if formats.stored is None and reduction.dtype is torch.float32 else reduction.dtype,
             cast_forward_inputs=False,  # the engine's forward has cast them, as without sharding
         ),
         "offload_policy": CPUOffloadPolicy(zero.pins_memory) if offloads else OffloadPolicy(),
@@ -86,7 +87,7 @@ def shard_model(
         mine = [each for _, each in part]
         left: set[Any] = stays_whole(unit, low=low and formats.buffers is None)
         _place(mine, world, formats.stored, left)
-        units.append(fully_shard(unit, ignored_params=left, **options) if left else fully_shard(unit, **options))
+        units.append(_share(unit, left, options))
         whole |= left
         done |= {id(each) for each in mine}
     if offloads and whole:
@@ -261,6 +262,19 @@ def _share_of(value: Any, parameter: Tensor, sharded: Tensor) -> Any:
     return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
 
 
+def _share(unit: nn.Module, whole: set[Any], options: dict[str, Any]) -> Any:
+    """Share a block out, but for some of its parameters."""
+    if not whole:
+        return fully_shard(unit, **options)
+    try:
+        return fully_shard(unit, ignored_params=whole, **options)
+    except TypeError as error:
+        raise EngineError(
+            f"zero_optimization: torch {torch.__version__} cannot leave parameters out of sharding, as scalars, sparse "
+            "embeddings and low-precision batch norm have to be; use torch 2.7 or newer, or stage 0"
+        ) from error
+
+
 def _let_processes_differ(units: Sequence[Any]) -> None:
     """Have a parameter's gradient summed over all processes if some of them did not use it."""
     if not hasattr(units[0], "set_reduce_scatter_unused_params"):
@@ -294,8 +308,10 @@ def _place(modules: Iterable[nn.Module], world: World, stored: torch.dtype | Non
             if isinstance(tensor, DTensor):  # of another module, too, and shared out with that
                 continue
             cast = stored is not None and isinstance(tensor, nn.Parameter) and tensor not in whole
-            tensor.data = tensor.data.to(world.device, stored if cast else tensor.dtype)
-            dist.broadcast(tensor.data, 0)
+            # Contiguous: gloo takes no notice of strides, and FSDP2 shares out nothing else.
+            data = tensor.data.to(world.device, stored if cast else tensor.dtype).contiguous()
+            dist.broadcast(data, 0)
+            tensor.data = data
 
 
 def _add_up_whole(model: nn.Module, world: World, stage: int, accumulate: str | None) -> bool:

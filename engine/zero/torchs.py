@@ -27,9 +27,15 @@ def send_held(model: Any) -> None:
 def forget(model: Any, units: Iterable[Any]) -> None:
     """Drop gradients that are held, and what a forward or backward that has broken off left in between."""
     state = model._get_fsdp_state()
-    if hasattr(state, "_reset_iter_state") and state._is_root:
+    resets = hasattr(state, "_reset_iter_state")  # newer versions
+    if resets and state._is_root:
         state._reset_iter_state()
     for group in _groups(units):
+        if not resets and group._all_gather_result is not None:
+            group.wait_for_unshard()
+        if not resets:
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
