@@ -498,8 +498,8 @@ def kill_all(plan: Plan, count: int, seed: int, folder: Path) -> tuple[Tally, li
 def table(tally: Tally) -> str:
     """What happened, one thing a line."""
     counts = Counter(tally.counts)
-    kills = counts.pop("kills")
-    rows = [("kills", str(kills)), ("runs that came through", str(counts.pop("runs")))]
+    kills = counts.pop("kills", 0)
+    rows = [("kills", str(kills)), ("runs that came through", str(counts.pop("runs", 0)))]
     rows += [(f"  {name}", str(number)) for name, number in sorted(counts.items())]
     if tally.waits:
         waits = sorted(tally.waits)
