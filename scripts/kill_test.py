@@ -138,8 +138,9 @@ def train(plan: Plan, folder: Path, rank: int) -> None:
             if engine.micro_steps % 2:
                 continue
             update = engine.global_steps
-            print_of = zlib.crc32(content() + float(engine.loss).hex().encode())
-            note("update", update, ",".join(map(str, read)), f"{print_of:08x}")
+            assert engine.loss is not None
+            left = zlib.crc32(content() + float(engine.loss).hex().encode())
+            note("update", update, ",".join(map(str, read)), f"{left:08x}")
             read = []
             if update % SAVE_EVERY == 0:
                 note("saving", update)
@@ -177,7 +178,7 @@ def _live(plan: Plan, folder: Path, rank: int, port: int) -> NoReturn:
             train(plan, folder, rank)
             code = 0
         except Exception:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
         threading._shutdown()  # type: ignore[attr-defined]  # threads that write a checkpoint are waited for
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -475,7 +476,8 @@ def show(done: int, count: int, tally: Tally, began: float) -> None:
 
 def kill_all(plan: Plan, count: int, seed: int, folder: Path) -> tuple[Tally, list[str]]:
     """So many kills; what happened, and what did not hold."""
-    tally, faults, dice = Tally(), [], random.Random(seed)
+    tally, dice = Tally(), random.Random(seed)
+    faults: list[str] = []
     straight = Straight.run(plan, folder / "straight")
     began = time.monotonic()
     number, shown = 0, 0
