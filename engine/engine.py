@@ -156,7 +156,8 @@ class Engine(nn.Module):
         self._reduced = True  # whether the gradients are already those of all processes
         self._unfinished = _Unfinished()
         self._background: Background | None = None  # what writes checkpoints, with async_save
-        self._settled_position: tuple[int, int, bool] | None = None  # in the data, after the last update
+        loader = parts.training_dataloader
+        self._settled_position = None if loader is None else loader.position  # in the data, after the last update
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None

@@ -161,6 +161,7 @@ def _data(engine: Engine) -> dict[str, Any] | None:
         return None
     state = loader.state_dict()
     if engine._unfinished.backwards and engine._settled_position is not None:
+        # A dataset with a state of its own cannot be turned back; of its state these micro-batches are missing.
         state["epoch"], state["samples"], _ = engine._settled_position
     return state
 

@@ -77,6 +77,7 @@ _COUNTERS = (
     "global_samples",
     "micro_steps",
     "_skipped",
+    "_settled_position",
     "_doubt",
     "recorder",
     "observers",

@@ -450,25 +450,28 @@ def test_an_engine_with_data_of_another_kind_is_refused(tmp_path: Path) -> None:
         other.load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("done", [2, 6, 13])
 def test_a_save_within_an_update_holds_the_one_before_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    done: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    case = Case({**ADAM, "gradient_accumulation_steps": 4}, noise=0, drops=0, norm=False)
+    case = Case({**ADAM, "gradient_accumulation_steps": 4}, noise=0, drops=0, norm=False, samples=22)
     engine = build(case)
     seen: list[int] = []
-    for indices, x in engine.training_dataloader:
-        engine.backward((engine(x) - x).square().mean())
-        engine.step()
-        seen += indices.tolist()
-        if engine.micro_steps == 6:
-            break
+    while engine.micro_steps < done:  # 13 are more than an epoch, which no 4 divide
+        for indices, x in engine.training_dataloader:
+            engine.backward((engine(x) - x).square().mean())
+            engine.step()
+            seen += indices.tolist()
+            if engine.micro_steps == done:
+                break
     engine.save_checkpoint(tmp_path)
-    assert "in the middle of an update, after 2 of its 4 micro-batches" in caplog.text
+    updates, left = divmod(done, 4)
+    assert f"in the middle of an update, after {left} of its 4 micro-batches" in caplog.text
     other = build(case)
     other.load_checkpoint(tmp_path)
-    assert (other.global_steps, other.micro_steps, other.global_samples) == (1, 4, 8)
+    assert (other.global_steps, other.micro_steps, other.global_samples) == (updates, 4 * updates, 8 * updates)
     again = next(iter(other.training_dataloader))[0]
-    assert again.tolist() == seen[8:10]
+    assert again.tolist() == seen[8 * updates : 8 * updates + 2]
 
 
 def test_loading_within_an_update_drops_it(tmp_path: Path) -> None:
