@@ -64,20 +64,18 @@ def schedule_changes(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | N
 
 
 def setting_changes(saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str] = ()) -> list[str]:
-    """Settings, packed as JSON has them, that differ: name, old and new value."""
+    """Settings, packed as JSON has them, that differ: name, old and new value; those that only one side knows apart."""
     ignored = set(ignored)
     return [
-        f"{key} was {_shown(saved, key)}, is {_shown(now, key)}"
-        for key in dict.fromkeys([*saved, *now])
-        if key not in ignored and saved.get(key) != now.get(key)
+        f"{key} was {_shown(value)}, is {_shown(now[key])}"
+        for key, value in saved.items()
+        if key in now and key not in ignored and value != now[key]
     ]
 
 
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    if key not in settings:
-        return "not given"
+def _shown(packed: Any) -> str:
     try:
-        return repr(unpack(settings[key], {}))
+        return repr(unpack(packed, {}))
     except (KeyError, ValueError):
         return "a tensor"
 

@@ -6,6 +6,7 @@ precision. So any engine over the same model can take it up, in another precisio
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
     section = engine.config.scheduler
     by_config = section is not None and section.type == name
     if section is not None and by_config:
-        parameters = section.arguments()
+        parameters = {**_defaults(type(schedule)), **section.arguments()}
         if hasattr(schedule, "corrected"):
             parameters["redline.schedules"] = engine.config.redline.schedules
     else:
@@ -240,8 +241,17 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
     return {
         "type": name,
         "told_by": "config" if by_config else "state",
-        "parameters": pack(parameters, "the schedule's parameters", tensors, key="schedule.parameters"),
+        "parameters": settings_of(parameters, "schedule.parameters", tensors),
         "state": pack(state, f"{name}.state_dict()", tensors, key="schedule"),
+    }
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """What a class takes where nothing is given."""
+    given = {name: each.default for name, each in inspect.signature(cls).parameters.items()}
+    numbers = {name: float(value) if isinstance(value, float) else value for name, value in given.items()}
+    return {
+        name: value for name, value in numbers.items() if value is not inspect.Parameter.empty and name != "corrected"
     }
 
 

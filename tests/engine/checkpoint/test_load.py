@@ -332,6 +332,38 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     engine_of(nn.Linear(4, 4), **sgd).load_checkpoint(tmp_path, load_optimizer_states=False)
 
 
+class Counted(torch.optim.SGD):
+    """An optimizer with state of its own making, as wrappers around others have it."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": (self.calls, torch.tensor(self.calls))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.calls, count = state_dict.pop("calls")
+        assert int(count) == self.calls
+        super().load_state_dict(state_dict)
+
+
+def test_an_optimizer_with_a_state_dict_of_its_own_is_saved_by_it(tmp_path: Path) -> None:
+    def engine() -> Any:
+        module = nn.Linear(4, 4)
+        given = Counted(module.parameters(), lr=0.1, momentum=0.9)
+        return initialize(module, {"train_micro_batch_size_per_gpu": 2}, optimizer=given, device="cpu")
+
+    one = stepped(engine())
+    one.save_checkpoint(tmp_path)
+    other = engine()
+    other.load_checkpoint(tmp_path)
+    assert other.optimizer.calls == 1
+    assert same(weights(stepped(other)), weights(stepped(one)))
+
+
 def test_other_groups_are_refused(tmp_path: Path) -> None:
     engine_of(nn.Linear(4, 4)).save_checkpoint(tmp_path)
     model = nn.Linear(4, 4)
@@ -365,9 +397,11 @@ def test_settings_that_the_config_has_changed_are_the_checkpoints_and_said(
          "scheduler: warmup_max_lr was 0.02, is 0.03"),
         ({"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 10}},
          "scheduler: type was WarmupLR, is WarmupDecayLR"),
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10, "warmup_type": "linear"}},
+         "scheduler: warmup_type was 'log', is 'linear'"),
         (None, "scheduler: type was WarmupLR, is none"),
     ],
-    ids=["a parameter", "the type", "none"],
+    ids=["a parameter", "the type", "a parameter that was left out", "none"],
 )  # fmt: skip
 def test_a_changed_schedule_is_named_and_refused(now: Any, said: str, tmp_path: Path) -> None:
     saved(tmp_path)
@@ -377,6 +411,12 @@ def test_a_changed_schedule_is_named_and_refused(now: Any, said: str, tmp_path: 
     assert said in str(caught.value) and '"override_schedule": true' in str(caught.value)
     assert (other.global_steps, len(other.optimizer.state)) == (0, 0)
     other.load_checkpoint(tmp_path, load_lr_scheduler_states=False)  # on purpose
+
+
+def test_a_default_that_is_written_out_is_no_change(tmp_path: Path) -> None:
+    saved(tmp_path)
+    spelt = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10, "warmup_type": "log"}}
+    assert build(Case({**ADAM, "scheduler": spelt})).load_checkpoint(tmp_path)[0]
 
 
 def test_a_changed_schedule_goes_on_at_the_step_reached_where_the_config_says_so(
