@@ -15,6 +15,8 @@ __all__ = ["Checksummed", "Record", "flush", "record_of", "remove", "why_unreada
 
 _CHUNK = 1 << 20  # bytes read or written at a time
 _CRUMB = 1 << 15  # bytes below which a write waits for others
+_AHEAD = 1 << 23  # bytes after which the disk is set to work
+_datasync = getattr(os, "fdatasync", os.fsync)
 
 
 class Record(NamedTuple):
@@ -35,6 +37,9 @@ class Checksummed:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by whoever opened this
         self._bytes, self._crc32 = 0, 0
         self._small = bytearray()  # torch.save writes dozens of crumbs for each tensor
+        self._behind = 0  # bytes that nobody has begun to bring to the disk
+        self._flusher: threading.Thread | None = None
+        self._fault: OSError | None = None
 
     def write(self, data: Any) -> int:
         """All of it, or an OSError, now or later."""
@@ -52,8 +57,23 @@ class Checksummed:
     def _put(self, data: Any) -> None:
         view = memoryview(data)
         self._crc32 = zlib.crc32(view, self._crc32)
+        self._behind += len(view)
         while view:
             view = view[self._file.write(view) :]
+        if self._behind >= _AHEAD and (self._flusher is None or not self._flusher.is_alive()):
+            # The disk works while the next bytes are copied and summed up, and is waited for less in the end.
+            flusher = threading.Thread(target=self._flush_ahead)
+            try:
+                flusher.start()
+            except RuntimeError:  # an interpreter that ends starts no thread any more
+                return
+            self._behind, self._flusher = 0, flusher
+
+    def _flush_ahead(self) -> None:
+        try:
+            _datasync(self._file.fileno())
+        except OSError as error:
+            self._fault = error  # the system tells it once, and the flush at the end would hear nothing
 
     def tell(self) -> int:
         """Bytes so far."""
@@ -70,11 +90,19 @@ class Checksummed:
         return self._file.fileno()
 
     def close(self) -> None:
-        """Done; having it on the disk is another matter."""
+        """Done; having all of it on the disk is another matter.
+
+        Raises:
+            OSError: the disk has refused some of it.
+        """
         try:
             self.flush()
         finally:
+            if self._flusher is not None:
+                self._flusher.join()
             self._file.close()
+        if self._fault is not None:
+            raise self._fault
 
     @property
     def closed(self) -> bool:

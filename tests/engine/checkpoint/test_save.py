@@ -364,6 +364,21 @@ def test_a_disk_that_gets_full_leaves_what_was_there(
     assert loaded(tmp_path) == 5
 
 
+def test_what_a_disk_says_while_it_is_flushed_ahead_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = run_of(tmp_path, 1)
+
+    def fails(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "_AHEAD", 1000)
+    monkeypatch.setattr(files, "_datasync", fails)
+    with pytest.raises(EngineError, match="Input/output error, while tag more was written"):
+        engine.save_checkpoint(tmp_path, "more")
+    assert names(tmp_path) == {"global_step1", "latest"}
+
+
 def test_a_real_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
