@@ -34,6 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _GRACE = 5.0  # seconds that the others have to say that they are there
 _HERE = "is there"
+_HAS_READ = "="
 _AGAIN = "what it printed may say more; start all processes again, from the last checkpoint"
 _SAME_WORK = "all need the same number of micro-batches, and must make the same calls in the same order"
 
@@ -84,7 +85,7 @@ class Peers:
         if reason is None:
             self._note(f"ended its script{done}")
             return lambda: None
-        patience = 1.0 if self._noted else _GRACE  # the others have called the roll at the same time
+        patience = _GRACE / 2 if self._noted else _GRACE  # the others call the roll at about the same time
         self._note(f"has left{done}: {type(reason).__name__}: {str(reason)[:300]}")
         if self._with_rank_zero and self.rank == 0:
             with suppress(RuntimeError, ValueError, OSError):
@@ -94,10 +95,9 @@ class Peers:
 
     def _wait_for_readers(self, store: Any, patience: float) -> None:
         roll, deadline = _Roll(), time.monotonic() + patience
-        while len(roll.notes) < self.size and time.monotonic() < deadline:
+        while len(roll.readers | {self.rank}) < self.size and time.monotonic() < deadline:
             time.sleep(0.1)
             roll.read(store.get(self._key).decode())
-        time.sleep(0.3)  # who has just written reads within 0.1 s
 
     def _note(self, text: str) -> None:
         """Write what became of this process, once."""
@@ -126,6 +126,8 @@ class Peers:
                 time.sleep(0.1)
 
         roll.is_whole = _within(_GRACE + 2, read)
+        if roll.is_whole:
+            _within(_GRACE, lambda: self._write(_HAS_READ))
         return roll
 
     def _who(self, roll: _Roll, error: str) -> str:
@@ -156,12 +158,16 @@ class _Roll:
     def __init__(self) -> None:
         self.notes: dict[int, str] = {}
         self.hosts: dict[int, str] = {}
+        self.readers: set[int] = set()  # who has read the others' notes
         self.is_whole = False  # whether the store answered to the end
 
     def read(self, lines: str) -> None:
         for line in lines.splitlines():
             rank, _, text = line.partition(" ")
-            (self.hosts if text.startswith("@") else self.notes)[int(rank)] = text
+            if text == _HAS_READ:
+                self.readers.add(int(rank))
+            else:
+                (self.hosts if text.startswith("@") else self.notes)[int(rank)] = text
 
     def named(self, ranks: Sequence[int]) -> str:
         hosts = sorted({self.hosts[rank][1:] for rank in ranks if rank in self.hosts})

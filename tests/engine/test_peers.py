@@ -25,10 +25,9 @@ import gc, json, os, random, signal, socket, sys, time
 from contextlib import suppress
 import torch
 from torch import nn
-from engine import initialize, peers
+from engine import initialize
 
 torch.set_num_threads(1)
-peers._GRACE = 3.0
 
 TRIALS = {  # what happens, to which rank
     "killed": 1, "killed zero": 0, "raises": 1, "raises zero": 0, "fewer": 1, "stopped": 1, "stopped zero": 0,
