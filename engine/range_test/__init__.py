@@ -1,6 +1,6 @@
 """The learning rate range test: run it, record it, read it, show it.
 
-runner      short runs at growing rates on a live engine, which is then as it was before
+rig         a live engine on which short runs are made, and which is then as it was before; `runner` is the test
 recorder    what any run notes of itself; `passive` keeps that of a run whose config says LRRangeTest
 analysis    curves to a suggestion, pure numbers
 result      a test as a value, on disk, and as a config; `picture` and `report` show it

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_FLOOR, Context
 from statistics import median
+from typing import Literal
 
-__all__ = ["Curve", "DivergenceDetector", "Refusal", "Suggestion", "divergence", "smooth", "suggest"]
+__all__ = ["Curve", "DivergenceDetector", "Kind", "Refusal", "Suggestion", "divergence", "smooth", "suggest"]
 
 # The shares were fitted on twelve small tasks, each with Adam and SGD. The optimum is wide: with the bracket at 80% or
 # at 95% of the drop, the runs that followed ended within 10% of each other in validation loss.
@@ -46,17 +47,26 @@ MOST_RISING_SHARE = 0.5  # ... and the most of it, where the test needed more up
 DISAGREEMENT = 10.0  # tests whose brackets differ by more than this factor are reported
 
 
+Kind = Literal["linear", "exponential", "fixed", "cycle", "decay"]
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The record of one range test, one entry per optimizer step taken, or of a run at a fixed LR beside it.
+    """The record of one short run, one entry per optimizer step taken.
 
     Attributes:
         name: what a person calls it: ``rate 5``, ``fixed 0.001``.
-        rate: the test's ``lr_range_test_step_rate``; None for a run at a fixed LR.
+        rate: a range test's ``lr_range_test_step_rate``; None for a run of another kind.
         steps: index of the update, from 0.
         lrs: LR that the update used (first parameter group).
         losses: training loss of the update, before it was applied; nan, inf and negative values are allowed.
         validation: (number of updates done, validation loss), if it was measured; for the eye, no rule reads it.
+        kind: how its LR goes: a range test's grows by equal amounts (linear) or equal factors (exponential); a run
+            beside it has a fixed one; a trial of a schedule has a 1Cycle's or one that decays linearly.
+        seed: of the order of the data and of the initial weights; runs of other seeds show how far chance goes.
+        skipped: updates of `steps` that the loss scaler skipped.
+        train_batch_size: samples of an update; None for the record's own.
+        settings: what else was set for this run: ``(("weight_decay", 1e-4),)``.
     """
 
     name: str
@@ -65,6 +75,16 @@ class Curve:
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
     validation: tuple[tuple[int, float], ...] = ()
+    kind: Kind = "linear"
+    seed: int = 0
+    skipped: tuple[int, ...] = ()
+    train_batch_size: int | None = None
+    settings: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def is_test(self) -> bool:
+        """Whether it is a range test."""
+        return self.kind in ("linear", "exponential")
 
     def __post_init__(self) -> None:
         if not len(self.steps) == len(self.lrs) == len(self.losses):

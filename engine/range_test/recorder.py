@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.distributed import World
-from engine.range_test.analysis import Curve
+from engine.range_test.analysis import Curve, Kind
 
 __all__ = ["Recorder"]
 
@@ -65,12 +65,13 @@ class Recorder:
         self._read()
         return self._losses[-1]
 
-    def curve(self, name: str, rate: float | None) -> Curve:
+    def curve(self, name: str, rate: float | None, *, kind: Kind = "linear") -> Curve:
         """All notes, read from the device.
 
         Args:
             name: of the run, for the picture.
-            rate: its `lr_range_test_step_rate`; None for a fixed learning rate.
+            rate: its `lr_range_test_step_rate`; None for a run of another kind.
+            kind: see :class:`Curve`.
         """
         self._read()
         return Curve(
@@ -80,6 +81,7 @@ class Recorder:
             lrs=tuple(float(lr) for lr in self._lrs),
             losses=tuple(self._losses),
             validation=tuple((step, float(loss) / self._world.size) for step, loss in self._validation),
+            kind=kind,
         )
 
     def _shared(self, loss: Tensor) -> Tensor:

@@ -206,6 +206,11 @@ def _curve_from_json(value: dict[str, Any]) -> Curve:
         lrs=tuple(value["lrs"]),
         losses=tuple(float(loss) for loss in value["losses"]),
         validation=tuple((updates, float(loss)) for updates, loss in value["validation"]),
+        kind=value.get("kind", "fixed" if value["rate"] is None else "linear"),
+        seed=value.get("seed", 0),
+        skipped=tuple(value.get("skipped", ())),
+        train_batch_size=value.get("train_batch_size"),
+        settings=tuple((name, setting) for name, setting in value.get("settings", ())),
     )
 
 
