@@ -66,7 +66,7 @@ def build_parts(
         recorder = PassiveRecorder(
             world,
             config.redline.range_test.output_dir,
-            schedule.step_rate,
+            schedule,
             {
                 "config": config.document(),
                 "train_batch_size": config.train_batch_size,
@@ -221,6 +221,8 @@ def build_schedule(config: EngineConfig, optimizer: Optimizer) -> Schedule | Non
         raise EngineError(f"scheduler {name}: it wants a metric at each step, which a config cannot give; use another")
     if issubclass(cls, schedulers.Schedule) and config.redline.schedules == "corrected":
         arguments["corrected"] = True
+    if issubclass(cls, schedulers.LRRangeTest) and config.redline.range_test.growth != "linear":
+        arguments["growth"] = config.redline.range_test.growth
     try:
         schedule: Schedule = cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:

@@ -76,6 +76,7 @@ def traces() -> dict[str, Callable[[], str]]:
     return {
         "range test": lambda: trace("LRRangeTest", test, 7),
         "range test in stairs": lambda: trace("LRRangeTest", {**test, "lr_range_test_staircase": True}, 7),
+        "range test by powers": lambda: trace("LRRangeTest", {**test, "growth": "exponential"}, 7),
         "one cycle": lambda: trace("OneCycle", cycle, 11, momentum=True),
         "one cycle in stairs": lambda: trace("OneCycle", {**cycle, "cycle_first_stair_count": 2}, 11),
         "one cycle with a decay": lambda: trace("OneCycle", {**short, **decay, "decay_step_size": 1}, 9, momentum=True),

@@ -43,10 +43,15 @@ __all__ = ["EngineConfig"]
 
 
 class RangeTestConfig(Section):
-    """Where a learning rate range test keeps its record."""
+    """How a learning rate range test grows, and where it keeps its record."""
 
     output_dir: str = Field(
         default="range_test", description="Folder that a run with LRRangeTest writes its record into.", min_length=1
+    )
+    growth: Literal["linear", "exponential"] = Field(
+        default="linear",
+        description="How LRRangeTest grows: by equal amounts, as in DeepSpeed, or by equal factors: "
+        "min_lr * (1 + step_rate) ** (step / step_size).",
     )
 
 
@@ -133,7 +138,7 @@ class RedlineConfig(Section):
         default=None,
         description="A bar over engine.training_dataloader on rank 0; null for one on a terminal if tqdm is there.",
     )
-    range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The passive range test.")
+    range_test: RangeTestConfig = Field(default=RangeTestConfig(), description="The learning rate range test.")
     checkpoint: SavingConfig = Field(default=SavingConfig(), description="How checkpoints are kept and written.")
 
 

@@ -64,7 +64,7 @@ class _Params(Section):
 
 
 class LRRangeTestParams(_Params):
-    """Parameters of LRRangeTest: min_lr * (1 + step_rate * step / step_size)."""
+    """Parameters of LRRangeTest: min_lr * (1 + step_rate * step / step_size); see redline.range_test.growth."""
 
     lr_range_test_min_lr: PerGroup[Positive] = Field(
         1e-3, description="Rate at the first update; a list is one per group."

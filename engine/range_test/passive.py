@@ -14,9 +14,10 @@ from torch import Tensor
 
 from engine.distributed import World
 from engine.log import log
-from engine.range_test.recorder import Recorder
+from engine.range_test.recorder import Recorder, name_test
 from engine.range_test.report import write_report
 from engine.range_test.result import RangeTestResult
+from schedulers import LRRangeTest
 
 __all__ = ["PassiveRecorder"]
 
@@ -29,15 +30,15 @@ class PassiveRecorder(Recorder):
     Args:
         world: the processes whose losses are averaged.
         directory: where the record goes.
-        rate: the config's `lr_range_test_step_rate`.
+        schedule: the config's.
         context: what `RangeTestResult` says of the run beside its curves; the planned training is taken to be
             ten times as long as the test.
     """
 
-    def __init__(self, world: World, directory: str | Path, rate: float, context: dict[str, Any]) -> None:
+    def __init__(self, world: World, directory: str | Path, schedule: LRRangeTest, context: dict[str, Any]) -> None:
         super().__init__(world)
         self.directory = Path(directory)
-        self._rate = rate
+        self._rate, self._growth = schedule.step_rate, schedule.growth
         self._context = context
         self._saved = 0  # updates in the last saving
         if world.rank == 0:
@@ -57,7 +58,7 @@ class PassiveRecorder(Recorder):
 
     def result(self) -> RangeTestResult:
         """The run so far as a range test of one curve; waits for the device."""
-        curve = self.curve(f"rate {self._rate:g}", self._rate)
+        curve = self.curve(name_test(self._rate, self._growth), self._rate, kind=self._growth)
         return RangeTestResult(curves=(curve,), train_steps=10 * len(self), **self._context)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.distributed import World
 from engine.range_test.analysis import Curve, Kind
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "name_test"]
 
 
 class Recorder:
@@ -100,3 +100,8 @@ class Recorder:
             sums = torch.stack([loss.reshape(()) for loss in self._unread]).float() / self._world.size
             self._losses.extend(sums.tolist())
             self._unread.clear()
+
+
+def name_test(rate: float, growth: Kind) -> str:
+    """What a person calls a range test: ``rate 5``, or ``rate 5, exponential``."""
+    return f"rate {rate:g}" if growth == "linear" else f"rate {rate:g}, {growth}"

@@ -193,6 +193,7 @@ def _rows(curve: Curve) -> list[tuple[Any, ...]]:
 def _curve_to_json(curve: Curve) -> dict[str, Any]:
     """JSON knows no nan and no infinity: they become strings."""
     return asdict(curve) | {
+        "lrs": [_number(lr) for lr in curve.lrs],  # by powers, one that nobody stopped ends at infinity
         "losses": [_number(loss) for loss in curve.losses],
         "validation": [[updates, _number(loss)] for updates, loss in curve.validation],
     }
@@ -203,7 +204,7 @@ def _curve_from_json(value: dict[str, Any]) -> Curve:
         name=value["name"],
         rate=value["rate"],
         steps=tuple(value["steps"]),
-        lrs=tuple(value["lrs"]),
+        lrs=tuple(float(lr) for lr in value["lrs"]),
         losses=tuple(float(loss) for loss in value["losses"]),
         validation=tuple((updates, float(loss)) for updates, loss in value["validation"]),
         kind=value.get("kind", "fixed" if value["rate"] is None else "linear"),

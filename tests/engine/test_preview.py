@@ -38,6 +38,12 @@ def test_corrected_schedules_are_shown_corrected() -> None:
     assert trace("OneCycle", CYCLE, 3, redline={"schedules": "corrected"}).momenta[0] == pytest.approx((0.9, 0.85, 0.8))
 
 
+def test_a_range_test_that_grows_by_powers_is_shown_so() -> None:
+    params = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 2, "lr_range_test_step_rate": 8}
+    found = trace("LRRangeTest", params, 5, redline={"range_test": {"growth": "exponential"}})
+    assert found.lrs[0] == pytest.approx((0.001, 0.003, 0.009, 0.027, 0.081))
+
+
 def test_a_fixed_rate_is_a_line() -> None:
     found = trace(None, steps=3)
     assert (found.name, found.lrs, found.momenta) == ("fixed learning rate", ((0.5,) * 3,), ((0.9,) * 3,))

@@ -76,6 +76,7 @@ def range_tests(draw: st.DrawFn) -> tuple[Any, dict[str, Any]]:
         "lr_range_test_step_size": draw(counts),
         "lr_range_test_step_rate": draw(st.floats(0.0, 100.0)),
         "lr_range_test_staircase": draw(st.booleans()),
+        "growth": draw(st.sampled_from(["linear", "exponential"])),
     }
 
 
@@ -118,6 +119,45 @@ of_any_arguments = settings(max_examples=150, deadline=None)
 
 
 # -- the closed form -------------------------------------------------------------------------------------
+
+
+def test_an_exponential_range_test_multiplies_where_a_linear_one_adds() -> None:
+    test = LRRangeTest(None, 1e-3, 4, 8.0, growth="exponential")
+    assert test.lr_at([0, 2, 4, 8, 12]) == pytest.approx([0.001, 0.003, 0.009, 0.081, 0.729], rel=1e-12)
+    assert LRRangeTest(None, 1e-3, 4, 8.0).lr_at([0, 4, 8]) == pytest.approx([0.001, 0.009, 0.017])
+
+
+def test_an_exponential_range_test_in_stairs_holds_each_power() -> None:
+    test = LRRangeTest(None, 1e-3, 2, 9.0, True, growth="exponential")
+    assert test.lr_at(range(6)) == pytest.approx([0.001, 0.001, 0.01, 0.01, 0.1, 0.1], rel=1e-12)
+
+
+def test_an_exponential_range_test_grows_every_group_by_one_factor() -> None:
+    optimizer = make_optimizer("SGD", groups=2)
+    test = LRRangeTest(optimizer, [1e-3, 2e-5], 1, 1.0, growth="exponential")
+    for _ in range(3):
+        test.step()
+    assert rates(optimizer) == pytest.approx([8e-3, 1.6e-4])
+
+
+def test_an_exponential_range_test_that_nobody_stops_ends_at_infinity_and_raises_nothing() -> None:
+    for rate in (99.0, 1e308):
+        optimizer = make_optimizer("SGD", tensor=rate == 99.0)
+        test = LRRangeTest(optimizer, 1e-4, 1, rate, growth="exponential")
+        test.step(10_000)
+        assert rates(optimizer) == [float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"growth": "geometric"}, 'growth: got \'geometric\'; expected "linear" or "exponential"'),
+        ({"growth": "exponential", "lr_range_test_step_rate": -1.0}, "step_rate: got -1.0; expected more"),
+    ],
+)
+def test_a_growth_that_means_nothing_is_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LRRangeTest(None, **arguments)
 
 
 def test_the_tutorials_range_test_has_the_tutorials_rates() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from engine import Engine, RangeTestResult, initialize
 from engine.range_test import passive
+from schedulers import LRRangeTest
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -126,6 +127,16 @@ def test_every_update_is_recorded_at_the_rate_it_ran_at(engine: Engine) -> None:
     assert curve.rate == 5
 
 
+def test_a_test_that_grows_by_powers_is_recorded_as_one(tmp_path: Path) -> None:
+    redline = {"range_test": {"output_dir": str(tmp_path / "record"), "growth": "exponential"}}
+    engine = initialize(nn.Linear(4, 1), make_config(redline=redline), device="cpu")
+    passive.atexit.unregister(engine.recorder.close)
+    train(engine, 11)
+    (curve,) = engine.recorder.result().curves
+    assert (curve.name, curve.kind, curve.rate) == ("rate 5, exponential", "exponential", 5.0)
+    assert [curve.lrs[k] for k in (0, 5, 10)] == pytest.approx([0.001, 0.006, 0.036])
+
+
 def test_validation_losses_are_recorded_if_the_script_gives_them(engine: Engine) -> None:
     engine.record_validation(2.0)
     train(engine, 3)
@@ -169,7 +180,7 @@ def test_a_folder_that_cannot_be_written_costs_the_record_and_not_the_training(
 def test_the_other_processes_keep_no_file(tmp_path: Path) -> None:
     from engine.distributed import World
 
-    recorder = passive.PassiveRecorder(World(1, 1, 1, torch.device("cpu")), tmp_path / "record", 5.0, {})
+    recorder = passive.PassiveRecorder(World(1, 1, 1, torch.device("cpu")), tmp_path / "record", LRRangeTest(None), {})
     for step in range(3 * passive.SAVE_EVERY):
         recorder.record(step, 0.1, torch.tensor(1.0))
     assert not (tmp_path / "record").exists()

@@ -48,6 +48,9 @@ def flat() -> RangeTestResult:
 @pytest.mark.parametrize("end", [0.5, NAN, INF, -INF], ids=str)
 def test_a_result_is_the_same_after_saving_and_loading(end: float, tmp_path: Path) -> None:
     result = make_result(falling(None), falling(end=end), replace(falling(5), validation=((0, NAN), (100, INF))))
+    result = replace(
+        result, curves=(*result.curves, replace(falling(5), kind="exponential", lrs=(1e-4,) * 99 + (INF,)))
+    )
     result.save(tmp_path)
     loaded = RangeTestResult.load(tmp_path)
     assert repr(loaded) == repr(result)  # nan is no equal of itself
