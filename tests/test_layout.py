@@ -257,6 +257,15 @@ def test_the_wheel_holds_every_package() -> None:
     assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
 
 
+def test_the_wheel_holds_every_file_that_is_no_module() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in PACKAGES:
+        held = {path for pattern in patterns[package] for path in (ROOT / package).glob(pattern)}
+        files = {path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert files == held
+
+
 def test_git_ignores_no_source_file() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

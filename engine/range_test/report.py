@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import RangeTestError
+from engine.range_test.contents import contents_of
+from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.result import RangeTestResult
 
 __all__ = ["PICTURE_NAME", "write_report"]
@@ -13,7 +15,7 @@ PICTURE_NAME = "range_test.png"
 
 
 def write_report(result: RangeTestResult, directory: str | Path) -> str:
-    """Write JSON, CSV, picture and suggested config into a folder.
+    """Write JSON, CSV, page, picture and suggested config into a folder.
 
     A missing matplotlib costs the picture only, and is said.
 
@@ -23,6 +25,7 @@ def write_report(result: RangeTestResult, directory: str | Path) -> str:
     folder = Path(directory)
     written = result.save(folder)
     lines = [result.summary()]
+    written["page"] = write_page(contents_of(result), folder / PAGE_NAME)
     try:
         written["picture"] = result.plot(folder / PICTURE_NAME)
     except RangeTestError as error:

@@ -259,7 +259,7 @@ def test_a_range_test_from_task_to_config_in_a_process_of_its_own(folder: Path) 
     assert "Suggested OneCycle for 300 updates at batch size 8:" in done.stdout
     assert "rate 5: step " in done.stderr
     files = {path.name for path in (folder / "out").iterdir()}
-    assert files == {"range_test.json", "range_test.csv", "range_test.png", "one_cycle.json"}
+    assert files == {"range_test.json", "range_test.csv", "range_test.png", "report.html", "one_cycle.json"}
     assert {path.name for path in folder.iterdir()} >= {"task.py", "out"}
     record = json.loads((folder / "out" / "range_test.json").read_text())
     assert [curve["name"] for curve in record["curves"]] == ["fixed 0.01", "rate 5", "rate 500"]

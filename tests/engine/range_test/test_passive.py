@@ -90,7 +90,7 @@ def test_a_script_that_ends_leaves_its_record_picture_and_config(ending: str, co
     done = run_script(tmp_path, ending)
     assert done.returncode == code, done.stderr
     files = {path.name for path in (tmp_path / "record").iterdir()}
-    assert files == {"range_test.json", "range_test.csv", "range_test.png", "one_cycle.json"}
+    assert files == {"range_test.json", "range_test.csv", "range_test.png", "report.html", "one_cycle.json"}
     assert f"Written to record: {', '.join(['range_test.json', 'range_test.csv', 'one_cycle.json'])}" in done.stderr
     assert "Suggested OneCycle" in done.stderr
     result = RangeTestResult.load(tmp_path / "record")

@@ -26,7 +26,7 @@ def test_a_folder_holds_the_record_the_picture_and_the_config(tmp_path: Path) ->
     text = write_report(make_result(FALLING), tmp_path / "out")
     assert text.splitlines()[0].startswith("Suggested OneCycle for 1000 updates")
     assert text.splitlines()[-1] == (
-        f"Written to {tmp_path / 'out'}: range_test.json, range_test.csv, one_cycle.json, range_test.png"
+        f"Written to {tmp_path / 'out'}: range_test.json, range_test.csv, one_cycle.json, report.html, range_test.png"
     )
 
 
@@ -34,7 +34,7 @@ def test_a_refusal_still_leaves_the_record_and_the_picture(tmp_path: Path) -> No
     pytest.importorskip("matplotlib")
     text = write_report(make_result([1.0] * 100), tmp_path)
     assert text.startswith("No suggestion. ")
-    assert text.endswith(": range_test.json, range_test.csv, range_test.png")
+    assert text.endswith(": range_test.json, range_test.csv, report.html, range_test.png")
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,4 +42,4 @@ def test_without_matplotlib_all_but_the_picture_is_written(tmp_path: Path, monke
         monkeypatch.setitem(sys.modules, name, None)
     *_, why, files = write_report(make_result(FALLING), tmp_path).splitlines()
     assert why.startswith("No picture: a picture needs matplotlib; install it with `pip install 'redline[plot]'`")
-    assert files.endswith(": range_test.json, range_test.csv, one_cycle.json")
+    assert files.endswith(": range_test.json, range_test.csv, one_cycle.json, report.html")

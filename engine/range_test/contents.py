@@ -1,0 +1,179 @@
+"""What a report shows, as plain pieces: curves, marks, the answer, trials, the config.
+
+A range test and a tuning are both brought into this form; page, picture, terminal chart and monitors draw it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, suggest
+
+if TYPE_CHECKING:
+    from engine.range_test.result import RangeTestResult
+
+__all__ = ["Contents", "Group", "Mark", "Trial", "batch_boundaries", "contents_of", "groups_of", "label_of"]
+
+
+class Mark(Protocol):
+    """One rule's answer: an LR, or None where it has none, and why."""
+
+    @property
+    def rule(self) -> str: ...
+    @property
+    def lr(self) -> float | None: ...
+    @property
+    def why(self) -> str: ...
+
+
+class Trial(Protocol):
+    """A short training with a schedule, and what it came to."""
+
+    @property
+    def curve(self) -> Curve: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def diverged(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a report shows.
+
+    Attributes:
+        title: one line.
+        curves: range tests, and runs at a fixed LR beside them.
+        answer: the suggested 1Cycle, or why there is none.
+        train_steps: updates of the planned training.
+        train_batch_size: samples of an update of curves that do not say otherwise.
+        facts: what else was measured with, by name.
+        beta: weight of the past in the smoothing.
+        marks: the rules' answers.
+        batches: the answer at each batch size that was tested.
+        trials: schedules that were tried, in the order in which they are listed.
+        winner: index of the best trial.
+        config: what to train with; None where there is no suggestion.
+        config_name: its file, beside the report.
+        left_out: what was not done, and why: a sentence each.
+    """
+
+    title: str
+    curves: tuple[Curve, ...]
+    answer: Suggestion | Refusal
+    train_steps: int
+    train_batch_size: int
+    facts: tuple[tuple[str, str], ...] = ()
+    beta: float = SMOOTHING
+    marks: tuple[Mark, ...] = ()
+    batches: tuple[tuple[int, Suggestion | Refusal], ...] = ()
+    trials: tuple[Trial, ...] = ()
+    winner: int | None = None
+    config: Mapping[str, Any] | None = None
+    config_name: str = "one_cycle.json"
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ in their seed only: one line with a band.
+
+    Attributes:
+        label: what a person calls them.
+        curves: one for each seed.
+        panel: where they are drawn: "" with the tests, else "batch size" or the name of a setting.
+    """
+
+    label: str
+    curves: tuple[Curve, ...]
+    panel: str = ""
+
+
+def contents_of(result: RangeTestResult) -> Contents:
+    """A range test in this form."""
+    facts = [
+        ("optimizer", result.optimizer),
+        ("batch size", f"{result.train_batch_size:,}"),
+        ("processes", str(result.world_size)),
+        ("planned training", f"{result.train_steps:,} updates"),
+    ]
+    return Contents(
+        title="Learning rate range test",
+        curves=result.curves,
+        answer=result.suggestion,
+        train_steps=result.train_steps,
+        train_batch_size=result.train_batch_size,
+        facts=tuple(facts),
+        batches=batch_boundaries(result.curves, result.train_batch_size, result.train_steps),
+        config=result.to_config() if result.has_suggestion else None,
+    )
+
+
+def batch_boundaries(
+    curves: Sequence[Curve], own: int, train_steps: int
+) -> tuple[tuple[int, Suggestion | Refusal], ...]:
+    """The answer at each batch size, where there are at least two.
+
+    Args:
+        curves: those that say no batch size were measured at `own`.
+        own: samples of an update.
+        train_steps: updates of the planned training.
+    """
+    by_size: dict[int, list[Curve]] = {}
+    for curve in curves:
+        if curve.is_test and not curve.settings:
+            by_size.setdefault(curve.train_batch_size or own, []).append(replace(curve, train_batch_size=None))
+    if len(by_size) < 2:
+        return ()
+    return tuple((size, suggest(tests, train_steps=train_steps)) for size, tests in sorted(by_size.items()))
+
+
+def groups_of(curves: Sequence[Curve], own: int) -> tuple[Group, ...]:
+    """Curves as lines to draw: seeds together, tests at other batch sizes or settings in a panel of their own.
+
+    Args:
+        curves: of a range test.
+        own: batch size of curves that say none.
+    """
+    found: dict[tuple[Any, ...], list[Curve]] = {}
+    for curve in curves:
+        # The name tells runs apart that these fields do not: two fixed rates, or a foreign record's.
+        alike = (curve.kind, curve.rate, curve.train_batch_size or own, curve.settings, label_of(curve))
+        found.setdefault(alike, []).append(curve)
+    panels = dict(_panels(list(found), own))
+    return tuple(Group(_label(members), tuple(members), panels[alike]) for alike, members in found.items())
+
+
+def _label(members: Sequence[Curve]) -> str:
+    if len(members) == 1:
+        return members[0].name
+    seeds = len({curve.seed for curve in members})
+    return f"{label_of(members[0])} ({seeds} seeds)" if seeds == len(members) else f"{label_of(members[0])} (repeated)"
+
+
+def label_of(curve: Curve) -> str:
+    """The name without its seed.
+
+    >>> label_of(Curve("rate 5, seed 2", 5.0, (), (), ()))
+    'rate 5'
+    """
+    return re.sub(r"[\s,;(]*\bseed[ =]*\d+\)?", "", curve.name) or curve.name
+
+
+def _panels(keys: list[tuple[Any, ...]], own: int) -> Iterator[tuple[tuple[Any, ...], str]]:
+    varied = {name for key in keys for name, _ in key[3]}
+    plain = [key for key in keys if not key[3] and key[2] == own]
+    for key in keys:
+        if not any(each[0] in ("linear", "exponential") for each in plain):
+            yield key, ""  # nothing else would be in the first panel
+        elif key[3]:
+            yield key, " and ".join(name for name, _ in key[3] if name in varied)
+        else:
+            yield key, "" if key[2] == own else "batch size"

@@ -1,0 +1,109 @@
+"""The numbers that the page's scripts draw, as a value for JSON."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from engine.range_test.analysis import Curve, Refusal, Suggestion, divergence
+from engine.range_test.contents import Contents, Group, groups_of
+
+__all__ = ["MAX_POINTS", "data_of", "thinning"]
+
+MAX_POINTS = 2000  # of a run; a longer one is thinned out
+
+TRIALS = "trials"  # their panel
+
+_DIGITS = 6
+
+
+def data_of(contents: Contents) -> dict[str, Any]:
+    """What the scripts need.
+
+    A number that is not finite is a string, since JSON knows none.
+    """
+    groups = groups_of(contents.curves, contents.train_batch_size)
+    return {
+        "beta": contents.beta,
+        "groups": _groups(groups),
+        "trials": _groups([Group(trial.curve.name, (trial.curve,), TRIALS) for trial in contents.trials]),
+        "winner": contents.winner,
+        "marks": [{"rule": mark.rule, "lr": _lr(mark.lr), "why": mark.why} for mark in contents.marks],
+        "answer": _answer(contents.answer),
+        "batches": [
+            {"size": size, "low": answer.cycle_min_lr, "high": answer.cycle_max_lr}
+            for size, answer in contents.batches
+            if isinstance(answer, Suggestion)
+        ],
+    }
+
+
+def thinning(curve: Curve) -> int:
+    """Every how many updates one is shown."""
+    return max(1, math.ceil(len(curve.steps) / MAX_POINTS))
+
+
+def _answer(answer: Suggestion | Refusal) -> dict[str, Any] | None:
+    if isinstance(answer, Refusal):
+        return None
+    known = {"low": answer.cycle_min_lr, "high": answer.cycle_max_lr}
+    for name, attribute in (("probably_low", "low_lr"), ("probably_high", "high_lr"), ("decay", "decay_max_lr")):
+        value = getattr(answer, attribute, None)
+        if value is not None:
+            known[name] = value
+    return known
+
+
+def _groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Groups with their look: a number from 0 in each panel; a baseline, which does not grow, has one below 0."""
+    values = []
+    grown: Counter[str] = Counter()
+    fixed: Counter[str] = Counter()
+    for group in groups:
+        first = group.curves[0]
+        count = fixed if first.kind == "fixed" and group.panel != TRIALS else grown
+        look = count[group.panel]
+        count[group.panel] += 1
+        values.append(
+            {
+                "label": group.label,
+                "panel": group.panel,
+                "look": look if count is grown else -1 - look,
+                "test": first.is_test,
+                "runs": [_run(curve) for curve in group.curves],
+            }
+        )
+    return values
+
+
+def _run(curve: Curve) -> dict[str, Any]:
+    every = thinning(curve)
+    end = divergence(curve.losses) if curve.is_test else None
+    run: dict[str, Any] = {
+        "name": curve.name,
+        "updates": len(curve.steps),
+        "lrs": _numbers(curve.lrs[::every]),
+        "losses": _numbers(curve.losses[::every]),
+        "validation": [[updates, _number(loss)] for updates, loss in curve.validation],
+        "skipped": list(curve.skipped),
+        "diverged": None if end is None else [curve.steps[end], _number(curve.lrs[end])],
+    }
+    if curve.steps[::every] == tuple(range(0, every * len(run["lrs"]), every)):
+        run["every"] = every  # step numbers that can be counted out need no room
+    else:
+        run["steps"] = list(curve.steps[::every])
+    return run
+
+
+def _numbers(values: Iterable[float]) -> list[float | str]:
+    return [_number(value) for value in values]
+
+
+def _number(value: float) -> float | str:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else str(value)
+
+
+def _lr(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
