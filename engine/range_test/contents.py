@@ -6,6 +6,7 @@ A range test and a tuning are both brought into this form; page, picture, termin
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,20 @@ from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, su
 if TYPE_CHECKING:
     from engine.range_test.result import RangeTestResult
 
-__all__ = ["Contents", "Group", "Mark", "Trial", "batch_boundaries", "contents_of", "groups_of", "label_of"]
+__all__ = [
+    "Contents",
+    "Group",
+    "Mark",
+    "Trial",
+    "batch_boundaries",
+    "contents_of",
+    "groups_of",
+    "label_of",
+    "looks_of",
+    "trial_groups",
+]
+
+TRIALS = "trials"  # their panel
 
 
 class Mark(Protocol):
@@ -149,6 +163,24 @@ def groups_of(curves: Sequence[Curve], own: int) -> tuple[Group, ...]:
         found.setdefault(alike, []).append(curve)
     panels = dict(_panels(list(found), own))
     return tuple(Group(_label(members), tuple(members), panels[alike]) for alike, members in found.items())
+
+
+def looks_of(groups: Sequence[Group]) -> list[int]:
+    """A number for each group's look, from 0 in each panel; a baseline, which does not grow, has one below 0."""
+    grown: Counter[str] = Counter()
+    fixed: Counter[str] = Counter()
+    looks = []
+    for group in groups:
+        plain = group.curves[0].kind == "fixed" and group.panel != TRIALS
+        count = fixed if plain else grown
+        looks.append(-1 - count[group.panel] if plain else count[group.panel])
+        count[group.panel] += 1
+    return looks
+
+
+def trial_groups(trials: Sequence[Trial]) -> tuple[Group, ...]:
+    """Trials as lines to draw, each by itself."""
+    return tuple(Group(trial.curve.name, (trial.curve,), TRIALS) for trial in trials)
 
 
 def _label(members: Sequence[Curve]) -> str:

@@ -1,29 +1,42 @@
 """The picture of a range test: loss against updates, learning rate against updates, loss against learning rate.
 
-The first two are how DeepSpeed's tutorial shows its tests; the third is where the boundaries are read.
+The first two are how DeepSpeed's tutorial shows its tests; the third is where the boundaries are read. Boundaries by
+batch size, settings that were swept, and trials of schedules have panels in a second row, where there are any.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import Curve, Suggestion, divergence, smooth
-
-if TYPE_CHECKING:
-    from engine.range_test.result import RangeTestResult
+from engine.range_test.analysis import Suggestion, smooth
+from engine.range_test.contents import Contents, Group, Mark, groups_of, trial_groups
+from engine.range_test.strokes import (
+    COLORS,
+    Look,
+    bound_losses,
+    draw_by_rate,
+    draw_cross,
+    draw_line,
+    draw_raw,
+    ends,
+    finish,
+    kind_of,
+    with_looks,
+)
 
 __all__ = ["draw_range_test"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is grey.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_BASELINE = "#777777"
 _CYCLE = "#F0E442"
+_EDGE = "#806600"
+_RULE = "#333333"
+_OURS = "#C8102E"  # our own rule
 
 
-def draw_range_test(result: RangeTestResult, path: Path) -> Path:
+def draw_range_test(contents: Contents, path: Path) -> Path:
     """Draw all runs of a test into a file of the format that its name says.
 
     Raises:
@@ -35,28 +48,17 @@ def draw_range_test(result: RangeTestResult, path: Path) -> Path:
     except ImportError:
         raise RangeTestError("a picture needs matplotlib; install it with `pip install 'redline[plot]'`") from None
 
+    more = list(_more(contents))
     # A Figure of its own: pyplot would want a display and would keep it for ever.
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.6 + 4.0 * bool(more)), layout="constrained")
     FigureCanvasAgg(figure)
-    by_step, rates, by_rate = figure.subplots(1, 3)
-    for curve, color in zip(result.curves, _colors(result.curves)):
-        end = divergence(curve.losses) if curve.rate is not None else None
-        _draw_by_step(by_step, curve, color, end)
-        _draw_rate(rates, curve, color, end)
-        if curve.rate is not None:
-            _draw_by_rate(by_rate, curve, color, end)
-    kind = "validation" if any(curve.validation for curve in result.curves) else "training"
-    _finish(by_step, f"{kind.capitalize()} loss by update", "update (batch)", f"{kind} loss")
-    _finish(rates, "Learning rate by update", "update (batch)", "learning rate")
-    _finish(by_rate, "Training loss by learning rate", "learning rate", "training loss (bold: smoothed)")
-    rates.set_yscale("log")
-    by_rate.set_xscale("log")
-    _bound_losses(by_step, result.curves, kind)
-    _bound_losses(by_rate, [curve for curve in result.curves if curve.rate is not None], "training")
-    if isinstance(result.suggestion, Suggestion):
-        _mark(rates, by_rate, result.suggestion)
-    figure.legend(*_legend(by_step, by_rate), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(_title(result))
+    top, *below = figure.subfigures(2, 1, squeeze=False, height_ratios=(4.6, 4.0))[:, 0] if more else [figure]
+    _draw_tests(top, contents)
+    if more:
+        for axes, (draw, *given) in zip(below[0].subplots(1, len(more), squeeze=False)[0], more):
+            draw(axes, *given)
+            axes.legend(fontsize=8)
+    figure.suptitle(_title(contents))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=110)
@@ -65,57 +67,137 @@ def draw_range_test(result: RangeTestResult, path: Path) -> Path:
     return path
 
 
-def _colors(curves: tuple[Curve, ...]) -> list[str]:
-    tests = iter(_COLORS * len(curves))
-    return [_BASELINE if curve.rate is None else next(tests) for curve in curves]
+def _title(contents: Contents) -> str:
+    facts = dict(contents.facts)
+    words = [facts.get("optimizer", ""), f"batch size {contents.train_batch_size}"]
+    if facts.get("processes", "1") != "1":
+        words.append(f"{facts['processes']} processes")
+    return f"{contents.title}: {', '.join(filter(None, words))}"
 
 
-def _title(result: RangeTestResult) -> str:
-    title = f"Learning rate range test: {result.optimizer}, batch size {result.train_batch_size}"
-    return title if result.world_size == 1 else f"{title}, {result.world_size} processes"
+# -- the tests -----------------------------------------------------------------------------------------
 
 
-def _draw_by_step(axes: Any, curve: Curve, color: str, end: int | None) -> None:
-    label = curve.name
-    if end is not None:
+def _draw_tests(figure: Any, contents: Contents) -> None:
+    by_step, rates, by_rate = figure.subplots(1, 3)
+    groups = [group for group in groups_of(contents.curves, contents.train_batch_size) if group.panel == ""]
+    for group, look in with_looks(groups):
+        _draw_by_step(by_step, group, look, contents.beta)
+        for curve in group.curves[:1]:
+            rates.plot(curve.steps, curve.lrs, color=look[0], linestyle=look[1])
+        if group.curves[0].is_test:
+            draw_by_rate(by_rate, group, look, contents.beta)
+        for curve, end in ends(group):
+            draw_cross(rates, curve.steps[end], curve.lrs[end], look[0])
+    shown = [curve for group in groups for curve in group.curves]
+    kind = kind_of(shown)
+    finish(by_step, f"{kind.capitalize()} loss by update", "update (batch)", f"{kind} loss")
+    finish(rates, "Learning rate by update", "update (batch)", "learning rate")
+    finish(by_rate, "Training loss by learning rate", "learning rate", "training loss (bold: smoothed)")
+    rates.set_yscale("log")
+    by_rate.set_xscale("log")
+    bound_losses(by_step, shown, kind)
+    bound_losses(by_rate, [curve for curve in shown if curve.is_test], "training")
+    if isinstance(contents.answer, Suggestion):
+        _mark_cycle(rates, by_rate, contents.answer)
+    _mark_rules(by_rate, contents.marks)
+    figure.legend(*_legend(by_step, by_rate), loc="outside lower center", ncols=4, frameon=False)
+
+
+def _draw_by_step(axes: Any, group: Group, look: Look, beta: float) -> None:
+    label = group.label
+    diverged = list(ends(group))
+    if len(group.curves) == 1 and diverged:
+        curve, end = diverged[0]
         label += f" (x: diverged at update {curve.steps[end]}, LR {curve.lrs[end]:.2g})"
-    if curve.validation:
-        updates, losses = zip(*curve.validation)
-        axes.plot(updates, losses, color=color, marker="o", markersize=3, label=label)
+    if any(curve.validation for curve in group.curves):
+        draw_line(axes, group, look, label, lambda curve: zip(*curve.validation), marker="o", markersize=3)
     else:
-        axes.plot(curve.steps, curve.losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(curve.steps, smooth(curve.losses), color=color, label=label)
-    if end is not None:
-        axes.axvline(curve.steps[end], color=color, linestyle=":")
+        draw_raw(axes, group, look, lambda curve: curve.steps)
+        draw_line(axes, group, look, label, lambda curve: (curve.steps, smooth(curve.losses, beta)))
+    for curve, end in diverged:
+        axes.axvline(curve.steps[end], color=look[0], linestyle=":")
         # At the upper edge: where the loss went is out of sight, more often than not.
-        _cross(axes, curve.steps[end], 0.97, color, transform=axes.get_xaxis_transform())
+        draw_cross(axes, curve.steps[end], 0.97, look[0], transform=axes.get_xaxis_transform())
 
 
-def _draw_rate(axes: Any, curve: Curve, color: str, end: int | None) -> None:
-    axes.plot(curve.steps, curve.lrs, color=color)
-    if end is not None:
-        _cross(axes, curve.steps[end], curve.lrs[end], color)
-
-
-def _draw_by_rate(axes: Any, curve: Curve, color: str, end: int | None) -> None:
-    axes.plot(curve.lrs, curve.losses, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(curve.lrs, smooth(curve.losses), color=color, linewidth=2)
-    if end is not None:
-        axes.axvline(curve.lrs[end], color=color, linestyle=":")
-        _cross(axes, curve.lrs[end], 0.97, color, transform=axes.get_xaxis_transform())
-
-
-def _cross(axes: Any, x: float, y: float, color: str, **options: Any) -> None:
-    axes.plot([x], [y], marker="X", markersize=9, color=color, linestyle="none", zorder=5, **options)
-
-
-def _mark(rates: Any, by_rate: Any, suggestion: Suggestion) -> None:
+def _mark_cycle(rates: Any, by_rate: Any, suggestion: Suggestion) -> None:
     low, high = suggestion.cycle_min_lr, suggestion.cycle_max_lr
     rates.axhspan(low, high, color=_CYCLE, alpha=0.3, linewidth=0)
     by_rate.axvspan(low, high, color=_CYCLE, alpha=0.3, linewidth=0, label=f"suggested 1Cycle: {low:.2g} to {high:.2g}")
     for rate in (low, high):
-        rates.axhline(rate, color="#806600", linewidth=0.8)
-        by_rate.axvline(rate, color="#806600", linewidth=0.8)
+        rates.axhline(rate, color=_EDGE, linewidth=0.8)
+        by_rate.axvline(rate, color=_EDGE, linewidth=0.8)
+
+
+def _mark_rules(axes: Any, marks: Sequence[Mark]) -> None:
+    """Each rule's answer as a line that is named above, in as many rows as it takes that no two names overlap."""
+    left, right = axes.get_xlim()
+    ends: list[float] = []
+    for lr, rule in sorted((mark.lr, mark.rule) for mark in marks if mark.lr and left <= mark.lr <= right):
+        at = math.log(lr / left) / math.log(right / left)
+        wide = 0.016 * len(rule) + 0.02  # share of the axes that a name takes
+        start = max(0.0, min(at - wide / 2, 1 - wide))
+        row = next((row for row, end in enumerate(ends) if end <= start), len(ends))
+        ends[row : row + 1] = [start + wide]
+        color = _OURS if rule == "redline" else _RULE
+        axes.axvline(lr, color=color, linestyle="-" if color == _OURS else (0, (5, 4)), linewidth=1)
+        axes.text(start + wide / 2, 1.01 + 0.055 * row, rule, color=color, fontsize=7.5, ha="center",
+                  transform=axes.transAxes)  # fmt: skip
+    if ends:
+        axes.set_title(axes.get_title(), pad=6 + 11 * len(ends))
+
+
+# -- what there may be beside them ---------------------------------------------------------------------
+
+
+def _more(contents: Contents) -> Iterator[tuple[Any, ...]]:
+    """The panels of the second row: what draws each, and what it is given."""
+    if len(contents.batches) > 1:
+        yield _draw_batches, contents
+    groups = groups_of(contents.curves, contents.train_batch_size)
+    for panel in dict.fromkeys(group.panel for group in groups if group.panel):
+        yield _draw_panel, [group for group in groups if group.panel == panel], panel, contents.beta
+    if contents.trials:
+        yield _draw_trials, contents
+
+
+def _draw_batches(axes: Any, contents: Contents) -> None:
+    answers = [(size, answer) for size, answer in contents.batches if isinstance(answer, Suggestion)]
+    sizes = [size for size, _ in answers]
+    for name, color in (("cycle_max_lr", COLORS[0]), ("cycle_min_lr", COLORS[1])):
+        axes.plot(sizes, [getattr(answer, name) for _, answer in answers], color=color, marker="o", label=name)
+    finish(axes, "Boundaries by batch size", "batch size", "learning rate")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+
+
+def _draw_panel(axes: Any, groups: Sequence[Group], panel: str, beta: float) -> None:
+    for group, look in with_looks(groups):
+        draw_by_rate(axes, group, look, beta, group.label)
+    finish(axes, f"Training loss by {panel.replace('_', ' ')}", "learning rate", "training loss")
+    axes.set_xscale("log")
+    bound_losses(axes, [curve for group in groups for curve in group.curves], "training")
+
+
+def _draw_trials(axes: Any, contents: Contents) -> None:
+    groups = trial_groups(contents.trials)
+    curves = [trial.curve for trial in contents.trials]
+    kind, beta = kind_of(curves), contents.beta
+    for index, (group, look) in enumerate(with_looks(groups)):
+        best = index == contents.winner
+        label = f"{group.label} (winner)" if best else group.label
+        wide = {"linewidth": 3.0 if best else 1.4}
+        if kind == "validation":
+            draw_line(axes, group, look, label, lambda curve: zip(*curve.validation), **wide)
+        else:
+            draw_line(axes, group, look, label, lambda curve: (curve.steps, smooth(curve.losses, beta)), **wide)
+    finish(axes, f"{kind.capitalize()} loss of the trials", "update (batch)", f"{kind} loss")
+    bound_losses(axes, curves, kind)
+
+
+# -- axes ----------------------------------------------------------------------------------------------
 
 
 def _legend(*plots: Any) -> tuple[list[Any], list[str]]:
@@ -126,25 +208,3 @@ def _legend(*plots: Any) -> tuple[list[Any], list[str]]:
         more = axes.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     return handles, labels
-
-
-def _bound_losses(axes: Any, curves: Any, kind: str) -> None:
-    """Keep a diverging end from flattening the rest: show up to a little above where the runs began."""
-    finite = [[loss for loss in curve.losses if math.isfinite(loss)] for curve in curves]
-    lows = [value for values in finite for value in smooth(values)]
-    starts = [max(values[:5]) for values in finite if values]
-    if kind == "validation":
-        lows = [loss for curve in curves for _, loss in curve.validation if math.isfinite(loss)]
-    if not lows or not starts:
-        return
-    low, high = min(lows), max(starts)
-    room = 0.12 * ((high - low) or 1.0)
-    bottom = low - room
-    axes.set_ylim(0.0 if bottom < 0 <= low else bottom, high + room)
-
-
-def _finish(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)

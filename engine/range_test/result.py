@@ -106,9 +106,10 @@ class RangeTestResult:
 
     def plot(self, path: str | Path) -> Path:
         """Draw the curves into a PNG, SVG or PDF file; needs matplotlib (``pip install 'redline[plot]'``)."""
+        from engine.range_test.contents import contents_of
         from engine.range_test.picture import draw_range_test
 
-        return draw_range_test(self, Path(path))
+        return draw_range_test(contents_of(self), Path(path))
 
     def summary(self) -> str:
         """The suggestion in words, a line for each number; or the refusal."""

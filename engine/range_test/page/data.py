@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.range_test.analysis import Curve, Refusal, Suggestion, divergence
-from engine.range_test.contents import Contents, Group, groups_of
+from engine.range_test.contents import Contents, Group, groups_of, looks_of, trial_groups
 
 __all__ = ["MAX_POINTS", "data_of", "thinning"]
 
 MAX_POINTS = 2000  # of a run; a longer one is thinned out
-
-TRIALS = "trials"  # their panel
 
 _DIGITS = 6
 
@@ -28,7 +25,7 @@ def data_of(contents: Contents) -> dict[str, Any]:
     return {
         "beta": contents.beta,
         "groups": _groups(groups),
-        "trials": _groups([Group(trial.curve.name, (trial.curve,), TRIALS) for trial in contents.trials]),
+        "trials": _groups(trial_groups(contents.trials)),
         "winner": contents.winner,
         "marks": [{"rule": mark.rule, "lr": _lr(mark.lr), "why": mark.why} for mark in contents.marks],
         "answer": _answer(contents.answer),
@@ -57,25 +54,16 @@ def _answer(answer: Suggestion | Refusal) -> dict[str, Any] | None:
 
 
 def _groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Groups with their look: a number from 0 in each panel; a baseline, which does not grow, has one below 0."""
-    values = []
-    grown: Counter[str] = Counter()
-    fixed: Counter[str] = Counter()
-    for group in groups:
-        first = group.curves[0]
-        count = fixed if first.kind == "fixed" and group.panel != TRIALS else grown
-        look = count[group.panel]
-        count[group.panel] += 1
-        values.append(
-            {
-                "label": group.label,
-                "panel": group.panel,
-                "look": look if count is grown else -1 - look,
-                "test": first.is_test,
-                "runs": [_run(curve) for curve in group.curves],
-            }
-        )
-    return values
+    return [
+        {
+            "label": group.label,
+            "panel": group.panel,
+            "look": look,
+            "test": group.curves[0].is_test,
+            "runs": [_run(curve) for curve in group.curves],
+        }
+        for group, look in zip(groups, looks_of(groups))
+    ]
 
 
 def _run(curve: Curve) -> dict[str, Any]:
