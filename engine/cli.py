@@ -139,8 +139,12 @@ def _range_test(options: argparse.Namespace) -> int:
         rates=options.rates,
         min_lr=options.min_lr,
         step_size=options.step_size,
+        growth=options.growth,
         steps=options.steps,
         baseline=options.baseline,
+        seeds=options.seeds,
+        batch_sizes=options.batch_sizes,
+        sweep=dict(options.sweep),
         train_steps=options.train_steps,
         progress=False if options.quiet else None,
     )
@@ -232,7 +236,8 @@ def _parser() -> argparse.ArgumentParser:
         "      return model, train_dataset, torch.nn.CrossEntropyLoss(), validation_dataset\n\n"
         "data: a dataset, a tuple of tensors, or a loader. loss: a criterion, or loss(model, batch).\n"
         "Each rate is one run from the same weights: in STEP_SIZE updates the learning rate grows by\n"
-        "rate x MIN_LR. Out come a picture, the numbers, and a config with a OneCycle to train with.\n\n"
+        "rate x MIN_LR, or 1 + rate times with --growth exponential. Out come a picture, the numbers,\n"
+        "and a config with a OneCycle to train with.\n\n"
         "examples:\n  redline range-test task.py:digits --config config.json --rates 5,50 --out range_test\n"
         "  torchrun --nproc-per-node 2 -m engine range-test task.py:digits --config config.json")  # fmt: skip
     test.add_argument("task", metavar="TASK", help="file.py:function")
@@ -241,9 +246,17 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--rates", type=_rates, metavar="R,R,...", help="growth rates, one run each (default: 5,50,500)")
     test.add_argument("--min-lr", type=float, metavar="LR", help="first learning rate (default: the config's, or 1e-4)")
     test.add_argument("--step-size", type=_positive, metavar="N", help="updates (default: the config's, or STEPS / 20)")
+    test.add_argument("--growth", choices=["linear", "exponential"], metavar="G",
+        help="linear, by equal amounts, or exponential, by equal factors (default: the config's, or linear)")  # fmt: skip
     test.add_argument("--steps", type=_positive, default=200, metavar="N", help="updates of a run (default: 200)")
     test.add_argument("--baseline", type=_baseline, default=True, metavar="LR|none",
         help="fixed learning rate to run beside (default: the optimizer's)")  # fmt: skip
+    test.add_argument("--seeds", type=_positive, default=1, metavar="N",
+        help="make every test N times, with other random numbers and order of data (default: 1)")  # fmt: skip
+    test.add_argument("--batch-sizes", type=_batch_sizes, metavar="B,B",
+        help="test at these batch sizes, too, by gradient accumulation")  # fmt: skip
+    test.add_argument("--sweep", type=_sweep, action="append", default=[], metavar="KEY=V,V",
+        help="test with these values of weight_decay or momentum, too; may be given for both")  # fmt: skip
     test.add_argument("--train-steps", type=_positive, metavar="N",
         help="updates of the training you plan, for its step sizes (default: 10 x STEPS)")  # fmt: skip
     test.add_argument("--seed", type=int, default=0, help="of torch's random numbers (default: %(default)s)")
@@ -299,6 +312,19 @@ def _rates(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f'got "{text}"; expected numbers with commas, such as 5,50') from None
+
+
+def _batch_sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _sweep(text: str) -> tuple[str, list[float]]:
+    name, equals, values = text.partition("=")
+    if not equals or name not in ("weight_decay", "momentum"):
+        raise argparse.ArgumentTypeError(
+            f'got "{text}"; expected weight_decay=... or momentum=..., such as weight_decay=0,1e-4,1e-2'
+        )
+    return name, _rates(values)
 
 
 def _baseline(text: str) -> float | bool:

@@ -40,6 +40,13 @@ CollateFn = Callable[[list[Any]], Any]
 class _Source(Protocol):
     """What deals out a dataset: map-style or iterable."""
 
+    @property
+    def sampler(self) -> Iterable[int] | None: ...
+    @property
+    def seed(self) -> int: ...
+    @seed.setter
+    def seed(self, seed: int) -> None: ...
+
     def read(self, epoch: int, start: int) -> Iterable[Any]:
         """This process's micro-batches of an epoch from a sample on, counted over all processes."""
 
@@ -98,6 +105,20 @@ class Loader:
             self.position = (epoch, samples, False)
             yield to_device(batch, self._device)
         self.position = (epoch + 1, 0, False)
+
+    @property
+    def sampler(self) -> Iterable[int] | None:
+        """What gives the order in place of the seed, if the script gave one."""
+        return self._source.sampler
+
+    @property
+    def seed(self) -> int:
+        """Of the order of samples, and of random numbers in workers; another one counts from the next pass on."""
+        return self._source.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._source.seed = seed
 
     @property
     def position(self) -> tuple[int, int, bool]:
@@ -236,6 +257,18 @@ class _Table:
     def __init__(self, dataset: Any, order: _Order, options: dict[str, Any]) -> None:
         self._dataset, self._order, self._options = dataset, order, options
 
+    @property
+    def sampler(self) -> Iterable[int] | None:
+        return self._order.sampler
+
+    @property
+    def seed(self) -> int:
+        return self._order.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._order = dataclasses.replace(self._order, seed=seed)
+
     def read(self, epoch: int, start: int) -> Iterable[Any]:
         order, dataset = self._order, self._dataset
         batches: Iterable[Any] = order.batches(epoch, start)
@@ -267,8 +300,10 @@ class _Table:
 class _Stream:
     """An iterable dataset, dealt out sample by sample."""
 
+    sampler = None
+
     def __init__(self, dataset: IterableDataset[Any], world: World, seed: int, options: dict[str, Any]) -> None:
-        self._dataset, self._world, self._seed, self._options = dataset, world, seed, options
+        self._dataset, self._world, self.seed, self._options = dataset, world, seed, options
         self._stateful = (
             hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict") and "num_workers" not in options
         )
@@ -284,7 +319,7 @@ class _Stream:
             self._said = True
             log.info("data: resuming an iterable dataset reads on to the place, past %d samples", skipped)
         share = _Share(self._dataset, self._world, skipped)
-        generator = torch.Generator().manual_seed(_seed(self._seed, epoch, self._world.rank))
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch, self._world.rank))
         return DataLoader(share, generator=generator, **self._options)
 
     def num_batches(self, start: int) -> int:

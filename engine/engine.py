@@ -52,9 +52,10 @@ class Schedule(Protocol):
 
 
 class Recorder(Protocol):
-    """What is told of every update: its index, the rate it ran at, and its loss."""
+    """What is told of every update: its index, the rate it ran at, its loss, and later whether it was skipped."""
 
     def record(self, step: int, lr: float, loss: Tensor) -> None: ...
+    def skip(self, step: int) -> None: ...
     def record_validation(self, step: int, loss: Tensor | float) -> None: ...
 
 
@@ -140,7 +141,8 @@ class Engine(nn.Module):
         # What backward leaves gradients in, and what the update takes them from: the same but for master weights.
         self._leaves = [parameter for parameter in parts.module.parameters() if parameter.requires_grad]
         self._weights = self._leaves if self._masters is None else self._masters.weights
-        self._accumulation = parts.config.gradient_accumulation_steps
+        self._unfinished = _Unfinished()
+        self._accumulation = self._unfinished.of = parts.config.gradient_accumulation_steps
         self._managed = parts.config.managed_gradient_accumulation
         self._clip_norm = parts.config.gradient_clipping
         self._skipped = 0
@@ -154,7 +156,6 @@ class Engine(nn.Module):
         self._pending = False  # a backward whose step has not come yet
         self._in_no_sync = False
         self._reduced = True  # whether the gradients are already those of all processes
-        self._unfinished = _Unfinished()
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
@@ -162,7 +163,7 @@ class Engine(nn.Module):
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
         self._grad_norm: Tensor | float | None = None
-        weakref.finalize(self, _say_unfinished, self._unfinished, self._accumulation)
+        weakref.finalize(self, _say_unfinished, self._unfinished)
 
     # -- the step loop ---------------------------------------------------------------------------
 
@@ -359,6 +360,8 @@ class Engine(nn.Module):
         step = self.global_steps - 1
         if skipped:
             self._skipped += 1
+            if self.recorder is not None:
+                self.recorder.skip(step)
             if self._finite is not None:
                 scale = "" if self.scaler is None else f"; the loss scale was {self.scaler.value:g}"
                 self._finite.skipped(step, loss, float(norm), scale)
@@ -420,6 +423,10 @@ class Engine(nn.Module):
     def renew_parallel(self) -> None:
         """Let the next forward be DDP's first: it orders its sums anew after one, which shows in the last bits."""
         self._parallel.renew()
+
+    def settle(self) -> None:
+        """Know whether the last update was made or skipped, as the next one will; on CUDA this may wait for it."""
+        self._know()
 
     def put_away(self) -> None:
         """Let `module` have its sharded parameters, where a forward has left it whole ones."""
@@ -658,7 +665,35 @@ class Engine(nn.Module):
 
     def train_batch_size(self) -> int:
         """Samples of one update, over all processes."""
-        return self.config.train_batch_size
+        return self._accumulation * self.config.train_micro_batch_size_per_gpu * self.world_size
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Train with another number of samples an update from here on, by way of the accumulation steps.
+
+        The micro-batch stays; the loss is divided by the new number of steps. Every process calls this, between two
+        updates.
+
+        Args:
+            train_batch_size: samples of one update, over all processes.
+
+        Raises:
+            EngineError: no whole number of micro-batches makes up that many; an update is under way.
+        """
+        micro_batch, processes = self.config.train_micro_batch_size_per_gpu, self.world_size
+        stride = micro_batch * processes
+        if self._unfinished.backwards:
+            raise EngineError(
+                "set_train_batch_size: an update is under way, whose losses so far are divided by "
+                f"{self._accumulation}; call it after the step() that ends one, or after flush()"
+            )
+        if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % stride:
+            below = int(train_batch_size // stride) * stride
+            nearest = f"{below} and {below + stride}" if below > 0 else f"{stride}"
+            raise EngineError(
+                f"set_train_batch_size: got {train_batch_size!r}; expected a multiple of {stride}, the micro-batch of "
+                f"{micro_batch} on {processes} process{'es' if processes > 1 else ''}; nearest: {nearest}"
+            )
+        self._accumulation = self._unfinished.of = train_batch_size // stride
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one forward on one process."""
@@ -687,12 +722,13 @@ class _Unfinished:
 
     backwards = 0
     micro_batches = 0
+    of = 1  # micro-batches of a whole one
 
 
-def _say_unfinished(unfinished: _Unfinished, accumulation: int) -> None:
+def _say_unfinished(unfinished: _Unfinished) -> None:
     if unfinished.micro_batches:
         log.warning(
             "training ended within an accumulation: its last %d of %d micro-batches are in no update; call "
             "engine.flush() after the last one, or give a number of micro-batches that divides",
-            unfinished.micro_batches, accumulation,
+            unfinished.micro_batches, unfinished.of,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
     EngineError                 anything a user of the engine can mend
       ConfigError               a config that cannot be obeyed; also a ValueError
+      LossScaleError            in fp16, an overflow with the loss scale at its minimum
       RangeTestError            a learning rate range test that cannot be run or read
 
 Every message says where, what was given, what is allowed, and what to do.
@@ -11,11 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ConfigError", "EngineError", "Problem", "RangeTestError"]
+__all__ = ["ConfigError", "EngineError", "LossScaleError", "Problem", "RangeTestError"]
 
 
 class EngineError(Exception):
     """The engine was asked for something it cannot do; the message says what to do instead."""
+
+
+class LossScaleError(EngineError):
+    """Gradients are not finite, and no smaller loss scale is allowed."""
 
 
 class RangeTestError(EngineError):

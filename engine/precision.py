@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.errors import EngineError
+from engine.errors import LossScaleError
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -235,7 +235,7 @@ class LossScale:
         """Move on after an update.
 
         Raises:
-            EngineError: an overflow with the smallest value that is allowed.
+            LossScaleError: an overflow with the smallest value that is allowed.
         """
         if self.dynamic:
             if overflow:
@@ -249,7 +249,7 @@ class LossScale:
             self._first_bad = self._updates
         if self._hysteresis == 1 or self._patience == 1:
             if self.value == self._minimum:
-                raise EngineError(
+                raise LossScaleError(
                     f"fp16: the gradients of update {self._updates} are not finite, and the loss scale is at its "
                     f"minimum, {self.value:g}; the first bad update in this row was {self._first_bad}; lower the "
                     "learning rate, warm it up, clip gradients, or train in bf16"

@@ -50,9 +50,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(state["cuda"][state["cuda_device"]])
 
 
-def reseed(state: Mapping[str, Any], rank: int) -> None:
-    """Seed all generators of a process that has no state of its own, from another's and its own rank."""
-    digest = hashlib.blake2b(state["torch"].numpy().tobytes() + rank.to_bytes(8, "big"), digest_size=8).digest()
+def reseed(state: Mapping[str, Any], number: int) -> None:
+    """Seed all generators from a state and a number: another process's and one's own rank, say."""
+    digest = hashlib.blake2b(state["torch"].numpy().tobytes() + number.to_bytes(8, "big"), digest_size=8).digest()
     seed = int.from_bytes(digest, "big") >> 1
     random.seed(seed)
     torch.manual_seed(seed)  # CUDA's, too

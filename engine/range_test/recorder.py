@@ -24,16 +24,19 @@ class Recorder:
 
     Args:
         world: the processes whose losses are averaged.
+        start: index of the first update, which the record counts as 0.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, start: int = 0) -> None:
         self._world = world
+        self._start = start
         self._steps: list[int] = []
         self._lrs: list[Any] = []
         self._losses: list[float] = []  # read from the device so far
         self._unread: list[Tensor] = []
         self._validation: list[tuple[int, Tensor | float]] = []
         self._sending: list[Any] = []
+        self._skipped: list[int] = []
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -42,13 +45,22 @@ class Recorder:
         """Note an update.
 
         Args:
-            step: its index, from 0.
+            step: its index.
             lr: the rate it ran at (first parameter group).
             loss: scalar, detached; this process's mean over the update's micro-batches.
         """
-        self._steps.append(step)
+        self._steps.append(step - self._start)
         self._lrs.append(lr.detach().clone() if isinstance(lr, Tensor) else lr)
         self._unread.append(self._shared(loss))
+
+    def skip(self, step: int) -> None:
+        """Note that an update which was recorded has been skipped: weights and rate have stayed as they were."""
+        self._skipped.append(step - self._start)
+
+    def count_last(self) -> None:
+        """Take the last update as one that was made, though it was skipped: it shows that the run had diverged."""
+        if self._skipped and self._skipped[-1] == self._steps[-1]:
+            self._skipped.pop()
 
     def record_validation(self, step: int, loss: Tensor | float) -> None:
         """Note a validation loss.
@@ -58,7 +70,7 @@ class Recorder:
             loss: this process's.
         """
         value = torch.as_tensor(loss, dtype=torch.float32, device=self._world.device).detach()
-        self._validation.append((step, self._shared(value)))
+        self._validation.append((step - self._start, self._shared(value)))
 
     def last_loss(self) -> float:
         """The newest update's loss over all processes; waits for the device."""
@@ -82,6 +94,7 @@ class Recorder:
             losses=tuple(self._losses),
             validation=tuple((step, float(loss) / self._world.size) for step, loss in self._validation),
             kind=kind,
+            skipped=tuple(self._skipped),
         )
 
     def _shared(self, loss: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.errors import RangeTestError
+from engine.range_test.adapt import adapt
 from engine.range_test.analysis import Curve, Refusal, Suggestion, suggest
 
 __all__ = ["RangeTestResult"]
@@ -40,6 +41,7 @@ class RangeTestResult:
         optimizer: class name.
         train_steps: updates of the planned training.
         group_ratios: learning rate of each parameter group as a multiple of the first one's, which the curves show.
+        settings: what the optimizer was given for the test that is not the config's: ``(("weight_decay", 1e-4),)``.
     """
 
     curves: tuple[Curve, ...]
@@ -49,6 +51,7 @@ class RangeTestResult:
     optimizer: str
     train_steps: int
     group_ratios: tuple[float, ...] = (1.0,)
+    settings: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(
@@ -67,8 +70,43 @@ class RangeTestResult:
 
     @cached_property
     def suggestion(self) -> Suggestion | Refusal:
-        """The boundaries for a 1Cycle schedule with their reasons, or why there are none."""
-        return suggest(self.curves, train_steps=self.train_steps)
+        """The boundaries for a 1Cycle schedule with their reasons, or why there are none.
+
+        Of the curves at the result's own batch size and settings; see `select` for the others.
+        """
+        return suggest(self._measured_at(self.train_batch_size, self.settings), train_steps=self.train_steps)
+
+    def select(
+        self, train_batch_size: int | None = None, settings: Mapping[str, float] | None = None
+    ) -> RangeTestResult:
+        """What was measured at a batch size and with settings of the optimizer, as a test of its own.
+
+        Suggestion and config are of these.
+
+        Args:
+            train_batch_size: samples of an update; None for the result's own.
+            settings: such as ``{"weight_decay": 1e-4}``; None for the result's own.
+
+        Raises:
+            RangeTestError: nothing was measured there; the message says where something was.
+        """
+        size = self.train_batch_size if train_batch_size is None else train_batch_size
+        wanted = self.settings if settings is None else tuple(sorted(settings.items()))
+        curves = self._measured_at(size, wanted)
+        if not any(curve.is_test for curve in curves):
+            there = {(curve.train_batch_size or self.train_batch_size, curve.settings) for curve in self.curves}
+            known = "; ".join(f"batch size {size}, settings {dict(each)}" for size, each in sorted(there))
+            raise RangeTestError(f"select: no test at batch size {size}, settings {dict(wanted)}; there are: {known}")
+        config = adapt(self.config, (self.train_batch_size, size), self.world_size, dict(wanted))
+        return replace(self, curves=curves, config=config, train_batch_size=size, settings=wanted)
+
+    def _measured_at(self, train_batch_size: int, settings: tuple[tuple[str, float], ...]) -> tuple[Curve, ...]:
+        return tuple(
+            curve
+            for curve in self.curves
+            if (curve.train_batch_size or self.train_batch_size) == train_batch_size
+            and (curve.settings or self.settings) == settings
+        )
 
     @property
     def has_suggestion(self) -> bool:
@@ -90,6 +128,8 @@ class RangeTestResult:
         if any(ratio != 1 for ratio in self.group_ratios):
             for key in ("cycle_min_lr", "cycle_max_lr"):
                 params[key] = [float(f"{params[key] * ratio:.6g}") for ratio in self.group_ratios]
+        if any(name == "momentum" for name, _ in self.settings):
+            params["cycle_momentum"] = False  # measured at one that does not move
         config = copy.deepcopy(self.config)
         config["scheduler"] = {"type": "OneCycle", "params": params}
         config["_range_test"] = {
@@ -161,7 +201,8 @@ class RangeTestResult:
             curves = tuple(_curve_from_json(curve) for curve in value["curves"])
             names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
             ratios = tuple(value["group_ratios"])
-            return cls(curves=curves, group_ratios=ratios, **{name: value[name] for name in names})
+            settings = tuple((name, setting) for name, setting in value.get("settings", ()))
+            return cls(curves=curves, group_ratios=ratios, settings=settings, **{name: value[name] for name in names})
         except FileNotFoundError:
             raise RangeTestError(
                 f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
@@ -176,6 +217,7 @@ class RangeTestResult:
             "optimizer": self.optimizer,
             "train_steps": self.train_steps,
             "group_ratios": self.group_ratios,
+            "settings": self.settings,
             "suggestion": asdict(self.suggestion),
             "config": self.config,
             "curves": [_curve_to_json(curve) for curve in self.curves],

@@ -1,13 +1,15 @@
 """The rig: a live engine on which short runs are made, each from the same start, and which is then as it was before.
 
 Every run starts from the same weights, optimizer state, random numbers and batches, and goes through the engine's own
-step. One that diverges stops: on all processes at the same update, since they decide on the mean of their losses.
+step; what a run is to have of its own, `conditions` sets. One that diverges stops: on all processes at the same update,
+since they decide on the mean of their losses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -18,8 +20,10 @@ from torch.optim import Optimizer
 
 from engine.data import to_device
 from engine.engine import Engine
-from engine.errors import RangeTestError
+from engine.errors import LossScaleError, RangeTestError
 from engine.range_test.analysis import Curve, DivergenceDetector, Kind
+from engine.range_test.conditions import check, reorder, set_batch_size, set_settings
+from engine.range_test.interrupt import Interrupt
 from engine.range_test.progress import Progress
 from engine.range_test.recorder import Recorder
 from engine.range_test.snapshot import Snapshot
@@ -27,6 +31,9 @@ from engine.range_test.task import LossFn, batches, loss_of, training_batches, v
 from schedulers.schedule import Schedule
 
 __all__ = ["Rig", "Run"]
+
+MOST_BAD = 5  # skipped updates in a row whose loss is not finite, before a run counts as diverged
+MOST_SKIPPED = 40  # skipped updates in a row; a loss scale of 2 ** 32 has come down to its minimum by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,10 @@ class Run:
         rate: see :class:`Curve`.
         stops: whether the run ends where it diverges.
         validations: how often the validation loss is measured, if there is data for it; 0 for never.
+        seed: 0 for the engine's random numbers and order of data as they are; another one for others, with the same
+            weights. Data that comes in an order of its own (a list of batches) keeps it.
+        train_batch_size: samples of an update, reached by accumulation; None for the engine's.
+        settings: `weight_decay` and `momentum` (the first of betas), set in every group that has them.
     """
 
     name: str
@@ -50,6 +61,9 @@ class Run:
     rate: float | None = None
     stops: bool = True
     validations: int = 20
+    seed: int = 0
+    train_batch_size: int | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rig:
@@ -75,58 +89,105 @@ class Rig:
         )
         self._loss = loss_of(loss)
         self._snapshot: Snapshot | None = None
+        self._interrupt: Interrupt
 
     def __enter__(self) -> Rig:
         self._snapshot = Snapshot(self.engine, self._data, self._held_out)
+        self._interrupt = Interrupt(self.engine.world)
+        self._interrupt.install()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._snapshot is not None
-        self._snapshot.restore()
-        if self.engine.micro_steps == 0:
-            self.engine.renew_parallel()
+        self._interrupt.hold()
+        try:
+            self._snapshot.restore()
+            if self.engine.micro_steps == 0:
+                self.engine.renew_parallel()
+        finally:
+            self._interrupt.remove()
+        if not isinstance(error, KeyboardInterrupt):
+            self._interrupt.raise_own()
 
     def make(self, run: Run, bar: Progress) -> Curve:
-        """Make one run from the start; its record, the same on every process."""
+        """Make one run from the start; its record, the same on every process.
+
+        Raises:
+            RangeTestError: the engine cannot have the run's batch size or settings.
+        """
         assert self._snapshot is not None, "a rig is used in a with statement"
         self._snapshot.restore()
         engine = self.engine
         assert engine.optimizer is not None
+        check(engine, run.train_batch_size, run.settings)
+        reorder(run.seed, self._data)
+        set_batch_size(engine, run.train_batch_size)
+        set_settings(engine, run.settings)
         engine.lr_scheduler = run.schedule(engine.optimizer)
-        engine.recorder = recorder = Recorder(engine.world)
+        engine.recorder = recorder = Recorder(engine.world, engine.global_steps)
         engine.observers = []
         engine.after_update = None
         engine._finite = None  # a test is there to diverge
+        engine._boundary = None
         every = max(1, run.steps // run.validations) if run.validations else 0
         validate = _Validation(engine, self._held_out if every else None, self._loss, every)
-        return _run(engine, batches(self._data, engine.device), self._loss, run, recorder, validate, bar)
+        curve = self._run(run, recorder, validate, bar)
+        settings = tuple(sorted((name, float(value)) for name, value in run.settings.items()))
+        return replace(curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings)
+
+    def _run(self, run: Run, recorder: Recorder, validate: _Validation, bar: Progress) -> Curve:
+        """One run, from the weights as they are."""
+        engine, data = self.engine, batches(self._data, self.engine.device)
+        end = _End()
+        validate(0)
+        for step in range(run.steps):
+            lr = float(engine.get_lr()[0])
+            skipped, hopeless = _update(engine, data, self._loss)
+            value = recorder.last_loss()
+            bar.update(run.name, step, lr, value)
+            self._interrupt.look()
+            validate(step + 1)
+            diverged = end.reached(value, skipped=skipped)
+            if hopeless or (diverged and run.stops):
+                recorder.count_last()
+                bar.say(f"{run.name}: diverged at step {step}, learning rate {lr:.3g}")
+                bar.skip(run.steps - step - 1)
+                break
+        return recorder.curve(run.name, run.rate, kind=run.kind)
 
 
-def _run(
-    engine: Engine,
-    data: Iterator[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-    run: Run,
-    recorder: Recorder,
-    validate: _Validation,
-    bar: Progress,
-) -> Curve:
-    """One run, from the weights as they are."""
-    detector = DivergenceDetector()
-    validate(0)
-    for step in range(run.steps):
-        lr = float(engine.get_lr()[0])
-        for batch in islice(data, engine.gradient_accumulation_steps()):
+def _update(engine: Engine, data: Iterator[Any], loss: Callable[[nn.Module, Any], Tensor]) -> tuple[bool, bool]:
+    """One update; whether it was skipped, and whether every other would be."""
+    before, steps = engine.skipped_steps, engine.gradient_accumulation_steps()
+    try:
+        for index, batch in enumerate(islice(data, steps), 1):
             engine.backward(loss(engine, batch))
-            engine.step()
-        value = recorder.last_loss()
-        bar.update(run.name, step, lr, value)
-        validate(step + 1)
-        if detector.update(value) and run.stops:
-            bar.say(f"{run.name}: diverged at step {step}, learning rate {lr:.3g}")
-            bar.skip(run.steps - step - 1)
-            break
-    return recorder.curve(run.name, run.rate, kind=run.kind)
+            if engine.config.managed_gradient_accumulation or index == steps:
+                engine.step()
+        return engine.skipped_steps > before, False
+    except LossScaleError:
+        return True, True
+
+
+class _End:
+    """Whether a run has diverged, skipped updates and all.
+
+    A skipped update is none, and many in a row are normal while fp16 looks for its loss scale. But a loss that is not
+    finite is no fault of the scale; several in a row leave no hope, since the weights do not move any more.
+    """
+
+    def __init__(self) -> None:
+        self._detector = DivergenceDetector()
+        self._skipped = self._bad = 0  # in a row
+
+    def reached(self, loss: float, *, skipped: bool) -> bool:
+        """Take the next update."""
+        if not skipped:
+            self._skipped = self._bad = 0
+            return self._detector.update(loss)
+        self._skipped += 1
+        self._bad = 0 if math.isfinite(loss) else self._bad + 1
+        return self._bad >= MOST_BAD or self._skipped >= MOST_SKIPPED or self._detector.diverged
 
 
 class _Validation:

@@ -1,8 +1,8 @@
 """All of a run that a range test moves, to be put back bit for bit.
 
-Model (parameters, buffers, training flags), optimizer (state, and groups with tensor rates in place),
-schedule, the engine's counters, the random numbers of Python, NumPy, torch and CUDA, and the position
-of the data.
+Model (parameters, buffers, training flags), optimizer (state, and groups with tensor rates in place), schedule, loss
+scale, batch size, the engine's counters, the random numbers of Python, NumPy, torch and CUDA, and order and position of
+the data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from engine.data import Loader
 from engine.engine import Engine
 from engine.randomness import random_state, set_random_state
+from engine.range_test.sources import generators_in, numbers_in, parts_of
 
 __all__ = ["Snapshot"]
 
@@ -32,6 +33,7 @@ class Snapshot:
     def __init__(self, engine: Engine, *data: Any) -> None:
         assert engine.optimizer is not None
         self._engine = engine
+        engine.settle()
         engine.put_away()
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
         self._training = [(module, module.training) for module in engine.modules()]
@@ -40,7 +42,10 @@ class Snapshot:
         self._schedule_state = None if engine.lr_scheduler is None else copy.deepcopy(engine.lr_scheduler.state_dict())
         self._scale = None if engine.scaler is None else engine.scaler.state_dict()
         self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
-        self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
+        self._batch_size = engine.train_batch_size()
+        parts = parts_of(*data)
+        self._generators = [(generator, generator.get_state()) for generator in generators_in(parts)]
+        self._numbers = {name: numbers_in(parts, name) for name in ("seed", "epoch")}
         self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
         self._positions = [(part, part.position) for part in data if isinstance(part, Loader)]
         self._random = random_state()
@@ -60,10 +65,14 @@ class Snapshot:
             self._schedule.load_state_dict(copy.deepcopy(self._schedule_state or {}))
             self._optimizer.restore_groups()  # a schedule may write its rates on loading
         self._engine.__dict__.update(self._counters)
+        self._engine.set_train_batch_size(self._batch_size)
         if self._engine.scaler is not None and self._scale is not None:
             self._engine.scaler.load_state_dict(self._scale)
         for generator, state in self._generators:
             generator.set_state(state)
+        for name, numbers in self._numbers.items():
+            for part, number in numbers:
+                setattr(part, name, number)
         for part, state in self._loaders:
             part.load_state_dict(copy.deepcopy(state))
         for loader, position in self._positions:
@@ -83,6 +92,7 @@ _COUNTERS = (
     "observers",
     "after_update",
     "_finite",
+    "_boundary",
     "_last_loss",
     "_grad_norm",
 )
@@ -123,22 +133,3 @@ def _tensors_of(engine: Engine) -> list[Tensor]:
     assert engine.optimizer is not None
     weights = (parameter for group in engine.optimizer.param_groups for parameter in group["params"])
     return list(dict.fromkeys([*engine.parameters(), *engine.buffers(), *weights]))
-
-
-def _generators_of(data: tuple[Any, ...]) -> list[torch.Generator]:
-    """The generators that loaders shuffle with: their own, their samplers', their batch samplers'."""
-    found: dict[int, torch.Generator] = {}
-    queue, seen = [part for part in data if part is not None], set()
-    while queue:
-        part = queue.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        for name in ("dataloader", "sampler", "batch_sampler"):
-            inner = getattr(part, name, None)
-            if inner is not None:
-                queue.append(inner)
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-    return list(found.values())

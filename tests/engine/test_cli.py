@@ -117,6 +117,16 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], monkeypat
         (("range-test", "task.py:linear"), "--config"),
         (("range-test", "task.py:linear", "--config", "good.json", "--rates", "5;50"), "expected numbers with commas"),
         (
+            ("range-test", "task.py:linear", "--config", "good.json", "--sweep", "lr=1"),
+            "expected weight_decay=... or mom",
+        ),
+        (
+            ("range-test", "task.py:linear", "--config", "good.json", "--sweep", "momentum=a"),
+            "expected numbers with comm",
+        ),
+        (("range-test", "task.py:linear", "--config", "good.json", "--batch-sizes", "8,0"), "expected an integer >= 1"),
+        (("range-test", "task.py:linear", "--config", "good.json", "--growth", "fast"), "invalid choice: 'fast'"),
+        (
             ("range-test", "task.py:linear", "--config", "good.json", "--baseline", "no"),
             "expected a learning rate or none",
         ),
@@ -285,6 +295,25 @@ def test_a_range_test_is_the_same_with_the_same_seed(folder: Path) -> None:
         main([*arguments, "--seed", seed])
         records.append(json.loads((folder / "range_test" / "range_test.json").read_text())["curves"])
     assert records[0] == records[1] != records[2]
+
+
+def test_a_range_test_at_several_seeds_batch_sizes_and_settings(folder: Path) -> None:
+    arguments = ["range-test", "task.py:linear", "--config", "good.json", "--steps", "20", "--quiet", "--seeds", "2"]
+    more = ["--growth", "exponential", "--batch-sizes", "8,16", "--sweep", "weight_decay=0,1e-2", "--baseline", "none"]
+    main([*arguments, *more])
+    record = json.loads((folder / "range_test" / "range_test.json").read_text())["curves"]
+    assert [curve["name"] for curve in record] == [
+        "rate 1.5, exponential",
+        "rate 1.5, exponential, seed 1",
+        "rate 1.5, exponential, batch 16",
+        "rate 1.5, exponential, batch 16, seed 1",
+        "rate 1.5, exponential, weight_decay 0.01",
+        "rate 1.5, exponential, weight_decay 0.01, seed 1",
+    ]
+    assert [curve["seed"] for curve in record] == [0, 1] * 3
+    assert [curve["train_batch_size"] for curve in record] == [None, None, 16, 16, None, None]
+    assert record[4]["settings"] == [["weight_decay", 0.01]]
+    assert record[0]["lrs"][:2] == pytest.approx([1e-7, 2.5e-7])
 
 
 def test_a_range_test_without_descent_is_refused_and_leaves_its_record(

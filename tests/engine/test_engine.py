@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -72,6 +73,44 @@ def test_the_weights_move_at_the_boundary_only() -> None:
     assert torch.equal(weights(engine), before)
     train(engine, 1)
     assert not torch.equal(weights(engine), before)
+
+
+def test_another_batch_size_is_reached_by_accumulation() -> None:
+    model = make_model()
+    engine, whole = make_engine(copy.deepcopy(model)), make_engine(model, train_micro_batch_size_per_gpu=16)
+    engine.set_train_batch_size(16)
+    assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (16, 4)
+    assert engine.train_micro_batch_size_per_gpu() == 4
+    train(engine, 4)
+    train(whole, 1, size=16)
+    assert (engine.global_steps, engine.global_samples) == (1, 16)
+    torch.testing.assert_close(weights(engine), weights(whole))
+    engine.set_train_batch_size(4)
+    train(engine, 3)
+    assert (engine.global_steps, engine.global_samples, engine.train_batch_size()) == (4, 28, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [(10, "8 and 12"), (3, "4"), (0, "4"), (-4, "4"), (8.0, "8 and 12")], ids=str
+)
+def test_a_batch_size_that_micro_batches_do_not_make_up_is_refused(size: Any, nearest: str) -> None:
+    engine = make_engine(gradient_accumulation_steps=2)
+    with pytest.raises(
+        EngineError, match=f"got {size}; expected a multiple of 4, .* on 1 process; nearest: {nearest}$"
+    ):
+        engine.set_train_batch_size(size)
+    assert engine.train_batch_size() == 8
+
+
+def test_a_batch_size_stays_while_an_update_is_under_way() -> None:
+    engine = make_engine(gradient_accumulation_steps=2)
+    train(engine, 1)
+    with pytest.raises(EngineError, match="an update is under way"):
+        engine.set_train_batch_size(4)
+    engine.flush()
+    engine.set_train_batch_size(4)
+    train(engine, 1)
+    assert engine.global_steps == 2
 
 
 def test_rate_and_momentum_move_once_per_update() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from engine import RangeTestError, load_config
 from engine.range_test import Curve, RangeTestResult, Refusal, Suggestion
+from engine.range_test.adapt import adapt
 
 INF, NAN = math.inf, math.nan
 CONFIG = {
@@ -40,6 +41,68 @@ def make_result(*curves: Curve, config: dict[str, Any] | None = None) -> RangeTe
 def flat() -> RangeTestResult:
     curve = falling()
     return make_result(replace(curve, losses=(1.0,) * 100))
+
+
+# -- several batch sizes and settings in one record ------------------------------------------------------------
+
+
+def of_several() -> RangeTestResult:
+    slow = falling(5)
+    return make_result(
+        falling(None),
+        falling(),
+        replace(falling(500), train_batch_size=32, name="rate 500, batch 32"),
+        replace(slow, settings=(("momentum", 0.5),), name="rate 5, momentum 0.5"),
+        config=CONFIG | {"gradient_accumulation_steps": 2},
+    )
+
+
+def test_a_suggestion_is_of_the_records_own_batch_size_and_settings() -> None:
+    result = of_several()
+    assert result.suggestion == make_result().suggestion
+    assert result.suggestion.curve == "rate 50"
+    own = result.select()
+    assert (own.curves, own.config, own.suggestion) == (result.curves[:2], result.config, result.suggestion)
+
+
+def test_what_was_measured_at_another_batch_size_is_a_test_of_its_own() -> None:
+    large = of_several().select(train_batch_size=32)
+    assert [curve.name for curve in large.curves] == ["rate 500, batch 32"]
+    assert (large.train_batch_size, large.suggestion.curve) == (32, "rate 500, batch 32")
+    config = large.to_config()
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (32, 4)
+    assert load_config(config, world_size=1).gradient_accumulation_steps == 8
+    assert large.select(train_batch_size=32) == large
+
+
+def test_what_was_measured_with_other_settings_suggests_a_config_with_them(tmp_path: Path) -> None:
+    light = of_several().select(settings={"momentum": 0.5})
+    assert [curve.name for curve in light.curves] == ["rate 5, momentum 0.5"]
+    config = light.to_config()
+    assert config["optimizer"]["params"] == {"lr": 0.001, "betas": [0.5, 0.999]}
+    assert config["scheduler"]["params"]["cycle_momentum"] is False
+    load_config(config)
+    light.save(tmp_path)
+    assert RangeTestResult.load(tmp_path) == light
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "params"),
+    [
+        ("SGD", {"momentum": 0.5, "weight_decay": 0.1}, {"momentum": 0.5, "weight_decay": 0.1}),
+        ("Muon", {"momentum": 0.5}, {"momentum": 0.5}),
+        ("Lion", {"momentum": 0.5}, {"betas": [0.5, 0.999]}),
+        ("NAdam", {"momentum": 0.5}, {"betas": [0.5, 0.999]}),
+    ],
+)
+def test_settings_go_where_the_optimizer_has_them(optimizer: str, settings: Any, params: Any) -> None:
+    assert adapt({"optimizer": {"type": optimizer}}, (8, 8), 1, settings)["optimizer"]["params"] == params
+    assert adapt({}, (8, 8), 1, settings) == {}
+
+
+def test_what_was_not_measured_is_said_to_be_missing() -> None:
+    with pytest.raises(RangeTestError, match=r"no test at batch size 64, .* there are: batch size 8, settings"):
+        of_several().select(train_batch_size=64)
 
 
 # -- on disk -------------------------------------------------------------------------------------------------

@@ -213,6 +213,143 @@ def test_negative_losses_suggest_what_the_same_losses_above_zero_do() -> None:
     assert below.suggestion.cycle_max_lr == pytest.approx(above.suggestion.cycle_max_lr, rel=0.2)
 
 
+# -- growth, seeds, batch sizes, settings --------------------------------------------------------------------
+
+
+def test_an_exponential_test_multiplies_the_rate() -> None:
+    curve = only(run(growth="exponential", rates=[9], min_lr=1e-4, step_size=4, steps=13))
+    assert (curve.name, curve.kind, curve.rate) == ("rate 9, exponential", "exponential", 9.0)
+    assert [curve.lrs[k] for k in (0, 2, 4, 8, 12)] == pytest.approx([1e-4, 10**-3.5, 1e-3, 1e-2, 1e-1])
+
+
+def test_an_exponential_test_is_by_default_one_sweep_over_eight_powers_of_ten() -> None:
+    curve = only(run(growth="exponential", rates=None, min_lr=None, steps=20, loss=lambda m, b: 0 * mse(m(b[0]), b[1])))
+    assert (curve.name, curve.lrs[0]) == ("rate 1.5, exponential", 1e-7)
+    assert curve.lrs[-1] == pytest.approx(1e-7 * 2.5**19)  # 3.6: the twentieth update
+
+
+def test_the_growth_is_the_configs_unless_given() -> None:
+    redline = {"range_test": {"growth": "exponential"}}
+    assert only(run(make_engine(redline=redline))).kind == "exponential"
+    assert only(run(make_engine(redline=redline), growth="linear")).kind == "linear"
+    params = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 4}
+    engine = make_engine(redline=redline, scheduler={"type": "LRRangeTest", "params": params})
+    engine.recorder = None
+    assert only(run(engine, min_lr=None)).lrs[4] == pytest.approx(0.006)
+    assert only(run(engine, min_lr=None)).lrs[8] == pytest.approx(0.036)
+
+
+def test_seeds_differ_in_order_and_not_in_weights_or_rates() -> None:
+    first, second, third = run(seeds=3).curves
+    assert [curve.name for curve in (first, second, third)] == ["rate 5", "rate 5, seed 1", "rate 5, seed 2"]
+    assert (first.seed, second.seed, third.seed) == (0, 1, 2)
+    assert first.lrs == second.lrs
+    assert len({first.losses, second.losses, third.losses}) == 3
+    assert first == only(run())
+    whole = [make_data(8)]  # one batch, whose order is nobody's: what is left are the weights
+    assert len({curve.losses for curve in run(data=whole, seeds=2).curves}) == 1
+
+
+def test_a_batch_size_is_that_of_an_engine_that_was_made_with_it() -> None:
+    base, large = run(batch_sizes=[8, 32]).curves
+    assert (base.name, large.name) == ("rate 5", "rate 5, batch 32")
+    assert (base.train_batch_size, large.train_batch_size) == (None, 32)
+    assert base == only(run())
+    assert large.losses == only(run(make_engine(accumulation=4))).losses
+
+
+def test_settings_are_those_of_an_engine_that_was_made_with_them() -> None:
+    engine = make_engine(optimizer={"type": "SGD", "params": {"lr": 0.01, "weight_decay": 0.1}})
+    result = run(engine, sweep={"weight_decay": [0.1, 2.0], "momentum": [0.5]})
+    assert [curve.name for curve in result.curves] == ["rate 5", "rate 5, weight_decay 2", "rate 5, momentum 0.5"]
+    assert [curve.settings for curve in result.curves] == [(), (("weight_decay", 2.0),), (("momentum", 0.5),)]
+    for curve, params in zip(result.curves[1:], ({"weight_decay": 2.0}, {"weight_decay": 0.1, "momentum": 0.5})):
+        made = make_engine(optimizer={"type": "SGD", "params": {"lr": 0.01, **params}})
+        assert curve.losses == only(run(made)).losses
+    assert result.select(settings={"momentum": 0.5}).curves == result.curves[2:]
+
+
+def test_every_change_is_made_with_every_rate_and_seed_and_the_baseline_once() -> None:
+    names = [curve.name for curve in run(rates=[5, 50], baseline=True, seeds=2, batch_sizes=[16], steps=3).curves]
+    assert names == [
+        "fixed 0.01", "rate 5", "rate 5, seed 1", "rate 50", "rate 50, seed 1", "rate 5, batch 16",
+        "rate 5, batch 16, seed 1", "rate 50, batch 16", "rate 50, batch 16, seed 1",
+    ]  # fmt: skip
+
+
+def test_a_test_inside_a_training_counts_its_own_updates() -> None:
+    engine = make_engine()
+    x, y = make_data(8)
+    for _ in range(3):
+        engine.backward(mse(engine(x), y))
+        engine.step()
+    curve = only(run(engine, steps=5, validation=make_data(8), validations=1))
+    assert curve.steps == (0, 1, 2, 3, 4)
+    assert [updates for updates, _ in curve.validation] == [0, 5]
+
+
+def test_without_managed_accumulation_an_update_is_still_all_its_micro_batches() -> None:
+    data = [(x, y) for x, y in zip(*(part.split(8) for part in make_data()))]
+    managed = only(run(make_engine(accumulation=4), data))
+    by_hand = only(run(make_engine(accumulation=4, managed_gradient_accumulation=False), data))
+    assert by_hand.losses == pytest.approx(managed.losses, rel=1e-6)
+
+
+# -- updates that the loss scaler skips ----------------------------------------------------------------------
+
+
+FP16 = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}
+
+
+def steep(model: nn.Module, batch: Any) -> Tensor:
+    """Gradients of some hundreds: in fp16 a scale of 2 ** 20 is too much."""
+    return 100 * mse(model(batch[0]).float(), batch[1])
+
+
+def test_updates_that_are_skipped_are_marked_and_do_not_count_as_divergence() -> None:
+    curve = only(run(make_engine(fp16=FP16), loss=steep, min_lr=1e-6, steps=30))
+    assert len(curve.steps) == 30
+    assert 10 <= len(curve.skipped) <= 20
+    assert curve.skipped[:10] == tuple(range(10))  # while the scale is looked for
+    assert set(curve.lrs[:11]) == {1e-6}  # in which the rate does not grow
+    assert len(set(curve.lrs)) == 30 - len(curve.skipped)
+
+
+def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale_and_ends_the_run() -> None:
+    calls = iter(range(1000))
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        value = mse(model(batch[0]).float(), batch[1])
+        return value * math.nan if next(calls) >= 12 else value
+
+    curve = only(run(make_engine(fp16=FP16 | {"initial_scale_power": 4}), loss=broken, steps=30))
+    assert len(curve.steps) == 17  # the fifth such update in a row
+    assert curve.skipped == (12, 13, 14, 15)  # the last one shows the divergence
+    assert math.isnan(curve.losses[-1])
+
+
+def test_one_loss_that_is_not_finite_does_not_end_a_run_whose_scaler_skips_it() -> None:
+    calls = iter(range(1000))
+
+    def hiccup(model: nn.Module, batch: Any) -> Tensor:
+        value = mse(model(batch[0]).float(), batch[1])
+        return value * math.nan if next(calls) == 12 else value
+
+    curve = only(run(make_engine(fp16=FP16 | {"initial_scale_power": 4}), loss=hiccup, steps=30))
+    assert (len(curve.steps), curve.skipped) == (30, (12,))
+
+
+def test_a_scale_at_its_minimum_ends_the_run_and_not_the_script() -> None:
+    def overflowing(model: nn.Module, batch: Any) -> Tensor:
+        return 1e30 * mse(model(batch[0]).float(), batch[1])
+
+    engine = make_engine(fp16=FP16 | {"initial_scale_power": 3})
+    result = run(engine, loss=overflowing, rates=[5, 50], baseline=True)
+    assert [len(curve.steps) for curve in result.curves] == [4, 4, 4]
+    assert result.curves[0].skipped == (0, 1, 2)
+    assert engine.loss_scale == 8.0
+
+
 # -- losses and data of every form ---------------------------------------------------------------------------
 
 
