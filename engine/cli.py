@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--min-lr", type=float, metavar="LR", help="first learning rate (default: the config's, or 1e-4)")
     test.add_argument("--step-size", type=_positive, metavar="N", help="updates (default: the config's, or STEPS / 20)")
     test.add_argument("--growth", choices=["linear", "exponential"], metavar="G",
-        help="linear, by equal amounts, or exponential, by equal factors (default: the config's, or linear)")  # fmt: skip
+        help="linear, or exponential: by equal factors (default: the config's, or linear)")  # fmt: skip
     test.add_argument("--steps", type=_positive, default=200, metavar="N", help="updates of a run (default: 200)")
     test.add_argument("--baseline", type=_baseline, default=True, metavar="LR|none",
         help="fixed learning rate to run beside (default: the optimizer's)")  # fmt: skip
