@@ -1,0 +1,153 @@
+"""A range test on several processes: all stop at the same update, for whatever reason, and have the same result."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
+from tests.distributed import run_ranks
+
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}}
+
+
+def make_engine(**config: Any) -> Engine:
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "gradient_clipping": 0,
+        **config,
+    }
+    return initialize(nn.Linear(4, 1), config, device="cpu")
+
+
+def make_data() -> tuple[Tensor, Tensor]:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
+
+
+def mse(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+
+
+def run(engine: Engine, loss: Any, **arguments: Any) -> RangeTestResult:
+    arguments = {"rates": [5], "steps": 30, "min_lr": 1e-3, "baseline": False, "progress": False, **arguments}
+    return run_range_test(engine, make_data(), loss, **arguments)
+
+
+class On:
+    """A loss that one rank alone spoils from its so-manieth call on; counts the calls."""
+
+    def __init__(self, spoils: bool, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
+        self.calls, self._spoils, self._call, self._spoil = 0, spoils, call, spoil
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        value = mse(model, batch)
+        return self._spoil(value) if self._spoils and self.calls >= self._call else value
+
+
+def interrupt(value: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    return value
+
+
+def leave(value: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+def on_each_rank() -> dict[str, Any]:
+    engine = make_engine()
+    rank = engine.global_rank
+    found: dict[str, Any] = {}
+
+    def of_its_own(model: nn.Module, batch: Any) -> Tensor:
+        return mse(model, batch) * (1 + 9 * rank)
+
+    for name, config in (("fp32", {}), ("fp16, stage 3", FP16 | {"zero_optimization": {"stage": 3}})):
+        each = make_engine(**config)
+        found[f"own losses, {name}"] = run(each, of_its_own, rates=[5, 5000], steps=60, seeds=2, batch_sizes=[16])
+        found[f"nan, {name}"] = run(each, On(rank == 1, 14, lambda value: value * math.nan))
+    with pytest.raises(RangeTestError) as refusal:
+        run(engine, mse, batch_sizes=[12])
+    found["refusal"] = str(refusal.value)
+
+    interrupted = On(rank == 1, 5, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, interrupted)
+    found["interrupted"] = interrupted.calls
+    found["after it"] = run(engine, mse)
+
+    # Last: rank 1 leaves for good, and rank 0 is not to wait for ever.
+    begin, weights = time.monotonic(), torch.cat([part.flatten() for part in engine.parameters()]).tolist()
+    with pytest.raises(ZeroDivisionError if rank == 1 else EngineError) as end:
+        run(engine, On(rank == 1, 5, leave))
+    if rank == 0:
+        found["alone"] = (str(end.value), time.monotonic() - begin)
+        found["put back"] = torch.cat([part.flatten() for part in engine.parameters()]).tolist() == weights
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(on_each_rank, 2)
+
+
+def text(result: RangeTestResult) -> str:
+    return str(result._to_json())  # nan is no equal of itself
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16, stage 3"])
+@pytest.mark.parametrize("what", ["own losses", "nan"])
+def test_all_processes_have_the_same_result(ranks: list[dict[str, Any]], what: str, precision: str) -> None:
+    first, second = (text(rank[f"{what}, {precision}"]) for rank in ranks)
+    assert first == second
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16, stage 3"])
+def test_processes_whose_losses_differ_stop_together_in_every_run(ranks: list[dict[str, Any]], precision: str) -> None:
+    lengths = {curve.name: len(curve.steps) for curve in ranks[0][f"own losses, {precision}"].curves}
+    assert len(lengths) == 8
+    assert all(10 <= length < 60 for name, length in lengths.items() if "5000" in name)
+
+
+def test_a_loss_that_is_not_a_number_on_one_process_ends_the_test_on_all(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (curve,) = rank["nan, fp32"].curves
+        assert (len(curve.steps), curve.skipped) == (14, ())
+        assert math.isnan(curve.losses[-1])
+
+
+def test_in_fp16_it_is_skipped_on_all_and_ends_the_test_on_all_if_it_stays(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (curve,) = rank["nan, fp16, stage 3"].curves
+        assert (len(curve.steps), curve.skipped) == (18, (13, 14, 15, 16))
+        assert math.isnan(curve.losses[-1])
+
+
+def test_ctrl_c_on_one_process_ends_the_test_on_all_at_the_same_update(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["interrupted"] for rank in ranks] == [5, 5]
+    assert text(ranks[0]["after it"]) == text(ranks[1]["after it"])
+
+
+def test_a_batch_size_that_the_processes_cannot_make_up_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert {rank["refusal"] for rank in ranks} == {
+        "range test: set_train_batch_size: got 12; expected a multiple of 8, the micro-batch of 4 on 2 processes; "
+        "nearest: 8 and 16"
+    }
+
+
+def test_a_process_that_leaves_is_named_by_the_other_which_is_as_it_was(ranks: list[dict[str, Any]]) -> None:
+    message, seconds = ranks[0]["alone"]
+    assert "rank 1 ended its script" in message
+    assert seconds < 20
+    assert ranks[0]["put back"]
