@@ -122,6 +122,8 @@ def _range_test(options: argparse.Namespace) -> int:
     import torch
 
     from engine.range_test import run_range_test
+    from engine.range_test.chart import chart_of
+    from engine.range_test.contents import contents_of
     from engine.range_test.report import write_report
     from engine.range_test.task import load_task
     from engine.start import initialize
@@ -149,7 +151,7 @@ def _range_test(options: argparse.Namespace) -> int:
         progress=False if options.quiet else None,
     )
     if engine.global_rank == 0:
-        print(write_report(result, options.out))
+        print(f"{chart_of(contents_of(result))}\n\n{write_report(result, options.out)}")
     return 0 if result.has_suggestion else 1
 
 

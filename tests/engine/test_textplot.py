@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 
-from engine.textplot import draw_text
+from engine.textplot import Line, draw_lines, draw_text, shows_braille
 
 
 def rows(text: str) -> list[str]:
@@ -53,3 +54,71 @@ def test_no_line_is_wider_than_asked() -> None:
     text = draw_text(range(1000), [math.sin(k / 50) for k in range(1000)], title="", width=30, height=5)
     assert max(len(row) for row in rows(text)) <= 30
     assert len(rows(text)) == 5
+
+
+# -- several lines -------------------------------------------------------------------------------------
+
+FALL = Line("fall", [10.0**k for k in range(-5, 0)], [4.0, 3.0, 2.0, 1.0, 0.0])
+FLAT = Line("flat", [1e-5, 1e-3, 1e-1], [4.0, 4.0, 4.0])
+
+
+def test_lines_are_letters_over_a_logarithmic_axis_where_there_is_no_braille() -> None:
+    text = draw_lines([FALL, FLAT], title="t", width=9, height=5, braille=False)
+    assert text.splitlines() == [
+        "t",
+        "4 |b   b   b",
+        "  |  a",
+        "  |    a",
+        "  |      a",
+        "0 |        a",
+        "  +---------",
+        "   1e-05 0.1",
+        "a fall",
+        "b flat",
+    ]
+
+
+def test_braille_lines_end_in_their_letters() -> None:
+    first, *_, last = draw_lines([FALL, FLAT], title="t", width=9, height=5).splitlines()[1:6]
+    assert first[-1] == "b"
+    assert last[-1] == "a"
+    assert "\u2801" <= first[3] <= "\u28ff"
+
+
+def test_boundaries_stand_in_the_chart_and_in_its_axis() -> None:
+    text = draw_lines([FALL], title="t", width=9, height=5, span=(1e-4, 1e-2), span_name="here", braille=False)
+    *_, axis, _, names, more = text.splitlines()
+    assert axis == "  +--[===]--"
+    assert (names, more) == ("a fall", "[ ] here")
+    assert [line[5] for line in text.splitlines()[1:6]] == [":", "a", ":", ":", ":"]
+
+
+def test_a_boundary_outside_of_the_chart_is_not_drawn() -> None:
+    text = draw_lines([FALL], title="t", width=9, height=5, span=(1e-9, 1e-2), span_name="here", braille=False)
+    assert "  +======]--" in text.splitlines()
+
+
+def test_what_lies_above_the_top_is_left_out() -> None:
+    text = draw_lines([Line("a", [1, 10, 100], [1.0, 0.0, 1e9])], title="", width=9, height=3, top=1.0, braille=False)
+    assert [row.strip() for row in rows(text)[:3]] == ["a", "", "a"]
+
+
+def test_points_that_have_no_place_on_the_axes_are_left_out() -> None:
+    whole = draw_lines([Line("a", [1.0, 10.0], [0.0, 1.0])], title="")
+    holed = draw_lines([Line("a", [0.0, 1.0, -1.0, 5.0, 10.0], [9.0, 0.0, 9.0, math.nan, 1.0])], title="")
+    assert holed == whole
+    nothing = "t\n(nothing to draw)"
+    assert draw_lines([], title="t") == draw_lines([Line("a", [0.0], [1.0])], title="t") == nothing
+
+
+def test_two_lines_share_a_cell_dot_by_dot() -> None:
+    low, high = Line("low", [1.0, 2.0], [0.0, 0.0]), Line("high", [1.0, 2.0], [1.0, 1.0])
+    (row, *_) = rows(draw_lines([low, high, Line("end", [4.0], [0.0])], title="", width=2, height=1))
+    assert row[0] == "\u2841"
+
+
+def test_an_encoding_either_has_braille_or_has_not() -> None:
+    assert shows_braille(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    for encoding in ("ascii", "latin-1", "cp1252"):
+        assert not shows_braille(io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert not shows_braille(io.StringIO())
