@@ -122,9 +122,7 @@ def _range_test(options: argparse.Namespace) -> int:
     import torch
 
     from engine.range_test import run_range_test
-    from engine.range_test.chart import chart_of
-    from engine.range_test.contents import contents_of
-    from engine.range_test.report import write_report
+    from engine.range_test.report import show_report
     from engine.range_test.task import load_task
     from engine.start import initialize
 
@@ -151,18 +149,25 @@ def _range_test(options: argparse.Namespace) -> int:
         progress=False if options.quiet else None,
     )
     if engine.global_rank == 0:
-        print(f"{chart_of(contents_of(result))}\n\n{write_report(result, options.out)}")
+        print(show_report(result, options.out))
     return 0 if result.has_suggestion else 1
 
 
 def _report(options: argparse.Namespace) -> int:
-    from engine.range_test import RangeTestResult
-    from engine.range_test.report import write_report
+    from engine.range_test.report import load_result, show_report
 
-    result = RangeTestResult.load(options.directory)
+    source = Path(options.source)
+    result = load_result(
+        source,
+        lr_column=options.lr_column,
+        loss_column=options.loss_column,
+        train_batch_size=options.batch_size,
+    )
     if options.train_steps:
         result = result.planned_for(options.train_steps)
-    print(write_report(result, options.directory))
+    # Beside a table of somebody else's, in a folder of its own; a test's own folder is renewed.
+    out = options.out or (source if source.is_dir() else f"{source.stem}_report")
+    print(show_report(result, out, beta=options.smoothing))
     return 0 if result.has_suggestion else 1
 
 
@@ -265,9 +270,21 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--quiet", action="store_true", help="no progress")
 
     report = _add(commands, "report", _report, "read a finished range test again and renew its files",
-        "example:\n  redline report range_test --train-steps 5000")  # fmt: skip
-    report.add_argument("directory", metavar="DIR", help="the folder that range-test wrote")
+        "DIR is the folder that range-test wrote; its files are renewed. FILE is a table that you have: CSV with a\n"
+        "header, pytorch-lr-finder's history or Lightning's results as JSON. It needs a learning rate and a loss for\n"
+        "each update; common names of columns are recognised. Its report goes to FILE's name with _report.\n\n"
+        "examples:\n  redline report range_test --train-steps 5000\n"
+        "  redline report losses.csv --lr-column lr --loss-column loss")  # fmt: skip
+    report.add_argument("source", metavar="DIR|FILE", help="the folder that range-test wrote, or a table")
     report.add_argument("--train-steps", type=_positive, metavar="N", help="suggest for a training of N updates")
+    report.add_argument("--smoothing", type=_share, default=0.8, metavar="B",
+        help="weight of the past in the smoothing of the curves (default: %(default)s)")  # fmt: skip
+    report.add_argument("--out", metavar="DIR", help="folder to write to (default: DIR itself, or FILE's name_report)")
+    report.add_argument("--lr-column", metavar="NAME", help="column of FILE with the learning rate")
+    report.add_argument("--loss-column", metavar="NAME", help="column of FILE with the training loss")
+    report.add_argument(
+        "--batch-size", type=_positive, metavar="B", help="samples of an update that FILE was made with"
+    )
 
     consolidate = _add(commands, "consolidate", _consolidate, "make one file of a checkpoint's model",
         "DIR is where save_checkpoint saved, here or in DeepSpeed (ZeRO stages 0 to 3), or the folder of one tag.\n"
@@ -307,6 +324,16 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f'got "{text}"; expected an integer >= 1')
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'got "{text}"; expected a number from 0 to below 1')
+    return value
 
 
 def _rates(text: str) -> list[float]:

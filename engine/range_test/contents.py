@@ -110,21 +110,27 @@ class Group:
     panel: str = ""
 
 
-def contents_of(result: RangeTestResult) -> Contents:
-    """A range test in this form."""
-    facts = [
-        ("optimizer", result.optimizer),
-        ("batch size", f"{result.train_batch_size:,}"),
-        ("processes", str(result.world_size)),
-        ("planned training", f"{result.train_steps:,} updates"),
-    ]
+def contents_of(result: RangeTestResult, *, beta: float = SMOOTHING) -> Contents:
+    """A range test in this form.
+
+    Args:
+        result: the test.
+        beta: weight of the past in the smoothing of what is drawn.
+    """
+    facts = {
+        "optimizer": result.optimizer,
+        "batch size": f"{result.train_batch_size:,}" if result.train_batch_size else "",
+        "processes": str(result.world_size),
+        "planned training": f"{result.train_steps:,} updates",
+    }
     return Contents(
         title="Learning rate range test",
         curves=result.curves,
         answer=result.suggestion,
         train_steps=result.train_steps,
         train_batch_size=result.train_batch_size,
-        facts=tuple(facts),
+        facts=tuple((name, value) for name, value in facts.items() if value),
+        beta=beta,
         batches=batch_boundaries(result.curves, result.train_batch_size, result.train_steps),
         config=result.to_config() if result.has_suggestion else None,
     )
@@ -162,7 +168,20 @@ def groups_of(curves: Sequence[Curve], own: int) -> tuple[Group, ...]:
         alike = (curve.kind, curve.rate, curve.train_batch_size or own, curve.settings, label_of(curve))
         found.setdefault(alike, []).append(curve)
     panels = dict(_panels(list(found), own))
-    return tuple(Group(_label(members), tuple(members), panels[alike]) for alike, members in found.items())
+    groups = [Group(_label(members), tuple(members), panels[alike]) for alike, members in found.items()]
+    beside = list(_to_compare(groups, own))  # first in their panels
+    return (*(group for group in groups if group.panel == ""), *beside, *(group for group in groups if group.panel))
+
+
+def _to_compare(groups: Sequence[Group], own: int) -> Iterator[Group]:
+    """For each panel the tests as configured that differ from its own in nothing else."""
+    for panel in dict.fromkeys(group.panel for group in groups if group.panel):
+        shown = {(g.curves[0].kind, g.curves[0].rate) for g in groups if g.panel == panel}
+        for group in groups:
+            first = group.curves[0]
+            if group.panel == "" and first.is_test and (first.kind, first.rate) in shown:
+                how = f"batch {own}" if panel == "batch size" else "as configured"
+                yield Group(f"{group.label}, {how}", group.curves, panel)
 
 
 def looks_of(groups: Sequence[Group]) -> list[int]:

@@ -69,10 +69,10 @@ def draw_range_test(contents: Contents, path: Path) -> Path:
 
 def _title(contents: Contents) -> str:
     facts = dict(contents.facts)
-    words = [facts.get("optimizer", ""), f"batch size {contents.train_batch_size}"]
+    words = [facts.get("optimizer", ""), f"batch size {facts['batch size']}" if "batch size" in facts else ""]
     if facts.get("processes", "1") != "1":
         words.append(f"{facts['processes']} processes")
-    return f"{contents.title}: {', '.join(filter(None, words))}"
+    return ": ".join(filter(None, (contents.title, ", ".join(filter(None, words)))))
 
 
 # -- the tests -----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class RangeTestResult:
     Attributes:
         curves: one per run, the fixed learning rate's among them.
         config: the config that the test ran with, as it was given; the suggestion is written into a copy.
-        train_batch_size: samples of one update at which the curves were measured.
+        train_batch_size: samples of one update at which the curves were measured; 0 where nobody knows.
         world_size: processes that took part.
         optimizer: class name.
         train_steps: updates of the planned training.
@@ -135,7 +135,7 @@ class RangeTestResult:
         config["_range_test"] = {
             "reasons": answer.reasons,
             "notes": list(answer.notes),
-            "train_batch_size": self.train_batch_size,
+            **({"train_batch_size": self.train_batch_size} if self.train_batch_size else {}),
             "train_steps": self.train_steps,
         }
         return config
@@ -157,7 +157,8 @@ class RangeTestResult:
         if isinstance(answer, Refusal):
             lines = [f"No suggestion. {answer.reason}", answer.remedy]
         else:
-            lines = [f"Suggested OneCycle for {self.train_steps} updates at batch size {self.train_batch_size}:"]
+            where = f" at batch size {self.train_batch_size}" if self.train_batch_size else ""
+            lines = [f"Suggested OneCycle for {self.train_steps} updates{where}:"]
             for key, value in answer.params().items():
                 lines.append(f"  {key} = {value:g}  {answer.reasons.get(key, '')}".rstrip())
         return "\n".join([*lines, *(f"Note: {note}" for note in answer.notes)])

@@ -266,6 +266,8 @@ def test_a_range_test_from_task_to_config_in_a_process_of_its_own(folder: Path) 
         folder=folder,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Training loss by learning rate\n")
+    assert "[ ] suggested 1Cycle, " in done.stdout
     assert "Suggested OneCycle for 300 updates at batch size 8:" in done.stdout
     assert "rate 5: step " in done.stderr
     files = {path.name for path in (folder / "out").iterdir()}
@@ -286,6 +288,31 @@ def test_a_range_test_can_be_reported_again_for_another_length(
     assert "Suggested OneCycle for 77 updates" in said(capsys)[0]
     params = json.loads((folder / "range_test" / "one_cycle.json").read_text())["scheduler"]["params"]
     assert params["cycle_first_step_size"] + params["cycle_second_step_size"] == 77
+
+
+def test_a_table_of_another_tool_is_reported_in_a_folder_of_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{1e-4 * 1.1**k:.6g},{max(0.3, 2.3 - 0.04 * k)}" for k in range(80)]
+    (folder / "losses.csv").write_text("\n".join(["rate,error", *rows]))
+    assert main(["report", "losses.csv"]) == 1
+    assert said(capsys)[1].startswith(
+        "redline: losses.csv: has no column with a learning rate and column with a loss; "
+    )
+    columns = ["--lr-column", "rate", "--loss-column", "error"]
+    assert main(["report", "losses.csv", *columns, "--smoothing", "0.5", "--batch-size", "64"]) == 0
+    out = said(capsys)[0]
+    assert out.startswith("Training loss by learning rate\n")
+    assert "Suggested OneCycle for 800 updates at batch size 64:" in out
+    assert "Written to losses_report: range_test.json, " in out
+    assert '"beta":0.5' in (folder / "losses_report" / "report.html").read_text()
+    assert "train_batch_size" in json.loads((folder / "losses_report" / "one_cycle.json").read_text())["_range_test"]
+    assert main(["report", "losses.csv", *columns, "--out", "other", "--train-steps", "50"]) == 0
+    assert "Suggested OneCycle for 50 updates:" in said(capsys)[0], "nobody knows at which batch size"
+    assert "train_batch_size" not in json.loads((folder / "other" / "one_cycle.json").read_text())["_range_test"]
+    assert main(["report", "other"]) == 0
+    with pytest.raises(SystemExit):
+        main(["report", "other", "--smoothing", "1"])
 
 
 def test_a_range_test_is_the_same_with_the_same_seed(folder: Path) -> None:

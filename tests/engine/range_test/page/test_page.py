@@ -149,11 +149,13 @@ def test_looks_begin_anew_in_each_panel_and_a_baseline_is_grey() -> None:
     assert [(group["panel"], group["look"], len(group["runs"])) for group in groups] == [
         ("", 0, 3),
         ("", 1, 3),
-        ("batch size", 0, 1),
+        ("batch size", 0, 3),
+        ("weight_decay", 0, 3),
         ("batch size", 1, 1),
-        ("weight_decay", 0, 1),
+        ("batch size", 2, 1),
         ("weight_decay", 1, 1),
         ("weight_decay", 2, 1),
+        ("weight_decay", 3, 1),
     ]
     looks = [group["look"] for group in data_of(KINDS["several"]())["groups"]]
     assert looks == [-1, 0, 1, 2]
