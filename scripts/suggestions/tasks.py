@@ -1,8 +1,8 @@
 """Small real tasks on which learning rates are judged; all data comes with Python and scikit-learn.
 
 Images (handwritten digits, patches of two photographs), text (the Python standard library's own sources), tables and
-regressions; MLPs, CNNs, small transformers; SGD with momentum and Adam. Half of them are kept aside: rules are made on the
-others, and judged on both.
+regressions; MLPs, CNNs, small transformers; SGD with momentum and Adam. Half of them are kept aside: rules are made on
+the others, and judged on both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def _photographs() -> list[Tensor]:
 
 
 @cache
-def _which_way_up(count: int = 3000, side: int = 12) -> Pair:
+def _which_way_up(count: int = 6000, side: int = 12) -> Pair:
     """Patches of two photographs, turned by 0 to 3 quarters; the label is the number of quarters."""
     generator = torch.Generator().manual_seed(0)
     patches, labels = [], []
@@ -128,7 +129,7 @@ _NODES = (
 def _functions() -> tuple[Tensor, Tensor, Tensor]:
     """Functions of the standard library: counts of 30 kinds of syntax, length in lines, has it a docstring?"""
     rows, lengths, documented = [], [], []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::3]:
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::2]:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.FunctionDef):
                 kinds = Counter(type(inner) for inner in ast.walk(node))
@@ -159,7 +160,7 @@ def _which_module(width: int = 48) -> Pair:
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -272,22 +273,18 @@ def _length() -> Pair:
 
 TASKS = (
     Task("digits, MLP, SGD", SGD, 32, 180, _classify(_digits, lambda: _mlp(64, 128, 10))),
-    Task("digits, CNN, Adam", ADAM, 32, 270, _classify(_digits, lambda: _cnn(1, 8, 10, norm=True))),
-    Task("photographs, CNN, SGD", SGD, 32, 300, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=True))),
-    Task("sources, transformer, AdamW", ADAMW, 16, 400, _write(25, lambda: _Transformer(32, 2, 24), _next_byte)),
-    Task("sources, MLP, SGD", SGD, 32, 600, _write(13, _bytes_mlp, _last_byte)),
-    Task("functions, MLP, Adam", ADAM, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2))),
-    Task("functions' length, MLP, SGD", SGD, 32, 400, _regress(_length, lambda: _mlp(30, 64, 1))),
-    Task("painting, MLP, Adam", ADAM, 64, 600, _regress(_painting, lambda: _mlp(64, 64, 64, 3))),
+    Task("photographs, CNN, SGD", SGD, 32, 800, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=True))),
+    Task("photographs, CNN, Adam", ADAM, 32, 800, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=False))),
+    Task("sources, transformer, AdamW", ADAMW, 16, 1000, _write(25, lambda: _Transformer(32, 2, 24), _next_byte)),
+    Task("sources, MLP, SGD", SGD, 32, 2000, _write(13, _bytes_mlp, _last_byte)),
+    Task("functions, MLP, Adam", ADAM, 32, 800, _classify(_documented, lambda: _mlp(30, 64, 2))),
+    Task("functions' length, MLP, SGD", SGD, 32, 800, _regress(_length, lambda: _mlp(30, 64, 1))),
+    Task("painting, MLP, Adam", ADAM, 64, 2000, _regress(_painting, lambda: _mlp(64, 64, 64, 3))),
     Task("digits, MLP, Adam", ADAM, 32, 360, _classify(_digits, lambda: _mlp(64, 128, 128, 10)), aside=True),
-    Task("digits, CNN, SGD", SGD, 64, 180, _classify(_digits, lambda: _cnn(1, 8, 10, norm=False)), aside=True),
-    Task("photographs, CNN, Adam", ADAM, 64, 200, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=False)),
-        aside=True),
-    Task("digits, deep residual MLP, AdamW", ADAMW, 32, 300, _classify(_digits, lambda: _deep(64, 48, 4, 10)),
-        aside=True),
+    Task("digits, CNN, SGD", SGD, 64, 720, _classify(_digits, lambda: _cnn(1, 8, 10, norm=False)), aside=True),
     Task("lines, MLP, AdamW", ADAMW, 32, 400, _classify(_which_module, _lines), aside=True),
-    Task("sources, MLP, Adam", ADAM, 32, 600, _write(13, _bytes_mlp, _last_byte), aside=True),
-    Task("painting, MLP, SGD", SGD, 64, 600, _regress(_painting, lambda: _mlp(64, 64, 64, 3)), aside=True),
-    Task("functions' length, deep residual MLP, Adam", ADAM, 32, 300, _regress(_length, lambda: _deep(30, 48, 3, 1)),
+    Task("sources, MLP, Adam", ADAM, 32, 2000, _write(13, _bytes_mlp, _last_byte), aside=True),
+    Task("painting, MLP, SGD", SGD, 64, 2000, _regress(_painting, lambda: _mlp(64, 64, 64, 3)), aside=True),
+    Task("functions' length, deep residual MLP, AdamW", ADAMW, 32, 800, _regress(_length, lambda: _deep(30, 48, 3, 1)),
         aside=True),
 )  # fmt: skip
