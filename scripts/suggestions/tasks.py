@@ -277,7 +277,7 @@ TASKS = (
     Task("photographs, CNN, Adam", ADAM, 32, 800, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=False))),
     Task("sources, transformer, AdamW", ADAMW, 16, 1000, _write(25, lambda: _Transformer(32, 2, 24), _next_byte)),
     Task("sources, MLP, SGD", SGD, 32, 2000, _write(13, _bytes_mlp, _last_byte)),
-    Task("functions, MLP, Adam", ADAM, 32, 800, _classify(_documented, lambda: _mlp(30, 64, 2))),
+    Task("functions, MLP, Adam", ADAM, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2))),
     Task("functions' length, MLP, SGD", SGD, 32, 800, _regress(_length, lambda: _mlp(30, 64, 1))),
     Task("painting, MLP, Adam", ADAM, 64, 2000, _regress(_painting, lambda: _mlp(64, 64, 64, 3))),
     Task("digits, MLP, Adam", ADAM, 32, 360, _classify(_digits, lambda: _mlp(64, 128, 128, 10)), aside=True),
