@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_FLOOR, Context
 from statistics import median
 from typing import Literal
@@ -42,8 +42,13 @@ ALONE = 0.8  # the same where all tests ran at one rate ...
 ALONE_DIVERGED = 0.5  # ... and for one that diverged
 DIVERGENCE_MARGIN = 3.0  # the maximum lies at least this factor below the lowest LR at which a test diverged
 CYCLE_RATIO = 30.0  # cycle_max_lr / cycle_min_lr, at least: the cycle ends at its minimum, and must end low
-RISING_SHARE = 0.3  # share of the planned updates in which the LR rises ...
+RISING_SHARE = 0.2  # share of the planned updates in which the LR rises ...
 MOST_RISING_SHARE = 0.5  # ... and the most of it, where the test needed more updates to climb
+SWEEP_SMOOTHING = 0.8  # of an exponential test's losses
+SWEEP_FACTOR = 8.0  # its lowest loss lies so far above the maximum ...
+SWEEP_SURE = 4.0  # ... within this factor
+LEAST_SWEEP = 12  # updates of an exponential test
+BRACKET_SURE = 1.5  # how far the maximum may be off between tests that agree
 DISAGREEMENT = 10.0  # tests whose brackets differ by more than this factor are reported
 
 
@@ -84,7 +89,7 @@ class Curve:
     @property
     def is_test(self) -> bool:
         """Whether it is a range test."""
-        return self.kind in ("linear", "exponential")
+        return self.kind == "exponential" or (self.kind == "linear" and self.rate is not None)
 
     def __post_init__(self) -> None:
         if not len(self.steps) == len(self.lrs) == len(self.losses):
@@ -104,6 +109,7 @@ class Suggestion:
         cycle_first_step_size: updates in which the LR rises.
         cycle_second_step_size: updates in which it falls.
         reasons: one sentence for each key of `params`.
+        low_lr, high_lr: the range in which the best maximum probably lies.
         curve: name of the test that set the maximum, or of the two that bracket it.
         diverged_at_lr: lowest LR at which a test diverged; None if none did.
         notes: what to know before trusting the numbers, one sentence or two each.
@@ -115,8 +121,22 @@ class Suggestion:
     cycle_second_step_size: int
     reasons: dict[str, str]
     curve: str
+    low_lr: float
+    high_lr: float
     diverged_at_lr: float | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def decay_max_lr(self) -> float:
+        """Peak of a linear decay: as high as a cycle's, on all tasks that were measured."""
+        return self.cycle_max_lr
+
+    def at(self, max_lr: float, why: str, *, low_lr: float, high_lr: float) -> Suggestion:
+        """The same cycle with another peak, its foot as far below."""
+        min_lr = _round_down(max_lr * self.cycle_min_lr / self.cycle_max_lr)
+        foot = f"As far below the maximum as {self.cycle_min_lr:g} below {self.cycle_max_lr:g}, as the tests suggest."
+        reasons = self.reasons | {"cycle_max_lr": why, "cycle_min_lr": foot}
+        return replace(self, cycle_min_lr=min_lr, cycle_max_lr=max_lr, reasons=reasons, low_lr=low_lr, high_lr=high_lr)
 
     def params(self) -> dict[str, float | int]:
         """The ``params`` of the config's ``OneCycle`` block."""
@@ -320,13 +340,16 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
     their drop; tests with less than 80% of the deepest drop are left out. Where all tests ran at one rate, 80% counts
     instead of 95, and 50% in a test that diverged. It never lies above a third of the LR at which a test diverged.
     The minimum is where descent is under way (10% of the drop), and at most a thirtieth of the maximum. The LR rises
-    for 30% of the planned updates, or for as long as the test took to climb there if that is longer, up to a half.
+    for 20% of the planned updates, or for as long as the test took to climb there if that is longer, up to a half.
+    Of exponential tests alone, the maximum is an eighth of the LR at which the smoothed loss is lowest.
 
     Args:
         curves: range tests, and runs at a fixed LR beside them, which are for the eye only.
         train_steps: planned length of the training run, in updates.
     """
-    tests = [curve for curve in curves if curve.rate is not None]
+    tests = [curve for curve in curves if curve.is_test]
+    # An exponential test tells the order of magnitude; it is read where there is no linear one.
+    tests = [curve for curve in tests if curve.kind == "linear"] or tests
     if refusal := _refuse_unread(curves, tests, train_steps):
         return refusal
     unread = tuple(f"{curve.name} is not read: {why}." for curve in tests if (why := _unreadable(curve)))
@@ -343,7 +366,7 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
         return _refuse_no_descent(readings, unread)
     deepest = max(reading.drop for reading in descended)
     learned = [reading for reading in descended if reading.drop >= LEARNED * deepest]
-    maximum = _find_maximum(learned, readings)
+    maximum = (_find_maximum if tests[0].kind == "linear" else _find_by_sweep)(learned, readings)
     min_lr, why_min = _find_minimum(learned, maximum)
     first, why_first = _find_rise(maximum, train_steps)
     return Suggestion(
@@ -358,6 +381,8 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
             "cycle_second_step_size": f"The rest of {train_steps} planned updates: the run ends at the minimum.",
         },
         curve=maximum.low.curve.name if maximum.low is maximum.high else maximum.names,
+        low_lr=_round_down(min(maximum.lr, maximum.low_lr) / maximum.sure),
+        high_lr=_round_down(max(maximum.lr, min(maximum.high_lr, maximum.ceiling)) * maximum.sure),
         diverged_at_lr=maximum.diverged_at_lr,
         notes=(*_notes(maximum, readings, learned), *unread),
     )
@@ -389,7 +414,8 @@ def _unreadable(curve: Curve) -> str | None:
     """Why a test is left out; None for one that can be read."""
     if curve.losses and not math.isfinite(curve.losses[0]):
         return f"its first loss is {curve.losses[0]}"
-    if len(curve.losses) < MIN_UPDATES and divergence(curve.losses) is None:
+    least = MIN_UPDATES if curve.kind == "linear" else LEAST_SWEEP
+    if len(curve.losses) < least and divergence(curve.losses) is None:
         return f"{len(curve.losses)} updates are too few"
     return None
 
@@ -430,6 +456,11 @@ class _Maximum:
     high: _Reading  # ... and at the highest; the same where there is one test
     high_lr: float
     diverged_at_lr: float | None
+    sure: float = BRACKET_SURE  # the best maximum lies within this factor
+
+    @property
+    def ceiling(self) -> float:
+        return math.inf if self.diverged_at_lr is None else self.diverged_at_lr / DIVERGENCE_MARGIN
 
     @property
     def names(self) -> str:
@@ -466,6 +497,31 @@ def _find_maximum(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> 
     return _Maximum(_round_down(min(lr, ceiling)), f"{why}; {bound}.", low, low_lr, high, high_lr, at)
 
 
+def _find_by_sweep(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> _Maximum:
+    """A share of the LR at which an exponential test's loss is lowest; of several tests the geometric mean."""
+    lowest = []
+    for reading in learned:
+        stop = len(reading.curve.losses) if reading.end is None else reading.end
+        losses = ema(reading.curve.losses[:stop], SWEEP_SMOOTHING)
+        lowest.append(reading.curve.lrs[min(range(stop), key=losses.__getitem__)])
+    middle = math.exp(sum(map(math.log, lowest)) / len(lowest))
+    diverged = [at for reading in readings if (at := reading.diverged_at_lr) is not None]
+    order = sorted(range(len(learned)), key=lowest.__getitem__)
+    first, last = order[0], order[-1]
+    spread = "" if first == last else f" (from {lowest[first]:.2g} to {lowest[last]:.2g} over {len(learned)} tests)"
+    return _Maximum(
+        _round_down(middle / SWEEP_FACTOR),
+        f"An eighth of {middle:.2g}{spread}, where the smoothed loss of {learned[first].curve.name} is lowest: a sweep "
+        "passes each rate too fast to be thrown off by it.",
+        low=learned[first],
+        low_lr=lowest[first] / SWEEP_FACTOR,
+        high=learned[last],
+        high_lr=lowest[last] / SWEEP_FACTOR,
+        diverged_at_lr=min(diverged, default=None),
+        sure=SWEEP_SURE,
+    )
+
+
 def _find_minimum(learned: Sequence[_Reading], maximum: _Maximum) -> tuple[float, str]:
     under_way, reading = min(((r.reached(UNDER_WAY), r) for r in learned), key=lambda pair: pair[0])
     why = f"Descent is under way at {under_way:.2g}, where {reading.curve.name} had made {UNDER_WAY:.0%} of its drop"
@@ -476,8 +532,10 @@ def _find_minimum(learned: Sequence[_Reading], maximum: _Maximum) -> tuple[float
 
 
 def _find_rise(maximum: _Maximum, train_steps: int) -> tuple[int, str]:
-    climbed = maximum.high.updates_to(maximum.lr)
     share = max(1, round(RISING_SHARE * train_steps))
+    if maximum.high.curve.kind == "exponential":
+        return share, f"{share / train_steps:.0%} of {train_steps} planned updates."
+    climbed = maximum.high.updates_to(maximum.lr)
     most = max(1, math.floor(MOST_RISING_SHARE * train_steps))
     first = min(max(share, climbed), most)
     why = f"{first / train_steps:.0%} of {train_steps} planned updates"
@@ -488,7 +546,7 @@ def _find_rise(maximum: _Maximum, train_steps: int) -> tuple[int, str]:
 
 
 def _notes(maximum: _Maximum, readings: Sequence[_Reading], learned: Sequence[_Reading]) -> Iterator[str]:
-    if maximum.diverged_at_lr is None:
+    if maximum.diverged_at_lr is None and maximum.low.curve.kind == "linear":
         yield (
             "The test ended before it diverged: the maximum is a lower bound. More updates or a higher rate would show "
             "how far the learning rate can go."

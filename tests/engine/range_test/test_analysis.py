@@ -208,7 +208,7 @@ def test_a_slow_and_a_fast_test_bracket_the_maximum() -> None:
     assert answer.curve == "rate 5 and rate 50"
     assert answer.diverged_at_lr is not None and answer.diverged_at_lr > 0.07
     assert answer.cycle_min_lr == pytest.approx(answer.cycle_max_lr / 30, rel=0.1)
-    assert (answer.cycle_first_step_size, answer.cycle_second_step_size) == (120, 280)
+    assert (answer.cycle_first_step_size, answer.cycle_second_step_size) == (80, 320)
     assert answer.notes == ()
 
 
@@ -219,7 +219,7 @@ def test_every_number_has_its_reason_in_one_sentence_with_figures() -> None:
         assert reason.endswith(".") and any(letter.isdigit() for letter in reason)
     assert "rate 50 diverged at 0.07" in answer.reasons["cycle_max_lr"]
     assert "rate 5 had made 10%" in answer.reasons["cycle_min_lr"]
-    assert "30% of 400" in answer.reasons["cycle_first_step_size"]
+    assert "20% of 400" in answer.reasons["cycle_first_step_size"]
 
 
 def test_the_order_of_the_tests_does_not_matter() -> None:
@@ -323,7 +323,7 @@ def test_descent_at_the_first_learning_rate_asks_for_a_lower_start() -> None:
 
 @pytest.mark.parametrize(
     ("train_steps", "first"),
-    [(2, 1), (3, 1), (10, 5), (40, 14), (100, 30), (1000, 300), (1_000_000, 300_000)],
+    [(2, 1), (3, 1), (10, 5), (40, 14), (100, 20), (1000, 200), (1_000_000, 200_000)],
 )
 def test_the_cycle_fills_the_planned_length(train_steps: int, first: int) -> None:
     answer = suggestion(SLOW, FAST, train_steps=train_steps)
@@ -499,3 +499,54 @@ def test_a_learning_rate_that_is_no_positive_number_is_refused(lr: float) -> Non
 def test_a_curve_with_unequal_columns_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 steps, 1 LRs and 2 losses"):
         Curve("rate 5", 5.0, (0, 1), (0.1,), (2.0, 1.0))
+
+
+# -- exponential tests alone ---------------------------------------------------------------------------
+
+
+def make_sweep(lowest: float, updates: int = 100, seed: int = 0) -> Curve:
+    """Rates from 1e-5 to 10; the loss falls from 2.3 to 0.3, is lowest at a rate, and climbs steeply from there."""
+    lrs = tuple(10 ** (-5 + 6 * k / (updates - 1)) for k in range(updates))
+    falls = [2 / (1 + (lowest / 5 / lr) ** 2) for lr in lrs]
+    losses = tuple(2.3 - fall + 4 * max(0.0, math.log10(lr / lowest)) ** 2 for lr, fall in zip(lrs, falls))
+    name = "sweep" + (f", seed {seed}" if seed else "")
+    return Curve(name, None, tuple(range(updates)), lrs, losses, kind="exponential", seed=seed)
+
+
+def test_a_sweep_alone_gives_the_order_of_magnitude() -> None:
+    answer = suggestion(make_sweep(0.8))
+    assert 0.08 < answer.cycle_max_lr < 0.25
+    assert answer.low_lr < 0.1 < answer.high_lr and answer.high_lr / answer.low_lr > 10
+    assert answer.reasons["cycle_max_lr"].startswith("An eighth of")
+    assert (answer.cycle_first_step_size, answer.cycle_second_step_size) == (80, 320)
+
+
+def test_sweeps_of_several_seeds_are_read_together() -> None:
+    one, other = (suggestion(make_sweep(lowest)) for lowest in (0.4, 1.6))
+    both = suggestion(make_sweep(0.4), make_sweep(1.6, seed=1))
+    assert one.cycle_max_lr < both.cycle_max_lr < other.cycle_max_lr
+    assert "over 2 tests" in both.reasons["cycle_max_lr"]
+
+
+def test_linear_tests_overrule_a_sweep() -> None:
+    linear = make_curve(lambda k, lr: 2.3 - 0.02 * min(k, 90), rate=5.0)
+    assert suggestion(linear, make_sweep(0.8)) == suggestion(linear)
+
+
+def test_a_sweep_of_eighteen_updates_can_be_read() -> None:
+    assert 0.05 < suggestion(make_sweep(0.8, updates=18)).cycle_max_lr < 0.4
+
+
+def test_a_flat_sweep_is_refused() -> None:
+    flat = Curve(
+        "sweep", None, tuple(range(60)), tuple(1e-5 * 1.2**k for k in range(60)), (2.3,) * 60, kind="exponential"
+    )
+    assert "does not fall" in refusal(flat).reason
+
+
+def test_another_peak_keeps_the_shape_of_the_cycle() -> None:
+    answer = suggestion(make_sweep(0.8))
+    moved = answer.at(2 * answer.cycle_max_lr, "Because.", low_lr=0.1, high_lr=0.3)
+    assert moved.cycle_min_lr == pytest.approx(2 * answer.cycle_min_lr, rel=0.06)
+    assert moved.reasons["cycle_max_lr"] == "Because." and moved.cycle_first_step_size == answer.cycle_first_step_size
+    assert (moved.low_lr, moved.high_lr, moved.decay_max_lr) == (0.1, 0.3, moved.cycle_max_lr)
