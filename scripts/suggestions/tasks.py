@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-__all__ = ["TASKS", "Parts", "Task"]
+__all__ = ["TASKS", "Parts", "Task", "task_of"]
 
 Parts = tuple[nn.Module, TensorDataset, Callable[..., Tensor], TensorDataset]
 Pair = tuple[Tensor, Tensor]
@@ -288,3 +288,7 @@ TASKS = (
     Task("functions' length, deep residual MLP, AdamW", ADAMW, 32, 800, _regress(_length, lambda: _deep(30, 48, 3, 1)),
         aside=True),
 )  # fmt: skip
+
+
+def task_of(name: str) -> Task:
+    return next(task for task in TASKS if task.name == name)

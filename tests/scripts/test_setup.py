@@ -69,9 +69,10 @@ def test_what_the_tests_need_serves_the_demo_too(checkout: Checkout) -> None:
     assert len(checkout.installed()) == 1
 
 
-def test_what_the_engine_is_compared_with_gets_an_environment_of_its_own(checkout: Checkout) -> None:
-    assert checkout.setup("bench")[0] == 0
-    assert (checkout.root / ".venv-bench" / "redline-bench").exists()
+@pytest.mark.parametrize("extra", ["bench", "quality"])
+def test_what_the_engine_is_compared_with_gets_an_environment_of_its_own(checkout: Checkout, extra: str) -> None:
+    assert checkout.setup(extra)[0] == 0
+    assert (checkout.root / f".venv-{extra}" / f"redline-{extra}").exists()
     assert not (checkout.root / ".venv").exists()
 
 
@@ -91,7 +92,7 @@ def test_an_unfit_python_is_named_with_the_remedy(checkout: Checkout) -> None:
     assert not (checkout.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["bench", "check", "demo", "lint", "setup", "test"])
+@pytest.mark.parametrize("name", ["bench", "check", "demo", "lint", "quality", "setup", "test"])
 def test_the_scripts_can_be_run(name: str) -> None:
     path = ROOT / "scripts" / name
     assert os.access(path, os.X_OK)

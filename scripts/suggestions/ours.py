@@ -1,0 +1,81 @@
+"""Redline's side of the bench: the shape of the two schedules, and what learning rate it suggests for each.
+
+The only place that knows how a suggestion is asked for, and how a maximum becomes a schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+import engine
+from engine import initialize
+from engine.range_test.analysis import CYCLE_RATIO, RISING_SHARE, Suggestion
+from suggestions.tasks import Task, task_of
+
+__all__ = ["BUDGET", "KINDS", "engine_config", "schedule_config", "suggest"]
+
+KINDS = ("OneCycle", "WarmupDecayLR")
+BUDGET = 0.1  # share of the planned updates that a suggestion may take
+WARM_SHARE = 0.02  # share of the updates in which a decay warms up ...
+LEAST_WARM = 2  # ... and the least of it
+
+
+def schedule_config(kind: str, max_lr: float, steps: int) -> dict[str, Any]:
+    """A config's scheduler section: the shape that a suggestion has, with this maximum."""
+    if kind == "OneCycle":
+        rising = max(1, round(RISING_SHARE * steps))
+        params = {
+            "cycle_min_lr": max_lr / CYCLE_RATIO,
+            "cycle_max_lr": max_lr,
+            "cycle_first_step_size": rising,
+            "cycle_second_step_size": steps - rising,
+        }
+    else:
+        params = {
+            "total_num_steps": steps,
+            "warmup_min_lr": 0.0,
+            "warmup_max_lr": max_lr,
+            "warmup_num_steps": max(LEAST_WARM, round(WARM_SHARE * steps)),
+            "warmup_type": "linear",
+        }
+    return {"type": kind, "params": params}
+
+
+def engine_config(task: Task, seed: int, scheduler: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What an engine gets for a task; the optimizer's own learning rate is left out, and so is no hint."""
+    params = {key: value for key, value in task.optimizer["params"].items() if key != "lr"}
+    config = {
+        "train_batch_size": task.batch_size,
+        "optimizer": {"type": task.optimizer["type"], "params": params},
+        "gradient_clipping": 0.0,
+        "redline": {"data": {"seed": seed}},
+    }
+    return config if scheduler is None else {**config, "scheduler": scheduler}
+
+
+def suggest(name: str, seed: int) -> dict[str, Any]:
+    """The maximum for each schedule (None for a refusal), and the updates that it took to find."""
+    for package in ("engine", "schedulers"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    task = task_of(name)
+    torch.manual_seed(seed)
+    model, data, loss, validation = task.build()
+    redline = initialize(model, engine_config(task, seed), device="cpu")
+    if hasattr(engine, "tune"):
+        tuning = engine.tune(
+            redline, data, loss, steps=task.steps, validation=validation, budget=BUDGET, progress=False
+        )
+        answer, updates = tuning.answer, tuning.spent
+    else:
+        steps = max(20, round(BUDGET * task.steps / 3))  # three rates
+        test = engine.run_range_test(
+            redline, data, loss, steps=steps, baseline=False, train_steps=task.steps, progress=False
+        )
+        answer, updates = test.suggestion, sum(len(curve.losses) for curve in test.curves)
+    if not isinstance(answer, Suggestion):
+        return {"OneCycle": None, "WarmupDecayLR": None, "updates": updates, "why": answer.reason}
+    decay = getattr(answer, "decay_max_lr", answer.cycle_max_lr)
+    return {"OneCycle": answer.cycle_max_lr, "WarmupDecayLR": decay, "updates": updates}
