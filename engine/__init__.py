@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.errors import ConfigError, EngineError, Problem, RangeTestError
     from engine.range_test import RangeTestResult, run_range_test
     from engine.start import initialize
+    from engine.tuning import Tuning, tune
 
 __all__ = [
     "ConfigError",
@@ -27,9 +28,11 @@ __all__ = [
     "Problem",
     "RangeTestError",
     "RangeTestResult",
+    "Tuning",
     "initialize",
     "load_config",
     "run_range_test",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -44,9 +47,11 @@ _HOMES = {
     "Problem": "engine.errors",
     "RangeTestError": "engine.errors",
     "RangeTestResult": "engine.range_test",
+    "Tuning": "engine.tuning",
     "initialize": "engine.start",
     "load_config": "engine.config",
     "run_range_test": "engine.range_test",
+    "tune": "engine.tuning",
 }
 
 

@@ -153,10 +153,20 @@ def _range_test(options: argparse.Namespace) -> int:
     return 0 if result.has_suggestion else 1
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from engine.tuning.command import run_command
+
+    return run_command(options)
+
+
 def _report(options: argparse.Namespace) -> int:
     from engine.range_test.report import load_result, show_report
+    from engine.tuning.command import report_tuning
+    from engine.tuning.store import is_tuning
 
     source = Path(options.source)
+    if is_tuning(source):
+        return report_tuning(source, options.out or source, options.train_steps)
     result = load_result(
         source,
         lr_column=options.lr_column,
@@ -196,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="redline",
         description="Train PyTorch models from DeepSpeed's JSON, and find their learning rate.",
         epilog="A first look:  redline validate config.json;  redline plot config.json --steps 4000;\n"
-        "redline range-test task.py:digits --config config.json --out range_test",
+        "redline tune task.py:digits --config config.json --steps 4000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -269,13 +279,46 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--seed", type=int, default=0, help="of torch's random numbers (default: %(default)s)")
     test.add_argument("--quiet", action="store_true", help="no progress")
 
-    report = _add(commands, "report", _report, "read a finished range test again and renew its files",
-        "DIR is the folder that range-test wrote; its files are renewed. FILE is a table that you have: CSV with a\n"
+    tune = _add(commands, "tune", _tune, "find the learning rate and the schedule, and prove them by training",
+        "A coarse sweep finds the order of magnitude, a slow and a fast range test the boundaries. Then short\n"
+        "trainings with the suggested OneCycle, with linear decay and at fixed rates show which is best, and DIR\n"
+        "gets its config, tuned.json, with a report. All together takes at most BUDGET of the N updates that you\n"
+        "plan. TASK is as for range-test; with validation data trials are judged by its loss.\n\n"
+        "The config's optimizer and batch are kept, its schedule is replaced. Where its schedule is an LRRangeTest\n"
+        "with lr_range_test_min_lr, the tests start there and there is no sweep.\n"
+        "Ctrl-C ends it at the next update with a report of what is known by then; a second one ends at once.\n"
+        "Exit code: 0 done, 1 nothing can be suggested (the message says why), 2 wrong command line, 130 Ctrl-C.\n\n"
+        "examples:\n  redline tune task.py:digits --config config.json --steps 4000\n"
+        "  redline tune task.py:digits --config config.json --steps 4000 --sweep weight_decay=0,1e-4,1e-2\n"
+        "  redline tune task.py:digits --config config.json --steps 4000 \\\n"
+        "      --batch-sizes 32,128,512 --target-batch 512 --target-processes 8\n"
+        "  torchrun --nproc-per-node 2 -m engine tune task.py:digits --config config.json --steps 4000")  # fmt: skip
+    tune.add_argument("task", metavar="TASK", help="file.py:function")
+    tune.add_argument("--config", required=True, metavar="BASE", help="the config to start from, DeepSpeed's JSON")
+    tune.add_argument("--steps", type=_positive, required=True, metavar="N", help="updates of the training you plan")
+    tune.add_argument("--out", default="tune", metavar="DIR", help="folder to write to (default: %(default)s)")
+    tune.add_argument("--budget", type=float, default=0.1, metavar="SHARE",
+        help="share of N that it may take (default: %(default)s)")  # fmt: skip
+    tune.add_argument("--max-updates", type=_positive, metavar="N",
+        help="updates that it may take, however long the training (default: 1000)")  # fmt: skip
+    tune.add_argument("--seeds", type=_positive, default=1, metavar="K",
+        help="repeat the tests with so many initial models (default: %(default)s)")  # fmt: skip
+    tune.add_argument("--batch-sizes", type=_batch_sizes, metavar="B,B,...",
+        help="also test at these batch sizes, by gradient accumulation")  # fmt: skip
+    tune.add_argument("--sweep", type=_sweep, action="append", metavar="NAME=V,V,...",
+        help="also test with these values of weight_decay or momentum; may be given twice")  # fmt: skip
+    tune.add_argument("--target-batch", type=_positive, metavar="B", help="write the config for this batch size")
+    tune.add_argument("--target-processes", type=_positive, metavar="P", help="write it for so many processes")
+    tune.add_argument("--seed", type=int, default=0, help="of torch's random numbers (default: %(default)s)")
+    tune.add_argument("--quiet", action="store_true", help="no progress")
+
+    report = _add(commands, "report", _report, "read a finished range test or tuning again and renew its files",
+        "DIR is the folder that range-test or tune wrote; its files are renewed. FILE is a table that you have: CSV with a\n"
         "header, pytorch-lr-finder's history or Lightning's results as JSON. It needs a learning rate and a loss for\n"
         "each update; common names of columns are recognised. Its report goes to FILE's name with _report.\n\n"
         "examples:\n  redline report range_test --train-steps 5000\n"
         "  redline report losses.csv --lr-column lr --loss-column loss")  # fmt: skip
-    report.add_argument("source", metavar="DIR|FILE", help="the folder that range-test wrote, or a table")
+    report.add_argument("source", metavar="DIR|FILE", help="the folder that range-test or tune wrote, or a table")
     report.add_argument("--train-steps", type=_positive, metavar="N", help="suggest for a training of N updates")
     report.add_argument("--smoothing", type=_share, default=0.8, metavar="B",
         help="weight of the past in the smoothing of the curves (default: %(default)s)")  # fmt: skip

@@ -86,6 +86,7 @@ def initialize(
     )
     told = [_summary(parts), dtype_table(parts.precision, parts.optimizer), *tell_needs(parts, elements)]
     log.info("%s", "\n".join(told))
+    _compare_batch(loaded)
     if parts.training_dataloader is not None:
         log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
     engine = Engine(parts)
@@ -100,6 +101,18 @@ def _unscheduled(config: EngineConfig) -> ConfigError:
     document = config.as_written()
     message = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
     return ConfigError([document.problem(("scheduler",), message)], document.source)
+
+
+def _compare_batch(config: EngineConfig) -> None:
+    """Warn where a range test's answer is applied to another batch size than it was found at."""
+    found = config.document().get("_range_test")
+    measured = found.get("train_batch_size") if isinstance(found, dict) else None
+    if isinstance(measured, int) and measured != config.train_batch_size:
+        log.warning(
+            "_range_test: this config's learning rates were found at batch size %d, and train_batch_size is %d; they "
+            "hold for the first only. Test again at %d (redline tune --batch-sizes %d,%d), or train at %d",
+            *(measured, config.train_batch_size, config.train_batch_size, measured, config.train_batch_size, measured),
+        )
 
 
 def _epoch_summary(loader: Loader, config: EngineConfig, world: World) -> str:

@@ -44,6 +44,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.range_test", "engine.sigterm", "engine.watch"),
     ("engine.build", "engine.needs"),
     ("engine.preview", "engine.start"),
+    ("engine.tuning",),
     ("engine.cli",),
     ("engine", "engine.__main__"),
 )
@@ -125,9 +126,11 @@ def test_the_engine_shows_these_names_and_no_others() -> None:
         "Problem",
         "RangeTestError",
         "RangeTestResult",
+        "Tuning",
         "initialize",
         "load_config",
         "run_range_test",
+        "tune",
     ]
     assert public_names(engine) <= set(engine.__all__)
     assert all(hasattr(engine, name) for name in engine.__all__)

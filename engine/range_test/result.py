@@ -20,7 +20,7 @@ from engine.errors import RangeTestError
 from engine.range_test.adapt import adapt
 from engine.range_test.analysis import Curve, Refusal, Suggestion, suggest
 
-__all__ = ["RangeTestResult"]
+__all__ = ["RangeTestResult", "curve_from_json", "curve_to_json", "write_curves", "write_text"]
 
 JSON_NAME = "range_test.json"
 CSV_NAME = "range_test.csv"
@@ -174,16 +174,11 @@ class RangeTestResult:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         written = {"json": folder / JSON_NAME, "csv": folder / CSV_NAME}
-        _write(written["json"], json.dumps(self._to_json(), indent=2) + "\n")
-        with _replacing(written["csv"]).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(CSV_COLUMNS)
-            for curve in self.curves:
-                writer.writerows(_rows(curve))
-        _replacing(written["csv"]).replace(written["csv"])
+        write_text(written["json"], json.dumps(self.to_json(), indent=2) + "\n")
+        write_curves(written["csv"], self.curves)
         config = folder / CONFIG_NAME
         if self.has_suggestion:
-            _write(config, json.dumps(self.to_config(), indent=2) + "\n")
+            write_text(config, json.dumps(self.to_config(), indent=2) + "\n")
             written["config"] = config
         else:
             config.unlink(missing_ok=True)  # an earlier test's suggestion is not this one's
@@ -198,12 +193,7 @@ class RangeTestResult:
         """
         path = Path(directory) / JSON_NAME
         try:
-            value = json.loads(path.read_text())
-            curves = tuple(_curve_from_json(curve) for curve in value["curves"])
-            names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
-            ratios = tuple(value["group_ratios"])
-            settings = tuple((name, setting) for name, setting in value.get("settings", ()))
-            return cls(curves=curves, group_ratios=ratios, settings=settings, **{name: value[name] for name in names})
+            return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
             raise RangeTestError(
                 f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
@@ -211,7 +201,8 @@ class RangeTestResult:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RangeTestError(f"{path}: is no record of a range test ({error})") from error
 
-    def _to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain values."""
         return {
             "train_batch_size": self.train_batch_size,
             "world_size": self.world_size,
@@ -221,8 +212,31 @@ class RangeTestResult:
             "settings": self.settings,
             "suggestion": asdict(self.suggestion),
             "config": self.config,
-            "curves": [_curve_to_json(curve) for curve in self.curves],
+            "curves": [curve_to_json(curve) for curve in self.curves],
         }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RangeTestResult:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        curves = tuple(curve_from_json(curve) for curve in value["curves"])
+        names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
+        ratios = tuple(value["group_ratios"])
+        settings = tuple((name, setting) for name, setting in value.get("settings", ()))
+        return cls(curves=curves, group_ratios=ratios, settings=settings, **{name: value[name] for name in names})
+
+
+def write_curves(path: Path, curves: Sequence[Curve]) -> None:
+    """Write a CSV with a row for each update of each run."""
+    with _replacing(path).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for curve in curves:
+            writer.writerows(_rows(curve))
+    _replacing(path).replace(path)
 
 
 def _rows(curve: Curve) -> list[tuple[Any, ...]]:
@@ -234,8 +248,8 @@ def _rows(curve: Curve) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _curve_to_json(curve: Curve) -> dict[str, Any]:
-    """JSON knows no nan and no infinity: they become strings."""
+def curve_to_json(curve: Curve) -> dict[str, Any]:
+    """A curve as plain values. JSON knows no nan and no infinity: they become strings."""
     return asdict(curve) | {
         "lrs": [_number(lr) for lr in curve.lrs],  # by powers, one that nobody stopped ends at infinity
         "losses": [_number(loss) for loss in curve.losses],
@@ -243,7 +257,8 @@ def _curve_to_json(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _curve_from_json(value: dict[str, Any]) -> Curve:
+def curve_from_json(value: dict[str, Any]) -> Curve:
+    """What `curve_to_json` gave."""
     return Curve(
         name=value["name"],
         rate=value["rate"],
@@ -263,7 +278,7 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a full disk leaves the file that was there."""
     _replacing(path).write_text(text)
     _replacing(path).replace(path)

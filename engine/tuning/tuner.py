@@ -1,0 +1,239 @@
+"""The tuning itself: stage by stage, each saved as it ends, on one budget.
+
+A sweep finds the order of magnitude, linear tests the boundaries, trials the schedule. What is known when it is broken
+off (a signal, a loss that raises) is kept all the same; the engine is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch.optim import Optimizer
+
+from engine.build import build_schedule
+from engine.config import load_config
+from engine.engine import Engine
+from engine.range_test.analysis import Curve, Suggestion, divergence
+from engine.range_test.result import RangeTestResult
+from engine.range_test.rig import Run
+from engine.tuning.candidates import Candidate, candidates_of
+from engine.tuning.meter import Meter
+from engine.tuning.plan import TRIAL_MULTIPLE, Plan, share_out_trials
+from engine.tuning.result import Tuning
+from engine.tuning.runs import Variant, fixed_run, linear_runs, named_runs, span_around, span_of, sweep_run
+from engine.tuning.stand import Stand
+from engine.tuning.stop import Stopped
+from engine.tuning.trials import Trial, trial_of
+from schedulers.schedule import Schedule
+
+__all__ = ["Facts", "Tuner", "facts_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What of an engine a tuning needs to know.
+
+    Attributes:
+        test: an empty record, to be filled with curves.
+        named_start: the rate at which the config's LRRangeTest starts; None where it names none.
+        own_lr: the rate that the config or the script's optimizer names; None for a default.
+        micro_batch: samples of a forward on one process.
+    """
+
+    test: RangeTestResult
+    named_start: float | None
+    own_lr: float | None
+    micro_batch: int
+
+
+def facts_of(engine: Engine, steps: int) -> Facts:
+    """The facts of an engine that is to train for so many updates."""
+    lrs = [float(lr) for lr in getattr(engine.lr_scheduler, "base_lrs", None) or engine.get_lr()]
+    ratios = [lr / lrs[0] if lrs[0] else 1.0 for lr in lrs]
+    return Facts(
+        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios),
+        _named_start(engine),
+        lrs[0] if _names_lr(engine) and lrs[0] > 0 else None,
+        engine.train_micro_batch_size_per_gpu(),
+    )
+
+
+def _named_start(engine: Engine) -> float | None:
+    scheduler = engine.config.scheduler
+    params = (engine.config.document().get("scheduler") or {}).get("params") or {}
+    if scheduler is None or scheduler.type != "LRRangeTest" or "lr_range_test_min_lr" not in params:
+        return None
+    given = scheduler.arguments()["lr_range_test_min_lr"]
+    return float(given[0] if isinstance(given, Sequence) else given)
+
+
+def _names_lr(engine: Engine) -> bool:
+    if engine.config.optimizer is None:
+        return True  # the script's own optimizer
+    params = (engine.config.document().get("optimizer") or {}).get("params") or {}
+    return params.get("lr") not in (None, "auto")
+
+
+class Tuner:
+    """One tuning under way.
+
+    Args:
+        stand: where runs are made.
+        facts: of its engine.
+        plan: how the budget is spent.
+        tuning: what is known at the start: nothing, with its frame.
+        meter: counts and shows.
+        save: keeps what is known so far; called after each stage.
+    """
+
+    def __init__(
+        self, stand: Stand, facts: Facts, plan: Plan, tuning: Tuning, meter: Meter, save: Callable[[Tuning], None]
+    ) -> None:
+        self._stand, self._facts, self._plan, self._meter, self._save = stand, facts, plan, meter, save
+        self._frame = tuning
+        self._left_out = list(plan.left_out)
+        self._curves: list[Curve] = []
+        self._comparisons: list[Curve] = []
+        self._trials: list[Trial] = []
+        self._stage, self._number = "start", ""
+        self._stopped: str | None = None
+
+    def run(self) -> Tuning:
+        """Make all stages.
+
+        Returns:
+            What was found; with `stopped` set if a signal ended it.
+
+        Raises:
+            Stopped: after what is known has been saved; `result` has it.
+        """
+        stages = {"sweep": self._sweep, "linear tests": self._linear, "comparisons": self._asked, "trials": self._try}
+        try:
+            for number, (name, stage) in enumerate(stages.items(), start=1):
+                self._stage, self._number = name, f"{number}/{len(stages)}"
+                stage()
+                self._save(self.result())
+        except BaseException as error:
+            self.break_off(error.args[0] if isinstance(error, Stopped) else type(error).__name__)
+            raise
+        return self.result()
+
+    def break_off(self, how: str) -> None:
+        """Save what is known at this moment, the run under way included."""
+        self._stopped = f'by {how} in the stage "{self._stage}"'
+        self._keep_partial()
+        self._save(self.result())
+
+    def result(self) -> Tuning:
+        """What is known so far."""
+        return replace(
+            self._frame,
+            test=replace(self._facts.test, curves=tuple(self._curves)),
+            comparisons=tuple(self._comparisons),
+            trials=tuple(self._trials),
+            spent=self._meter.spent,
+            updates=self._meter.updates,
+            seconds=round(self._meter.seconds, 1),
+            stopped=self._stopped,
+            left_out=tuple(self._left_out),
+        )
+
+    # -- the stages ------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        plan = self._plan
+        if not plan.sweep:
+            return
+        span = span_of(self._optimizer())
+        for seed in range(1 if plan.slow else plan.seeds):
+            self._curves.append(self._make(sweep_run(span, plan.sweep, self._ratios, Variant(seed))))
+
+    def _linear(self) -> None:
+        plan = self._plan
+        if not plan.slow:
+            return
+        answer, diverged_at = self.result().answer, self._diverged_at()
+        for seed in range(plan.seeds):
+            variant = Variant(seed)
+            if self._facts.named_start is not None:
+                runs = named_runs(self._facts.named_start, plan.slow, plan.fast, self._ratios, variant)
+            else:
+                runs = linear_runs(answer, diverged_at, plan.slow, plan.fast, self._ratios, variant)
+            for run in runs:
+                self._curves.append(self._make(run))
+        if not runs:
+            self._left_out.append("The linear tests are left out: the sweep gives nothing to go by.")
+
+    def _asked(self) -> None:
+        plan = self._plan
+        if not plan.asked:
+            return
+        span = span_around(self.result().answer, self._diverged_at(), span_of(self._optimizer()))
+        variants = [Variant(train_batch_size=size) for size in plan.batch_sizes]
+        variants += [Variant(settings={name: value}) for name, value in plan.settings]
+        for variant in variants:
+            self._comparisons.append(self._make(sweep_run(span, plan.asked, self._ratios, variant)))
+
+    def _try(self) -> None:
+        answer = self.result().answer
+        if not isinstance(answer, Suggestion) or not self._plan.trials:
+            return
+        candidates = candidates_of(answer, self._facts.own_lr)
+        left = self._plan.total - self._meter.spent
+        count, updates = share_out_trials(left, len(candidates), self._frame.steps)
+        if not count:
+            self._left_out.append(f"Trials are left out: {left} updates are left, too few for two.")
+        elif count < len(candidates):
+            names = ", ".join(candidate.name for candidate in candidates[count:])
+            self._left_out.append(f"There was no room for trials of {names}.")
+        for candidate in candidates[:count]:
+            curve = self._make(self._trial(candidate, updates))
+            self._trials.append(trial_of(curve, candidate.schedule, candidate.lr, candidate.why, updates=updates))
+
+    def _trial(self, candidate: Candidate, updates: int) -> Run:
+        section = candidate.section(updates, self._ratios)
+        if section is None:
+            lrs = [candidate.lr * ratio for ratio in self._ratios]
+            return fixed_run(candidate.name, lrs, updates, TRIAL_MULTIPLE)
+        engine = self._stand.rig(0).engine
+        # As training will have it: read from the config, with its corrections.
+        config = load_config({**engine.config.document(), "scheduler": section}, world_size=engine.world_size)
+
+        def schedule(optimizer: Optimizer) -> Schedule:
+            built = build_schedule(config, optimizer)
+            assert isinstance(built, Schedule)
+            return built
+
+        return Run(candidate.name, candidate.kind, schedule, updates, validations=TRIAL_MULTIPLE)
+
+    # -- one run ---------------------------------------------------------------------------------
+
+    def _make(self, run: Run) -> Curve:
+        rig = self._stand.rig(run.seed)
+        self._meter.begin(self._number, run, rig.engine.world)
+        curve = rig.make(run, self._meter)
+        self._meter.end()
+        return curve
+
+    def _keep_partial(self) -> None:
+        """The run under way, if it is a test; a trial that is broken off cannot be compared with others."""
+        curve = self._meter.partial()
+        if curve is None or not curve.is_test:
+            return
+        compares = curve.train_batch_size is not None or curve.settings
+        (self._comparisons if compares else self._curves).append(curve)
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        return self._facts.test.group_ratios
+
+    def _optimizer(self) -> Optimizer:
+        optimizer = self._stand.rig(0).engine.optimizer
+        assert optimizer is not None
+        return optimizer
+
+    def _diverged_at(self) -> float | None:
+        """The lowest rate at which a sweep diverged."""
+        ends = [(curve, divergence(curve.losses)) for curve in self._curves if curve.kind == "exponential"]
+        return min((curve.lrs[end] for curve, end in ends if end is not None), default=None)
