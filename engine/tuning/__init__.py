@@ -5,7 +5,7 @@ plan        how the budget is shared out: pure numbers, and all constants
 runs        which range tests; `candidates` which schedules; `trials` how these are judged
 batch       rates at other batch sizes
 tuner       the stages, one after the other; `stand` has the engines, `meter` counts, `stop` takes signals
-result      a tuning as a value and as a config; `store` on disk; `summary` in words
+result      a tuning as a value and as a config; `store` on disk; `summary` in words; `report` all files
 """
 
 from engine.tuning.api import Interrupted, tune

@@ -15,11 +15,11 @@ from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
 from engine.tuning.meter import Meter
 from engine.tuning.plan import MAX_UPDATES, Plan, Request, make_plan, total_of
+from engine.tuning.report import write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
 from engine.tuning.stop import Stop, Stopped
 from engine.tuning.store import is_tuning, save_tuning
-from engine.tuning.summary import write_tuning
 from engine.tuning.tuner import Facts, Tuner, facts_of
 
 __all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]

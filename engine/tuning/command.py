@@ -11,10 +11,10 @@ from engine.engine import Engine
 from engine.range_test.task import Task, load_task
 from engine.start import initialize
 from engine.tuning.api import Interrupted, Wishes, run_tuning
+from engine.tuning.report import write_tuning
 from engine.tuning.stand import FreshEngines
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
-from engine.tuning.summary import write_tuning
 
 __all__ = ["report_tuning", "run_command"]
 

@@ -184,13 +184,13 @@ def _share_out_asked(request: Request, total: int) -> tuple[int, list[_Asked], l
     room = min(math.floor(ASKED_SHARE * total), total - LEAST_SWEEP)
     left_out: list[str] = []
     while asked:
+        if [part.size for part in asked if part.size is not None] == [request.batch_size]:
+            asked = [part for part in asked if part.size is None]  # nothing is left to compare it with
+            continue
         # Costs are rounded up, by less than one update each.
         length = min(MOST_TEST, math.floor((room - len(asked)) / sum(part.unit for part in asked)))
         if length >= LEAST_SWEEP:
             return length, asked, left_out
-        if [part.size for part in asked if part.size is not None] == [request.batch_size]:
-            asked = [part for part in asked if part.size is None]  # nothing is left to compare it with
-            continue
         dropped = max(reversed(asked), key=lambda part: part.unit)
         asked.remove(dropped)
         left_out.append(

@@ -7,26 +7,11 @@ from pathlib import Path
 
 from engine.range_test.analysis import Refusal, Suggestion
 from engine.tuning.result import Tuning
-from engine.tuning.store import CONFIG_NAME, save_tuning
 from engine.tuning.trials import Trial
 
-__all__ = ["summarize", "write_tuning"]
+__all__ = ["next_steps", "summarize"]
 
 CLEARLY = 0.03  # a setting is clearly better if its lowest loss is lower by this share of the second's
-
-
-def write_tuning(tuning: Tuning, directory: str | Path) -> str:
-    """Write a tuning's files.
-
-    Returns:
-        What was found, where it lies and what to do next, in lines for a person.
-    """
-    written = save_tuning(tuning, directory)
-    names = ", ".join(path.name for path in written.values())
-    lines = [summarize(tuning), f"Written to {directory}: {names}"]
-    if "config" in written:
-        lines += ["", *_next(tuning, Path(directory) / CONFIG_NAME)]
-    return "\n".join(lines)
 
 
 def summarize(tuning: Tuning) -> str:
@@ -119,7 +104,8 @@ def _chosen(tuning: Tuning) -> Iterator[str]:
         yield f"  {key} = {value}  {reasons.get(key, '')}".rstrip()
 
 
-def _next(tuning: Tuning, config: Path) -> Iterator[str]:
+def next_steps(tuning: Tuning, config: Path) -> Iterator[str]:
+    """What to type next, a line each."""
     processes = tuning.target_processes or tuning.test.world_size
     yield "Next:"
     if processes == 1:

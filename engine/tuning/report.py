@@ -1,0 +1,71 @@
+"""A tuning's folder: all of its files, and the lines that tell a person what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import RangeTestError
+from engine.range_test.contents import Contents
+from engine.range_test.page import PAGE_NAME, write_page
+from engine.range_test.picture import draw_range_test
+from engine.tuning.result import Tuning
+from engine.tuning.store import CONFIG_NAME, save_tuning
+from engine.tuning.summary import next_steps, summarize
+
+__all__ = ["PICTURE_NAME", "contents_of", "write_tuning"]
+
+PICTURE_NAME = "tune.png"
+
+
+def write_tuning(tuning: Tuning, directory: str | Path) -> str:
+    """Write JSON, CSV, page, picture and config into a folder.
+
+    A missing matplotlib costs the picture only, and is said.
+
+    Returns:
+        What was found, where it lies and what to do next, in lines for a person.
+    """
+    folder = Path(directory)
+    written = save_tuning(tuning, folder)
+    lines = [summarize(tuning)]
+    contents = contents_of(tuning)
+    written["page"] = write_page(contents, folder / PAGE_NAME)
+    try:
+        written["picture"] = draw_range_test(contents, folder / PICTURE_NAME)
+    except RangeTestError as error:
+        lines.append(f"No picture: {error}.")
+    lines.append(f"Written to {directory}: {', '.join(path.name for path in written.values())}")
+    if "config" in written:
+        lines += ["", *next_steps(tuning, folder / CONFIG_NAME)]
+    return "\n".join(lines)
+
+
+def contents_of(tuning: Tuning) -> Contents:
+    """A tuning in the form that page and picture draw."""
+    test = tuning.test
+    refusal = tuning.refusal
+    # That at the config's own batch size is for the table: among the longer tests its line would only confuse.
+    beside = [curve for curve in tuning.comparisons if curve.train_batch_size != test.train_batch_size]
+    facts = {
+        "optimizer": test.optimizer,
+        "batch size": f"{test.train_batch_size:,}",
+        "processes": str(test.world_size),
+        "planned training": f"{tuning.steps:,} updates",
+        "cost": f"{tuning.spent:,} updates, {tuning.spent / tuning.steps:.1%} of the planned, {tuning.seconds:.1f} s",
+    }
+    if tuning.stopped is not None:
+        facts["interrupted"] = tuning.stopped
+    return Contents(
+        title="Tuning" if tuning.stopped is None else "Tuning (interrupted)",
+        curves=(*test.curves, *beside),
+        answer=tuning.answer,
+        train_steps=tuning.steps,
+        train_batch_size=test.train_batch_size,
+        facts=tuple(facts.items()),
+        batches=tuning.batches,
+        trials=tuning.trials,
+        winner=tuning.verdict.winner,
+        config=tuning.to_config() if refusal is None else None,
+        config_name=CONFIG_NAME,
+        left_out=tuning.left_out,
+    )

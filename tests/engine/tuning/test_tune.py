@@ -1,0 +1,299 @@
+"""A tuning from Python: what it runs, what it writes, what it refuses; the engine is as before, the config trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import Engine, RangeTestError, Tuning, initialize, tune
+from engine.config import validate
+from engine.range_test.analysis import Suggestion
+from engine.tuning.report import write_tuning
+from engine.tuning.store import load_tuning, save_tuning
+from tests.distributed import run_ranks
+
+
+def make_data(size: int = 128) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 4, generator=generator)
+    return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]]) + 0.1 * torch.randn(size, 1, generator=generator)
+
+
+def make_engine(model: nn.Module | None = None, **config: Any) -> Engine:
+    torch.manual_seed(0)
+    config = {
+        "train_batch_size": 8,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        **config,
+    }
+    return initialize(model or nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)), config, device="cpu")
+
+
+def run(engine: Engine | None = None, *, data: Any = None, loss: Any = None, **arguments: Any) -> Tuning:
+    arguments = {"steps": 2000, "validation": make_data(64), "progress": False, **arguments}
+    data = make_data() if data is None else data
+    return tune(engine or make_engine(), data, loss or nn.MSELoss(), **arguments)
+
+
+def names(tuning: Tuning) -> list[str]:
+    return [curve.name for curve in tuning.test.curves]
+
+
+def train(config: dict[str, Any] | Path, updates: int, *, seed: int = 0) -> float:
+    """Validation loss after so many updates with a config."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    engine = initialize(model, config, device="cpu", training_data=torch.utils.data.TensorDataset(*make_data()))
+    assert engine.training_dataloader is not None
+    while engine.global_steps < updates:
+        for x, y in engine.training_dataloader:
+            engine.backward(nn.functional.mse_loss(engine(x), y))
+            engine.step()
+    x, y = make_data(64)
+    return float(nn.functional.mse_loss(model(x), y))
+
+
+# -- the whole way -------------------------------------------------------------------------------------------
+
+
+def test_sweep_linear_tests_and_trials_come_to_a_config_that_trains_better_than_the_base(tmp_path: Path) -> None:
+    engine = make_engine(optimizer={"type": "SGD", "params": {"lr": 1e-4}})
+    tuning = run(engine, out=tmp_path)
+    assert names(tuning) == ["sweep", "slow", "fast"]
+    assert [curve.kind for curve in tuning.test.curves] == ["exponential", "linear", "linear"]
+    assert {trial.schedule for trial in tuning.trials} >= {"OneCycle", "WarmupDecayLR"}
+    assert tuning.winner is not None and not tuning.winner.diverged
+    assert tuning.spent <= 200 and tuning.stopped is None
+    written = tmp_path / "tuned.json"
+    assert validate(written).exit_code == 0
+    assert train(written, 200) < 0.5 * train(engine.config.document(), 200)
+
+
+def test_the_engine_is_as_it_was_before() -> None:
+    def trained(*, tunes: bool) -> list[Tensor]:
+        engine = make_engine(nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1)))
+        data = make_data()
+        if tunes:
+            run(engine, data=data, seeds=2, batch_sizes=[16], sweep={"weight_decay": [0, 0.1]}, steps=8000)
+        for start in range(0, 40, 8):
+            x, y = (part[start : start + 8] for part in data)
+            engine.backward(nn.functional.mse_loss(engine(x), y))
+            engine.step()
+        return [*copy.deepcopy(engine.module.state_dict()).values(), torch.rand(3)]
+
+    assert all(torch.equal(one, other) for one, other in zip(trained(tunes=False), trained(tunes=True)))
+
+
+def test_eighteen_updates_are_a_sweep_whose_suggestion_is_written(tmp_path: Path) -> None:
+    tuning = run(make_engine(optimizer={"type": "Adam"}), steps=180, out=tmp_path)
+    assert names(tuning) == ["sweep"]
+    assert tuning.trials == () and tuning.winner is None
+    assert tuning.updates <= 18
+    assert any(sentence.startswith("Trials are left out") for sentence in tuning.left_out)
+    config = json.loads((tmp_path / "tuned.json").read_text())
+    assert config["_tune"]["why"].startswith("No schedule was tried")
+    assert validate(tmp_path / "tuned.json").exit_code == 0
+
+
+def test_what_a_diverged_test_does_not_use_goes_to_the_trials() -> None:
+    tuning = run(steps=4000)
+    sweep = tuning.test.curves[0]
+    assert len(sweep.losses) < 120, "the sweep is there to diverge"
+    assert 400 - tuning.spent < 10 * len(tuning.trials)
+    assert len(tuning.trials) * len(tuning.trials[0].curve.losses) > 140
+
+
+def test_a_config_that_names_the_start_is_not_swept() -> None:
+    scheduler = {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3}}
+    tuning = run(make_engine(scheduler=scheduler))
+    assert names(tuning) == ["slow", "fast"]
+    assert {curve.lrs[0] for curve in tuning.test.curves} == {1e-3}
+    assert tuning.to_config().get("scheduler", {}).get("type") != "LRRangeTest"
+    # DeepSpeed's default is nobody's choice.
+    assert names(run(make_engine(scheduler={"type": "LRRangeTest"})))[0] == "sweep"
+
+
+def test_without_validation_data_trials_are_judged_by_their_training_loss() -> None:
+    tuning = run(validation=None)
+    assert tuning.winner is not None and tuning.winner.loss > 0
+    assert "There is no validation data: trials are judged by their training loss." in tuning.left_out
+
+
+def test_parameter_groups_keep_their_ratios() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}]
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    engine = initialize(model, config, device="cpu", model_parameters=groups)
+    tuning = run(engine)
+    high = tuning.to_config()["scheduler"]["params"]["cycle_max_lr"]
+    assert high[0] == pytest.approx(2 * high[1])
+    assert tuning.own_lr == 0.1
+
+
+# -- what else is asked for ----------------------------------------------------------------------------------
+
+
+def test_other_seeds_repeat_the_tests_in_another_order_of_the_data() -> None:
+    tuning = run(steps=5000, seeds=2)
+    assert names(tuning) == ["sweep", "slow", "fast", "slow, seed 1", "fast, seed 1"]
+    slow, again = tuning.test.curves[1], tuning.test.curves[3]
+    assert again.seed == 1 and slow.losses != again.losses
+
+
+def test_batch_sizes_and_settings_are_compared_by_tests_of_one_length() -> None:
+    tuning = run(steps=8000, batch_sizes=[16], sweep={"weight_decay": [0, 0.5]})
+    assert [curve.name for curve in tuning.comparisons] == [
+        "sweep, batch 8", "sweep, batch 16", "sweep, weight_decay 0", "sweep, weight_decay 0.5",
+    ]  # fmt: skip
+    assert {curve.lrs[0] for curve in tuning.comparisons} == {tuning.comparisons[0].lrs[0]}
+    assert [size for size, answer in tuning.batches if isinstance(answer, Suggestion)] == [8, 16]
+    assert [(setting.name, setting.value) for setting in tuning.settings] == [
+        ("weight_decay", 0.0),
+        ("weight_decay", 0.5),
+    ]
+    assert tuning.spent > tuning.updates, "an update of 16 costs two of 8"
+    assert "The config keeps its own" in write_tuning_text(tuning)
+
+
+def write_tuning_text(tuning: Tuning) -> str:
+    from engine.tuning.summary import summarize
+
+    return summarize(tuning)
+
+
+def test_the_config_for_a_target_has_its_batch_and_sees_as_many_samples(tmp_path: Path) -> None:
+    tuning = run(steps=8000, batch_sizes=[32], target_batch_size=16, target_processes=2, out=tmp_path)
+    config = tuning.to_config()
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (16, 8)
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["_range_test"]["train_steps"] == 4000
+    assert config["_tune"]["measured_at_batch_sizes"] == [8, 32]
+    assert validate(tmp_path / "tuned.json", world_size=2).exit_code == 0
+    assert tuning.scaled is not None and tuning.scaled.how == "interpolated"
+    assert any("Interpolated for batch size 16" in note for note in tuning.notes())
+
+
+def test_a_config_beyond_what_was_measured_warns_where_it_is_made_and_where_it_trains(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tuning = run(target_batch_size=64)
+    assert tuning.scaled is not None and tuning.scaled.how == "extrapolated"
+    assert any("beyond all that was measured" in note for note in tuning.notes())
+    caplog.set_level(logging.WARNING, "engine")
+    initialize(nn.Linear(4, 1), tuning.to_config(), device="cpu")
+    (record,) = (record for record in caplog.records if record.name == "engine" and "_range_test" in record.message)
+    assert "were found at batch size 8, and train_batch_size is 64" in record.message
+
+
+def test_a_config_at_the_batch_size_that_was_measured_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    config = run().to_config()
+    caplog.clear()
+    caplog.set_level(logging.WARNING, "engine")
+    initialize(nn.Linear(4, 1), config, device="cpu")
+    assert [record.message for record in caplog.records if "_range_test" in record.message] == []
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps: got 0; expected an integer >= 1"),
+        ({"steps": 100}, "the shortest test takes 16"),
+        ({"budget": 0}, "budget: got 0; expected a share of the planned updates, above 0 and at most 1"),
+        ({"budget": float("nan")}, "budget: got nan"),
+        ({"batch_sizes": [12]}, "12 is no multiple of 8 (micro-batch 8 x 1 processes)"),
+        ({"sweep": {"lr": [1]}}, 'sweep: got "lr"; expected weight_decay or momentum'),
+        ({"sweep": {"momentum": [-1]}}, "sweep: got momentum -1; expected numbers >= 0"),
+        ({"target_batch_size": 9, "target_processes": 2}, "9 samples cannot be shared evenly among 2 processes"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_anything_is_run(arguments: dict[str, Any], message: str) -> None:
+    calls = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    with pytest.raises(RangeTestError) as caught:
+        run(loss=loss, **arguments)
+    assert message in str(caught.value)
+    assert calls == []
+
+
+def test_a_flat_loss_gets_no_config_and_takes_that_of_an_earlier_tuning_away(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text("{}")
+    x = torch.zeros(64, 4)
+    tuning = run(make_engine(nn.Linear(4, 1, bias=False)), data=(x, x[:, :1] + 1), out=tmp_path)
+    assert tuning.refusal is not None and tuning.trials == ()
+    assert not (tmp_path / "tuned.json").exists()
+    with pytest.raises(RangeTestError, match="no config can be suggested"):
+        tuning.to_config()
+
+
+def test_trials_that_all_diverge_get_no_config() -> None:
+    tuning = run()
+    from dataclasses import replace
+
+    broken = replace(tuning, trials=tuple(replace(trial, diverged=True) for trial in tuning.trials))
+    assert broken.winner is None and broken.choice is None
+    assert broken.refusal is not None and "trials diverged" in broken.refusal.reason
+
+
+# -- on disk -------------------------------------------------------------------------------------------------
+
+
+def test_a_tuning_can_be_kept_and_read_again_for_another_length(tmp_path: Path) -> None:
+    tuning = run(steps=8000, batch_sizes=[16], sweep={"momentum": [0, 0.5]})
+    save_tuning(tuning, tmp_path)
+    again = load_tuning(tmp_path)
+    assert again == tuning
+    assert again.to_config() == tuning.to_config()
+    assert again.planned_for(50_000).to_config()["_range_test"]["train_steps"] == 50_000
+    assert len((tmp_path / "tune.csv").read_text().splitlines()) > tuning.updates
+
+
+def test_a_report_has_a_page_and_a_picture_and_says_what_to_type_next(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tuning = run()
+    said = write_tuning(tuning, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tune.json", "tune.csv", "tuned.json", "tune.png", "report.html"
+    }  # fmt: skip
+    assert f"redline validate {tmp_path / 'tuned.json'}" in said
+    assert "<- wins" in said
+    assert "OneCycle" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"test": {}}'])
+def test_a_record_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RangeTestError, match=r"there is no tune\.json"):
+        load_tuning(tmp_path)
+    (tmp_path / "tune.json").write_text(text)
+    with pytest.raises(RangeTestError, match="is no record of a tuning"):
+        load_tuning(tmp_path)
+
+
+# -- several processes ---------------------------------------------------------------------------------------
+
+
+def tune_on_ranks() -> tuple[list[str], list[float], str, int]:
+    tuning = run(seeds=2, steps=4000)
+    torch.distributed.destroy_process_group()
+    assert tuning.winner is not None
+    return names(tuning), [trial.loss for trial in tuning.trials], tuning.winner.schedule, tuning.spent
+
+
+def test_two_processes_come_to_the_same_answer() -> None:
+    first, second = run_ranks(tune_on_ranks, 2)
+    assert first == second
+    assert first[0][:3] == ["sweep", "slow", "fast"]
