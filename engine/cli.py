@@ -166,7 +166,7 @@ def _report(options: argparse.Namespace) -> int:
 
     source = Path(options.source)
     if is_tuning(source):
-        return report_tuning(source, options.out or source, options.train_steps)
+        return report_tuning(source, options.out or source, options.train_steps, options.smoothing)
     result = load_result(
         source,
         lr_column=options.lr_column,
@@ -313,9 +313,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--quiet", action="store_true", help="no progress")
 
     report = _add(commands, "report", _report, "read a finished range test or tuning again and renew its files",
-        "DIR is the folder that range-test or tune wrote; its files are renewed. FILE is a table that you have: CSV with a\n"
-        "header, pytorch-lr-finder's history or Lightning's results as JSON. It needs a learning rate and a loss for\n"
-        "each update; common names of columns are recognised. Its report goes to FILE's name with _report.\n\n"
+        "DIR is the folder that range-test or tune wrote; its files are renewed. FILE is a table that you have: CSV\n"
+        "with a header, pytorch-lr-finder's history or Lightning's results as JSON. It needs a rate and a loss\n"
+        "for each update; common names of columns are recognised. Its report goes to FILE's name with _report.\n\n"
         "examples:\n  redline report range_test --train-steps 5000\n"
         "  redline report losses.csv --lr-column lr --loss-column loss")  # fmt: skip
     report.add_argument("source", metavar="DIR|FILE", help="the folder that range-test or tune wrote, or a table")

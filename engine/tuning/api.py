@@ -249,7 +249,7 @@ def _saver(out: str | Path | None) -> Callable[[Tuning], None]:
             if tuning.stopped is None:
                 save_tuning(tuning, out)
             elif tuning.test.curves:
-                write_tuning(tuning, out)
+                write_tuning(tuning, out, picture=False)  # there may be little time
                 log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
         except OSError as error:
             log.warning("tune: what is known so far could not be written to %s: %s", out, error.strerror or error)

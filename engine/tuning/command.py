@@ -11,7 +11,7 @@ from engine.engine import Engine
 from engine.range_test.task import Task, load_task
 from engine.start import initialize
 from engine.tuning.api import Interrupted, Wishes, run_tuning
-from engine.tuning.report import write_tuning
+from engine.tuning.report import show_tuning
 from engine.tuning.stand import FreshEngines
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
@@ -53,14 +53,14 @@ def run_command(options: argparse.Namespace) -> int:
         except Interrupted as interrupted:
             tuning, code = interrupted.tuning, 128 + interrupted.signal
         if is_first:
-            print(write_tuning(tuning, options.out), flush=True)
+            print(show_tuning(tuning, options.out), flush=True)
     return code or int(tuning.refusal is not None)
 
 
-def report_tuning(directory: str, steps: int | None) -> int:
-    """Renew the files of a finished tuning."""
+def report_tuning(directory: Path, out: str | Path, steps: int | None, beta: float) -> int:
+    """Read a finished tuning again and write its files."""
     tuning = load_tuning(directory)
     if steps is not None:
         tuning = tuning.planned_for(steps)
-    print(write_tuning(tuning, directory))
+    print(show_tuning(tuning, out, beta=beta))
     return int(tuning.refusal is not None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import RangeTestError
+from engine.range_test.analysis import SMOOTHING
+from engine.range_test.chart import chart_of
 from engine.range_test.contents import Contents
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
@@ -12,15 +14,21 @@ from engine.tuning.result import Tuning
 from engine.tuning.store import CONFIG_NAME, save_tuning
 from engine.tuning.summary import next_steps, summarize
 
-__all__ = ["PICTURE_NAME", "contents_of", "write_tuning"]
+__all__ = ["PICTURE_NAME", "contents_of", "show_tuning", "write_tuning"]
 
 PICTURE_NAME = "tune.png"
 
 
-def write_tuning(tuning: Tuning, directory: str | Path) -> str:
+def write_tuning(tuning: Tuning, directory: str | Path, *, beta: float = SMOOTHING, picture: bool = True) -> str:
     """Write JSON, CSV, page, picture and config into a folder.
 
     A missing matplotlib costs the picture only, and is said.
+
+    Args:
+        tuning: what to report.
+        directory: the folder; made if it is not there.
+        beta: weight of the past in the smoothing of what is drawn, in [0, 1).
+        picture: draw one; matplotlib takes its time.
 
     Returns:
         What was found, where it lies and what to do next, in lines for a person.
@@ -28,10 +36,11 @@ def write_tuning(tuning: Tuning, directory: str | Path) -> str:
     folder = Path(directory)
     written = save_tuning(tuning, folder)
     lines = [summarize(tuning)]
-    contents = contents_of(tuning)
+    contents = contents_of(tuning, beta=beta)
     written["page"] = write_page(contents, folder / PAGE_NAME)
     try:
-        written["picture"] = draw_range_test(contents, folder / PICTURE_NAME)
+        if picture:
+            written["picture"] = draw_range_test(contents, folder / PICTURE_NAME)
     except RangeTestError as error:
         lines.append(f"No picture: {error}.")
     lines.append(f"Written to {directory}: {', '.join(path.name for path in written.values())}")
@@ -40,7 +49,15 @@ def write_tuning(tuning: Tuning, directory: str | Path) -> str:
     return "\n".join(lines)
 
 
-def contents_of(tuning: Tuning) -> Contents:
+def show_tuning(tuning: Tuning, directory: str | Path, *, beta: float = SMOOTHING) -> str:
+    """Write the report; its lines below a chart for the terminal."""
+    said = write_tuning(tuning, directory, beta=beta)
+    if not any(curve.losses for curve in tuning.test.curves):
+        return said
+    return f"{chart_of(contents_of(tuning, beta=beta))}\n\n{said}"
+
+
+def contents_of(tuning: Tuning, *, beta: float = SMOOTHING) -> Contents:
     """A tuning in the form that page and picture draw."""
     test = tuning.test
     refusal = tuning.refusal
@@ -62,6 +79,7 @@ def contents_of(tuning: Tuning) -> Contents:
         train_steps=tuning.steps,
         train_batch_size=test.train_batch_size,
         facts=tuple(facts.items()),
+        beta=beta,
         batches=tuning.batches,
         trials=tuning.trials,
         winner=tuning.verdict.winner,

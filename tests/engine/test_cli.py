@@ -18,7 +18,7 @@ from engine.cli import main
 from engine.config import build_schema
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("validate", "schema", "plot", "range-test", "report", "consolidate")
+COMMANDS = ("validate", "schema", "plot", "range-test", "tune", "report", "consolidate")
 
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 TASK = """

@@ -56,7 +56,7 @@ def test_the_batch_keys_of_a_target_are_what_the_config_wants(target: int, proce
 def test_a_batch_that_cannot_be_shared_names_the_nearest_that_can() -> None:
     with pytest.raises(RangeTestError, match="33 samples cannot be shared evenly among 2 processes; give 32 or 34"):
         share_out_batch(33, 2, 32)
-    with pytest.raises(RangeTestError, match="give 8$"):
+    with pytest.raises(RangeTestError, match=r"give 8$"):
         share_out_batch(3, 8, 32)
 
 

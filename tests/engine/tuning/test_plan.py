@@ -102,7 +102,7 @@ def test_a_larger_batch_costs_what_it_takes_and_a_smaller_one_an_update() -> Non
     [
         (
             Request(steps=100, batch_size=8),
-            "0.1 of 100 updates is 10, and the shortest test takes 16; plan at least 160",
+            "is 10, and the shortest test takes 16; plan at least 160",
         ),
         (Request(steps=100, batch_size=8), "or a budget of 0.16, or train at two or three learning rates in full"),
         (Request(steps=10, batch_size=8), "plan at least 160 updates or train"),
