@@ -121,8 +121,7 @@ def candidates_of(suggestion: Suggestion, own_lr: float | None) -> list[Candidat
         own_lr: the rate that the config names; None if it names none.
     """
     cycle = Candidate("OneCycle", suggestion.cycle_max_lr, suggestion.reasons.get("cycle_max_lr", ""), suggestion)
-    # Analyses before the one that knows of linear decay have one maximum for both.
-    peak = getattr(suggestion, "decay_max_lr", suggestion.cycle_max_lr)
+    peak = suggestion.decay_max_lr
     why = suggestion.reasons.get("decay_max_lr", "The maximum that the tests suggest for a cycle.")
     found = [cycle, Candidate("WarmupDecayLR", peak, why, suggestion)]
     if own_lr is not None:

@@ -36,7 +36,10 @@ def _answer(tuning: Tuning) -> Iterator[str]:
         yield f"The tests: no suggestion. {answer.reason}"
         yield f"  {answer.remedy}"
         return
-    yield f"The tests suggest {answer.cycle_min_lr:g} to {answer.cycle_max_lr:g}."
+    yield (
+        f"The tests suggest {answer.cycle_min_lr:g} to {answer.cycle_max_lr:g}; the best maximum probably lies between "
+        f"{answer.low_lr:.2g} and {answer.high_lr:.2g}."
+    )
     yield f"  {answer.reasons.get('cycle_max_lr', '')}".rstrip()
 
 

@@ -67,7 +67,7 @@ def test_losses_may_be_negative() -> None:
 
 # -- what is tried -------------------------------------------------------------------------------------------
 
-SUGGESTION = Suggestion(0.001, 0.1, 30, 70, {"cycle_max_lr": "Because."}, "sweep")
+SUGGESTION = Suggestion(0.001, 0.1, 30, 70, {"cycle_max_lr": "Because."}, "sweep", 0.05, 0.2)
 
 
 def test_the_suggested_schedules_are_tried_first_and_then_fixed_rates() -> None:
