@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.range_test.conditions import check, settings_of
+from engine.range_test.contents import contents_of
 from engine.range_test.progress import Progress
+from engine.range_test.publish import publish
 from engine.range_test.recorder import name_test
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Rig, Run
@@ -97,7 +99,9 @@ def run_range_test(
     with rig, Progress(sum(run.steps for run in runs), progress if engine.global_rank == 0 else False) as bar:
         curves = [rig.make(run, bar) for run in runs]
     planned = 10 * steps if train_steps is None else train_steps
-    return RangeTestResult.of(engine, curves, train_steps=planned, group_ratios=_ratios(tests.min_lrs))
+    result = RangeTestResult.of(engine, curves, train_steps=planned, group_ratios=_ratios(tests.min_lrs))
+    publish(engine, contents_of(result))
+    return result
 
 
 @dataclass(frozen=True, slots=True)

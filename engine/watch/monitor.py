@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ from engine.distributed import World
 from engine.engine import Engine
 from engine.log import log
 
-__all__ = ["Monitor", "Point", "Writer"]
+__all__ = ["Line", "Monitor", "Point", "Record", "Writer"]
 
 FLUSH_EVERY = 50  # updates: the device is waited for that rarely, and a chart is that much behind
 PATIENCE = timedelta(seconds=5)  # for the other processes' last words
@@ -42,12 +43,42 @@ class Point(NamedTuple):
     samples: int
 
 
+class Line(NamedTuple):
+    """One line of a chart."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Curves that are no part of the training, such as a range test's; written at once when they are known.
+
+    Attributes:
+        title: of the whole, the first part of names.
+        points: as numbers over time; their `samples` count the curve's own updates.
+        lines: the same as a chart, for writers that have charts.
+        axes: what the chart's x and y are.
+        numbers: what came out, by name.
+        text: the same in words, as Markdown.
+    """
+
+    title: str
+    points: list[Point]
+    lines: list[Line]
+    axes: tuple[str, str]
+    numbers: dict[str, float | int]
+    text: str
+
+
 class Writer(Protocol):
     """Where points go."""
 
     name: str
 
     def write(self, points: list[Point]) -> None: ...
+    def show(self, record: Record) -> None: ...
     def close(self) -> None: ...
 
 
@@ -102,6 +133,11 @@ class Monitor:
             samples: trained on so far.
         """
         self._send([Point(name, value, samples) for name, value in values.items()])
+
+    def show(self, record: Record) -> None:
+        """Write curves that are no part of the training; on rank zero, which has writers."""
+        for writer in list(self._writers):
+            self._attempt(writer, lambda writer=writer: writer.show(record))
 
     def close(self) -> None:
         """Write what has been noted so far and let the writers go; no collective."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.watch.monitor import Point, Writer
+from engine.watch.monitor import Point, Record, Writer
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -80,12 +80,19 @@ class CsvWriter:
 
     def write(self, points: list[Point]) -> None:
         for name, ours in _by_name(points).items():
-            path = self._folder / f"{name.replace('/', '_').replace(' ', '_')}.csv"
-            with path.open("a", newline="", encoding="utf-8") as file:
+            with self._path(name).open("a", newline="", encoding="utf-8") as file:
                 rows = csv.writer(file, lineterminator="\n")
                 if file.tell() == 0:
                     rows.writerow(["step", name.rpartition("/")[2]])
                 rows.writerows((point.samples, point.value) for point in ours)
+
+    def show(self, record: Record) -> None:
+        for name in _by_name(record.points):
+            self._path(name).unlink(missing_ok=True)  # an earlier test's; its updates would be counted twice
+        self.write(record.points)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name.replace('/', '_').replace(' ', '_')}.csv"
 
     def close(self) -> None:
         """Nothing is open between two writes."""
@@ -105,6 +112,10 @@ class TensorBoardWriter:
         for point in points:
             self._writer.add_scalar(point.name, point.value, point.samples)
         self._writer.flush()
+
+    def show(self, record: Record) -> None:
+        self._writer.add_text(f"{record.title}/suggestion", record.text)
+        self.write(record.points)
 
     def close(self) -> None:
         self._writer.close()
@@ -126,6 +137,23 @@ class WandbWriter:
             together[point.samples][point.name] = point.value
         for samples, values in together.items():
             self._run.log(values, step=samples)
+
+    def show(self, record: Record) -> None:
+        """As a chart, a table and numbers of the run, all at the step it is at: its steps never go back."""
+        import wandb
+
+        x, y = record.axes
+        rows = [[line.name, *pair] for line in record.lines for pair in zip(line.x, line.y)]
+        chart = wandb.plot.line_series(
+            xs=[line.x for line in record.lines],
+            ys=[line.y for line in record.lines],
+            keys=[line.name for line in record.lines],
+            title=f"{record.title}: {y} by {x}",
+            xname=x,
+        )
+        table = wandb.Table(columns=["run", x, y], data=rows)
+        self._run.log({f"{record.title}/{y} by {x}": chart, f"{record.title}/curves": table})
+        self._run.summary.update({f"{record.title}/{name}": value for name, value in record.numbers.items()})
 
     def close(self) -> None:
         self._run.finish()
@@ -158,6 +186,12 @@ class CometWriter:
                 continue
             self._last[point.name] = point.samples
             self._experiment.log_metric(point.name, point.value, step=point.samples)
+
+    def show(self, record: Record) -> None:
+        for point in record.points:  # all of them: they are few, and counted in updates
+            self._experiment.log_metric(point.name, point.value, step=point.samples)
+        self._experiment.log_others({f"{record.title}/{name}": value for name, value in record.numbers.items()})
+        self._experiment.log_text(record.text)
 
     def close(self) -> None:
         self._experiment.end()

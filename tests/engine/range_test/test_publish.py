@@ -1,0 +1,139 @@
+"""A range test in the monitors that the config names: read back, and apart from the training's own points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Engine, RangeTestResult, initialize, run_range_test
+from engine.range_test.contents import contents_of
+from engine.range_test.publish import record_of
+from tests.records import KINDS, make_result, make_run, tuning
+
+X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+Y = X.sum(1, keepdim=True)
+
+
+def make_engine(**config: Any) -> Engine:
+    torch.manual_seed(0)
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}, **config}
+    return initialize(nn.Linear(4, 1), config, device="cpu")
+
+
+def measured(engine: Engine, steps: int = 25) -> RangeTestResult:
+    return run_range_test(engine, (X, Y), nn.MSELoss(), validation=(X, Y), min_lr=1e-3, rates=(5, 50), steps=steps,
+                          validations=5, progress=False)  # fmt: skip
+
+
+def train(engine: Engine) -> None:
+    engine.backward(nn.functional.mse_loss(engine(X[:8]), Y[:8]))
+    engine.step()
+
+
+def rows(path: Path) -> list[list[str]]:
+    return [line.split(",") for line in path.read_text().splitlines()]
+
+
+def test_tensorboard_has_the_curves_and_the_suggestion(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine = make_engine(tensorboard={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
+    result = measured(engine)
+    train(engine)
+    engine.observers[0].close()  # type: ignore[union-attr]
+    events = EventAccumulator(str(tmp_path / "job"))
+    events.Reload()
+    for curve in result.curves:
+        for name, values in (("loss", curve.losses), ("lr", curve.lrs)):
+            found = events.Scalars(f"RangeTest/{curve.name}/{name}")
+            assert [event.step for event in found] == list(curve.steps)
+            assert [event.value for event in found] == pytest.approx(values)
+        held_out = events.Scalars(f"RangeTest/{curve.name}/validation_loss")
+        assert [(event.step, event.value) for event in held_out] == [(k, pytest.approx(v)) for k, v in curve.validation]
+    (text,) = events.Tensors("RangeTest/suggestion/text_summary")
+    assert b"cycle_max_lr" in text.tensor_proto.string_val[0]
+    assert [event.step for event in events.Scalars("Train/Samples/train_loss")] == [8], "the training's own update"
+
+
+def test_csv_files_hold_the_last_test_and_the_training_stays_apart(tmp_path: Path) -> None:
+    engine = make_engine(csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
+    measured(engine, steps=30)
+    result = measured(engine, steps=25)
+    train(engine)
+    engine.observers[0].close()  # type: ignore[union-attr]
+    header, *losses = rows(tmp_path / "job" / "RangeTest_rate_5_loss.csv")
+    assert header == ["step", "loss"]
+    assert [(int(step), float(loss)) for step, loss in losses] == list(enumerate(result.curves[1].losses))
+    assert (tmp_path / "job" / "RangeTest_fixed_0.01_lr.csv").exists()
+    assert [row[0] for row in rows(tmp_path / "job" / "Train_Samples_lr.csv")] == ["step", "8"]
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_a_run_of_wandb_gets_a_chart_and_its_steps_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_SERVICE", "")  # wandb sets it, and leaves it
+    monkeypatch.delenv("WANDB_SERVICE")
+    engine = make_engine(wandb={"enabled": True})
+    result = measured(engine)
+    assert result.has_suggestion
+    run = wandb.run
+    assert run.summary["RangeTest/cycle_max_lr"] == result.suggestion.params()["cycle_max_lr"]
+    assert run.summary["RangeTest/curves"]["nrows"] == sum(len(curve.losses) for curve in result.curves[1:])
+    for _ in range(2):
+        train(engine)
+    engine.observers[0].flush()  # type: ignore[union-attr]
+    train(engine)
+    engine.observers[0].flush()  # type: ignore[union-attr]
+    assert run.summary["_step"] == 16, "the training's steps come after the test's"
+    engine.observers[0].close()  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore")  # comet's own
+def test_an_offline_experiment_of_comet_has_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("comet_ml", reason="the extra `comet` is not installed")
+    import json
+    import zipfile
+
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    engine = make_engine(comet={"enabled": True, "online": False, "project": "ours"})
+    result = measured(engine)
+    engine.observers[0].close()  # type: ignore[union-attr]
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
+    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
+    losses = [float(m["metricValue"]) for m in metrics if m["metricName"] == "RangeTest/rate 5/loss"]
+    assert losses == pytest.approx(result.curves[1].losses)
+
+
+def test_a_record_has_every_curve_the_trials_and_the_answer() -> None:
+    record = record_of(tuning())
+    names = {point.name for point in record.points}
+    assert "RangeTest/rate 5, seed 0/loss" in names
+    assert "RangeTest/weight decay 0.01/lr" in names
+    assert "Trials/OneCycle to 0.03/validation_loss" in names
+    assert [line.name for line in record.lines][:2] == ["rate 5, seed 0", "rate 5, seed 1"]
+    assert record.numbers.keys() == {"cycle_min_lr", "cycle_max_lr", "cycle_first_step_size", "cycle_second_step_size"}
+    assert record.text.startswith("| key | value | where it comes from |\n| --- | --- | --- |\n| `cycle_min_lr` | ")
+    assert record.text.endswith("- The fast test was left out: the budget was 18 updates.")
+
+
+def test_a_refusal_is_published_as_one() -> None:
+    record = record_of(KINDS["flat"]())
+    assert record.numbers == {}
+    assert record.text.startswith("**No suggestion.** The loss does not fall")
+
+
+def test_losses_that_are_not_finite_are_no_part_of_the_chart() -> None:
+    (line, _) = record_of(KINDS["nan"]()).lines
+    assert len(line.x) == len(line.y) == 37
+    assert record_of(contents_of(make_result(make_run(None)))).lines == []
