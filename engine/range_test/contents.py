@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.range_test import rules
 from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, suggest
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ __all__ = [
     "groups_of",
     "label_of",
     "looks_of",
+    "marks_of",
     "trial_groups",
 ]
 
 TRIALS = "trials"  # their panel
+OURS = "redline"  # what our own rule is called beside others
 
 
 class Mark(Protocol):
@@ -131,9 +134,30 @@ def contents_of(result: RangeTestResult, *, beta: float = SMOOTHING) -> Contents
         train_batch_size=result.train_batch_size,
         facts=tuple((name, value) for name, value in facts.items() if value),
         beta=beta,
+        marks=marks_of(result.curves, result.train_batch_size, result.suggestion, beta=beta),
         batches=batch_boundaries(result.curves, result.train_batch_size, result.train_steps),
         config=result.to_config() if result.has_suggestion else None,
     )
+
+
+def marks_of(
+    curves: Sequence[Curve], own: int, answer: Suggestion | Refusal, *, beta: float = SMOOTHING
+) -> tuple[Mark, ...]:
+    """What the rules say of the tests as configured, our own last.
+
+    Args:
+        curves: of a range test.
+        own: batch size of curves that say none.
+        answer: what our own rule says.
+        beta: weight of the past in the other rules' smoothing.
+    """
+    plain = [curve for curve in curves if not curve.settings and (curve.train_batch_size or own) == own]
+    others = rules.marks(plain, beta=beta)
+    if not others:
+        return ()
+    if isinstance(answer, Refusal):
+        return (*others, rules.Mark(OURS, None, answer.reason, ""))
+    return (*others, rules.Mark(OURS, answer.cycle_max_lr, answer.reasons.get("cycle_max_lr", ""), answer.curve))
 
 
 def batch_boundaries(

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import RangeTestError
 from engine.range_test.analysis import Suggestion, smooth
-from engine.range_test.contents import Contents, Group, Mark, groups_of, trial_groups
+from engine.range_test.contents import OURS, Contents, Group, Mark, groups_of, trial_groups
 from engine.range_test.strokes import (
     COLORS,
     Look,
@@ -140,7 +140,7 @@ def _mark_rules(axes: Any, marks: Sequence[Mark]) -> None:
         start = max(0.0, min(at - wide / 2, 1 - wide))
         row = next((row for row, end in enumerate(ends) if end <= start), len(ends))
         ends[row : row + 1] = [start + wide]
-        color = _OURS if rule == "redline" else _RULE
+        color = _OURS if rule == OURS else _RULE
         axes.axvline(lr, color=color, linestyle="-" if color == _OURS else (0, (5, 4)), linewidth=1)
         axes.text(start + wide / 2, 1.01 + 0.055 * row, rule, color=color, fontsize=7.5, ha="center",
                   transform=axes.transAxes)  # fmt: skip

@@ -59,6 +59,9 @@ def marks(curves: Sequence[Curve], *, beta: float = SMOOTHING) -> tuple[Mark, ..
     if len(known) < 3 or min(loss for _, loss in known[1:]) >= known[0][1]:
         why = f"The smoothed loss of {curve.name} never falls below its first value."
         return tuple(Mark(rule, None, why, curve.name) for rule in RULES)
+    if known[-1][0] <= known[0][0]:  # a staircase that ended on its first stair
+        why = f"The learning rate of {curve.name} never grows."
+        return tuple(Mark(rule, None, why, curve.name) for rule in RULES)
     lrs, losses = tuple(lr for lr, _ in known), [loss for _, loss in known]
     found = (_steepest(lrs, losses), _valley(lrs, losses), _minimum(lrs, losses), _last_stable(lrs, losses))
     return tuple(Mark(rule, lr, why, curve.name) for rule, (lr, why) in zip(RULES, found))

@@ -65,6 +65,23 @@ def test_boundaries_are_read_at_each_batch_size_from_its_own_tests() -> None:
     assert batch_boundaries(curves[:1], 32, 1000) == ()
 
 
+def test_the_other_rules_stand_beside_ours() -> None:
+    curves = (make_run(50), make_run(500, settings=(("weight_decay", 0.1),)))
+    contents = contents_of(make_result(*curves))
+    assert [mark.rule for mark in contents.marks] == ["steepest", "valley", "minimum / 10", "last stable", "redline"]
+    assert isinstance(contents.answer, Suggestion)
+    assert contents.marks[-1].lr == contents.answer.cycle_max_lr
+    assert all(mark.lr is not None and mark.lr <= curves[0].lrs[-1] for mark in contents.marks), "of the first test"
+
+
+def test_where_ours_refuses_it_has_no_answer() -> None:
+    flat = make_result(make_run(5, best=1e9, noise=0.2, name="flat", updates=30))
+    mark = contents_of(flat).marks[-1]
+    assert (mark.rule, mark.lr) == ("redline", None)
+    assert mark.why.startswith("The loss does not fall")
+    assert contents_of(make_result(make_run(None))).marks == ()
+
+
 def test_what_nobody_knows_is_no_fact() -> None:
     names = [name for name, _ in contents_of(make_result(make_run(5))).facts]
     assert names == ["optimizer", "batch size", "processes", "planned training"]

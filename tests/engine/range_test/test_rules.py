@@ -66,3 +66,9 @@ def test_the_widest_exponential_test_of_the_first_seed_is_read() -> None:
 
 def test_runs_that_are_no_tests_are_not_read() -> None:
     assert marks([Curve("fixed", None, (0, 1, 2), (1.0, 1.0, 1.0), (3.0, 2.0, 1.0), kind="fixed")]) == ()
+
+
+def test_a_staircase_that_ended_on_its_first_stair_has_no_answer() -> None:
+    found = marks([Curve("rate 5", 5.0, (0, 1, 2, 3), (0.1,) * 4, (3.0, 2.0, 1.5, 1.0))])
+    assert [mark.lr for mark in found] == [None] * len(RULES)
+    assert "never grows" in found[0].why
