@@ -42,15 +42,15 @@ def thinning(curve: Curve) -> int:
     return max(1, math.ceil(len(curve.steps) / MAX_POINTS))
 
 
-def _answer(answer: Suggestion | Refusal) -> dict[str, Any] | None:
+def _answer(answer: Suggestion | Refusal) -> dict[str, float] | None:
     if isinstance(answer, Refusal):
         return None
-    known = {"low": answer.cycle_min_lr, "high": answer.cycle_max_lr}
-    for name, attribute in (("probably_low", "low_lr"), ("probably_high", "high_lr"), ("decay", "decay_max_lr")):
-        value = getattr(answer, attribute, None)
-        if value is not None:
-            known[name] = value
-    return known
+    return {
+        "low": answer.cycle_min_lr,
+        "high": answer.cycle_max_lr,
+        "probably_low": answer.low_lr,
+        "probably_high": answer.high_lr,
+    }
 
 
 def _groups(groups: Sequence[Group]) -> list[dict[str, Any]]:

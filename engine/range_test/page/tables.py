@@ -48,11 +48,11 @@ def _list(title: str, sentences: Sequence[str]) -> str:
 
 
 def _beside(found: Suggestion) -> str:
-    """What else is known of the maximum, where the analysis says it."""
-    low, high = getattr(found, "low_lr", None), getattr(found, "high_lr", None)
-    decay = getattr(found, "decay_max_lr", None)
-    more = f". The maximum lies probably between {_short(low)} and {_short(high)}" if low and high else ""
-    return f"{more}. As a linear decay: start at <b>{_short(decay)}</b>." if decay else f"{more}."
+    """What else is known of the maximum."""
+    return (
+        f". The best maximum lies probably between {_short(found.low_lr)} and {_short(found.high_lr)}. "
+        f"As a linear decay: start at <b>{_short(found.decay_max_lr)}</b>."
+    )
 
 
 def charts(contents: Contents) -> str:
