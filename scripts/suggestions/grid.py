@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from suggestions.tasks import Task, task_of
 
 __all__ = ["HOPELESS", "batches", "digest", "points", "train", "untrained", "worth_repeating"]
 
-HOPELESS = 1.25  # a rate whose first seed ends above the best times this is not repeated with other seeds
+HOPELESS = (1.25, 1.1)  # a rate whose mean over one seed, or two, is above the best times this is not repeated further
 
 
 def points(task: Task, count: int) -> list[float]:
@@ -93,7 +94,7 @@ def digest(name: str) -> str:
     return summed.hexdigest()[:16]
 
 
-def worth_repeating(losses: Sequence[float | None]) -> list[int]:
-    """Which of a grid's rates are trained with other seeds, too, by the losses of the first."""
-    best = min((loss for loss in losses if loss is not None), default=math.inf)
-    return [index for index, loss in enumerate(losses) if loss is not None and loss <= best * HOPELESS]
+def worth_repeating(losses: Mapping[float, Sequence[float | None]], limit: float) -> list[float]:
+    """Which rates are trained with more seeds, by the losses of those that they were trained with."""
+    means = {lr: statistics.fmean(of) for lr, of in losses.items() if None not in of}
+    return [lr for lr, mean in means.items() if mean <= limit * min(means.values())]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from typing import Any
 
 from suggestions import ours, peers
-from suggestions.grid import points, train, untrained, worth_repeating
+from suggestions.grid import HOPELESS, points, train, untrained, worth_repeating
 from suggestions.ours import KINDS, schedule_config
 from suggestions.tasks import Task
 from suggestions.work import Cache, Crew, Job
@@ -66,16 +67,16 @@ def _worth(task: Task, cache: Cache, seed: int, kind: str, lr: float | None) -> 
 
 
 def _grid(task: Task, kind: str, crew: Crew, cache: Cache, seeds: int, lrs: list[float]) -> dict[str, Any]:
-    """Trainings at each rate with the first seed, and with the others where the first was not hopeless."""
-    crew.do(task.name, [_training(task, 0, kind, lr) for lr in lrs], cache)
-    first = [_worth(task, cache, 0, kind, lr) for lr in lrs]
-    promising = [lrs[index] for index in worth_repeating([None if w["diverged"] else w["loss"] for w in first])]
-    others = [(seed, lr) for lr in promising for seed in range(1, seeds)]
-    crew.do(task.name, [_training(task, seed, kind, lr) for seed, lr in others], cache)
-    rows = []
-    for lr, one in zip(lrs, first):
-        runs = [one, *(_worth(task, cache, seed, kind, lr) for seed in range(1, seeds if lr in promising else 1))]
-        rows.append({"lr": lr, "runs": runs})
+    """Trainings at each rate with the first seed, and with the others as long as a rate is not hopeless."""
+    runs: dict[float, list[Any]] = {lr: [] for lr in lrs}
+    for limit, more in zip((math.inf, *HOPELESS), ([0], [1], range(2, seeds))):
+        losses = {lr: [None if run["diverged"] else run["loss"] for run in made] for lr, made in runs.items()}
+        chosen = worth_repeating(losses, limit) if math.isfinite(limit) else lrs
+        wanted = [(seed, lr) for lr in chosen for seed in more if seed < seeds]
+        crew.do(task.name, [_training(task, seed, kind, lr) for seed, lr in wanted], cache)
+        for seed, lr in wanted:
+            runs[lr].append(_worth(task, cache, seed, kind, lr))
+    rows = [{"lr": lr, "runs": made} for lr, made in runs.items()]
     return {"points": rows, "best": _best(rows, seeds)}
 
 

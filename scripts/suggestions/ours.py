@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-import engine
-from engine import initialize
+from engine import initialize, tune
 from engine.range_test.analysis import CYCLE_RATIO, RISING_SHARE, Suggestion
 from suggestions.tasks import Task, task_of
 
@@ -64,18 +63,8 @@ def suggest(name: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, data, loss, validation = task.build()
     redline = initialize(model, engine_config(task, seed), device="cpu")
-    if hasattr(engine, "tune"):
-        tuning = engine.tune(
-            redline, data, loss, steps=task.steps, validation=validation, budget=BUDGET, progress=False
-        )
-        answer, updates = tuning.answer, tuning.spent
-    else:
-        steps = max(20, round(BUDGET * task.steps / 3))  # three rates
-        test = engine.run_range_test(
-            redline, data, loss, steps=steps, baseline=False, train_steps=task.steps, progress=False
-        )
-        answer, updates = test.suggestion, sum(len(curve.losses) for curve in test.curves)
+    tuning = tune(redline, data, loss, steps=task.steps, validation=validation, budget=BUDGET, progress=False)
+    answer, updates = tuning.answer, tuning.spent
     if not isinstance(answer, Suggestion):
         return {"OneCycle": None, "WarmupDecayLR": None, "updates": updates, "why": answer.reason}
-    decay = getattr(answer, "decay_max_lr", answer.cycle_max_lr)
-    return {"OneCycle": answer.cycle_max_lr, "WarmupDecayLR": decay, "updates": updates}
+    return {"OneCycle": answer.cycle_max_lr, "WarmupDecayLR": answer.decay_max_lr, "updates": updates}

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 __all__ = ["Cache", "Crew"]
 
+SAVE_EVERY = 20.0  # seconds
 Job = tuple[str, Callable[..., Any], tuple[Any, ...]]  # what it is kept under, a function of a module, its arguments
 
 
@@ -57,7 +59,7 @@ class Crew:
 
     def __init__(self, processes: int) -> None:
         torch.set_num_threads(1)
-        self._pool = None
+        self._pool, self._saved = None, time.monotonic()
         if processes > 1:
             self._pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin)
         interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -94,6 +96,9 @@ class Crew:
     def _keep(self, cache: Cache, name: str, result: Any) -> None:
         cache.found[name] = result
         self._bar.update()
+        if time.monotonic() > self._saved + SAVE_EVERY:
+            cache.save()
+            self._saved = time.monotonic()
 
 
 def _begin() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import sklearn  # noqa: F401  # here, since its first import sets environment variables
+import torch
+from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "digits, MLP, SGD"
@@ -45,10 +47,12 @@ def results(out: Path) -> dict[str, Any]:
 def parts() -> Iterator[SimpleNamespace]:
     """The bench's own modules."""
     sys.path.insert(0, str(ROOT / "scripts"))
+    threads = torch.get_num_threads()
     import quality
     from suggestions import grid, ours, peers, report, tasks, work
 
     yield SimpleNamespace(grid=grid, ours=ours, peers=peers, quality=quality, report=report, tasks=tasks, work=work)
+    torch.set_num_threads(threads)
     sys.path.remove(str(ROOT / "scripts"))
     mine = ("bench", "benchmark", "quality", "suggestions")
     for name in [name for name in sys.modules if name.partition(".")[0] in mine]:
@@ -140,9 +144,6 @@ def test_a_schedule_has_its_maximum_and_fits_the_training(parts: SimpleNamespace
 
 
 def test_the_data_comes_in_another_order_for_each_seed_and_each_epoch(parts: SimpleNamespace) -> None:
-    import torch
-    from torch.utils.data import TensorDataset
-
     data = TensorDataset(torch.arange(10))
 
     def epochs(seed: int) -> tuple[list[int], list[int]]:
@@ -158,8 +159,10 @@ def test_the_data_comes_in_another_order_for_each_seed_and_each_epoch(parts: Sim
 
 
 def test_hopeless_rates_are_not_repeated(parts: SimpleNamespace) -> None:
-    assert parts.grid.worth_repeating([2.0, 1.25, 1.0, 1.26, None]) == [1, 2]
-    assert parts.grid.worth_repeating([None, None]) == []
+    chosen = parts.grid.worth_repeating({0.1: [2.0], 0.2: [1.25], 0.3: [1.0], 0.4: [1.26], 0.5: [None]}, 1.25)
+    assert chosen == [0.2, 0.3]
+    assert parts.grid.worth_repeating({0.2: [1.25, 1.0], 0.3: [1.0, 1.0], 0.4: [0.5, None]}, 1.1) == [0.3]
+    assert parts.grid.worth_repeating({0.1: [None]}, 1.25) == []
 
 
 def test_what_is_kept_counts_for_the_same_task_and_versions_only(parts: SimpleNamespace, tmp_path: Path) -> None:
@@ -170,6 +173,18 @@ def test_what_is_kept_counts_for_the_same_task_and_versions_only(parts: SimpleNa
     assert parts.work.Cache(tmp_path, "a, b", key).found == {"train 0": {"loss": 1.0}}
     assert parts.work.Cache(tmp_path, "a, b", {**key, "task": "abd"}).found == {}
     assert parts.work.Cache(tmp_path, "c", key).found == {}
+
+
+def test_ctrl_c_leaves_what_was_done(parts: SimpleNamespace, tmp_path: Path) -> None:
+    def job(number: int) -> int:
+        if number == 2:
+            raise KeyboardInterrupt
+        return number
+
+    cache = parts.work.Cache(tmp_path, "a task", {})
+    with pytest.raises(KeyboardInterrupt), parts.work.Crew(1) as crew:
+        crew.do("a task", [(str(number), job, (number,)) for number in range(4)], cache)
+    assert parts.work.Cache(tmp_path, "a task", {}).found == {"0": 0, "1": 1}
 
 
 # -- how it is judged ------------------------------------------------------------------------------------------
