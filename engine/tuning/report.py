@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import RangeTestError
 from engine.range_test.analysis import SMOOTHING
 from engine.range_test.chart import chart_of
-from engine.range_test.contents import Contents
+from engine.range_test.contents import Contents, marks_of
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
 from engine.tuning.result import Tuning
@@ -80,6 +80,7 @@ def contents_of(tuning: Tuning, *, beta: float = SMOOTHING) -> Contents:
         train_batch_size=test.train_batch_size,
         facts=tuple(facts.items()),
         beta=beta,
+        marks=marks_of(test.curves, test.train_batch_size, tuning.answer, beta=beta),
         batches=tuning.batches,
         trials=tuning.trials,
         winner=tuning.verdict.winner,
