@@ -25,7 +25,7 @@ LEAST_SWEEP = 16  # a sweep shorter than this cannot be read
 LEAST_SLOW = 40  # likewise, and the analysis wants at least 20 of each linear test
 LEAST_FAST = 20
 LEAST_TRIAL = 20  # a shorter trial says nothing of a schedule
-GOOD_TRIAL = 60  # trials are first made this long, then more of them
+GOOD_TRIAL = 40  # trials are first made this long, then more of them
 MOST_TEST = 300  # a longer test says no more
 TRIAL_MULTIPLE = 10  # a trial's length is a multiple of it, so that its last validation is at its end
 

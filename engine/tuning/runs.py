@@ -109,7 +109,8 @@ def linear_runs(
         ratios: each group's rate as a multiple of the first one's.
         variant: what they are made with.
     """
-    maximum = _maximum(answer, diverged_at)
+    # The highest that the sweep allows for: its own answer errs towards too low.
+    maximum = answer.high_lr if isinstance(answer, Suggestion) else _maximum(answer, diverged_at)
     if maximum is None:
         return []
     low = _round(maximum / BELOW)

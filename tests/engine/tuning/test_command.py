@@ -1,0 +1,97 @@
+"""`redline tune` and `redline report` on its folder: exit codes, files, seeds with initial models of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.cli import main
+from engine.tuning.store import load_tuning
+
+TASK = """
+import torch
+from torch import nn
+
+def linear():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 4, generator=generator)
+    y = x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
+    return nn.Linear(4, 1), (x, y), nn.MSELoss(), (x[:32], y[:32])
+
+def flat():
+    x = torch.zeros(64, 4)
+    return nn.Linear(4, 1, bias=False), (x, x[:, :1]), nn.MSELoss()
+"""
+CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a task and a config."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
+            del sys.modules[name]
+
+
+def tune(*arguments: str, task: str = "linear") -> int:
+    return main(["tune", f"task.py:{task}", "--config", "config.json", "--quiet", *arguments])
+
+
+def test_each_seed_has_an_initial_model_of_its_own(folder: Path) -> None:
+    assert tune("--steps", "6000", "--seeds", "2") == 0
+    curves = {curve.name: curve for curve in load_tuning("tune").test.curves}
+    assert list(curves) == ["sweep", "slow", "fast", "slow, seed 1", "fast, seed 1"]
+    first, second = (dict(curves[name].validation)[0] for name in ("slow", "slow, seed 1"))
+    assert first != second, "the same data, before any update"
+    assert first == dict(curves["sweep"].validation)[0]
+
+
+def test_the_folder_can_be_reported_again_for_another_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune("--steps", "4000", "--out", "out") == 0
+    assert main(["validate", "out/tuned.json"]) == 0
+    (folder / "out" / "report.html").unlink()
+    assert main(["report", "out", "--train-steps", "7777"]) == 0
+    assert "Tuned for 7777 updates" in capsys.readouterr().out
+    assert json.loads((folder / "out" / "tuned.json").read_text())["_range_test"]["train_steps"] == 7777
+    assert (folder / "out" / "report.html").exists()
+
+
+def test_a_task_without_descent_exits_with_1_and_no_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune("--steps", "1000", task="flat") == 1
+    assert "No config. " in capsys.readouterr().out
+    assert not (folder / "tune" / "tuned.json").exists()
+    assert (folder / "tune" / "tune.json").exists()
+
+
+def test_the_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    said = capsys.readouterr().out
+    assert "redline tune task.py:digits --config config.json --steps 4000" in said
+    assert "Ctrl-C" in said and "Exit code" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "100"], "the shortest test takes 16"),
+        (["--steps", "4000", "--budget", "2"], "budget: got 2.0; expected a share"),
+        (["--steps", "4000", "--config", "nowhere.json"], "nowhere.json"),
+        (["--steps", "4000", "--out", "task.py"], "task.py: File exists"),
+    ],
+)
+def test_mistakes_are_said_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(*arguments) == 1
+    assert message in capsys.readouterr().err
