@@ -87,12 +87,12 @@ class Rig:
         self._held_out = (
             None if validation is None else validation_batches(validation, engine.world, micro_batch=micro_batch)
         )
-        self._loss = loss_of(loss)
+        self._given_loss, self._loss = loss, loss_of(loss)
         self._snapshot: Snapshot | None = None
         self._interrupt: Interrupt
 
     def __enter__(self) -> Rig:
-        self._snapshot = Snapshot(self.engine, self._data, self._held_out)
+        self._snapshot = Snapshot(self.engine, self._data, self._held_out, loss=self._given_loss)
         self._interrupt = Interrupt(self.engine.world)
         self._interrupt.install()
         return self

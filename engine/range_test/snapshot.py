@@ -1,8 +1,8 @@
 """All of a run that a range test moves, to be put back bit for bit.
 
-Model (parameters, buffers, training flags), optimizer (state, and groups with tensor rates in place), schedule, loss
-scale, batch size, the engine's counters, the random numbers of Python, NumPy, torch and CUDA, and order and position of
-the data.
+Model (parameters, buffers, training flags, what modules keep in plain attributes), optimizer (state, and groups with
+tensor rates in place), schedule, loss scale, batch size, the engine's counters, the random numbers of Python, NumPy,
+torch and CUDA, and order and position of the data.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.data import Loader
 from engine.engine import Engine
 from engine.randomness import random_state, set_random_state
-from engine.range_test.sources import generators_in, numbers_in, parts_of
+from engine.range_test.kept import keep_generators, keep_module
+from engine.range_test.sources import numbers_in, parts_of
 
 __all__ = ["Snapshot"]
 
@@ -28,15 +29,18 @@ class Snapshot:
     Args:
         engine: at the beginning of an update.
         data: what the test will read from: loaders, their samplers and generators.
+        loss: what the test will call; of a module its state is kept, too.
     """
 
-    def __init__(self, engine: Engine, *data: Any) -> None:
+    def __init__(self, engine: Engine, *data: Any, loss: Any = None) -> None:
         assert engine.optimizer is not None
         self._engine = engine
         engine.settle()
         engine.put_away()
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(engine)]
-        self._training = [(module, module.training) for module in engine.modules()]
+        modules = [*engine.module.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+        self._modules = [keep_module(module) for module in dict.fromkeys(modules)]
+        self._training = [(module, module.training) for module in dict.fromkeys([engine, *modules])]
         self._optimizer = _OptimizerState(engine.optimizer)
         self._schedule = engine.lr_scheduler
         self._schedule_state = None if engine.lr_scheduler is None else copy.deepcopy(engine.lr_scheduler.state_dict())
@@ -44,7 +48,7 @@ class Snapshot:
         self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
         self._batch_size = engine.train_batch_size()
         parts = parts_of(*data)
-        self._generators = [(generator, generator.get_state()) for generator in generators_in(parts)]
+        self._randoms = [keep_generators(part) for part in parts]
         self._numbers = {name: numbers_in(parts, name) for name in ("seed", "epoch")}
         self._loaders = [(part, copy.deepcopy(part.state_dict())) for part in data if hasattr(part, "load_state_dict")]
         self._positions = [(part, part.position) for part in data if isinstance(part, Loader)]
@@ -57,6 +61,8 @@ class Snapshot:
             for tensor, saved in self._tensors:
                 tensor.copy_(saved)
         self._engine.drop_update()
+        for put_back in (*self._modules, *self._randoms):
+            put_back()
         for module, training in self._training:
             module.training = training
         self._optimizer.restore()
@@ -68,8 +74,6 @@ class Snapshot:
         self._engine.set_train_batch_size(self._batch_size)
         if self._engine.scaler is not None and self._scale is not None:
             self._engine.scaler.load_state_dict(self._scale)
-        for generator, state in self._generators:
-            generator.set_state(state)
         for name, numbers in self._numbers.items():
             for part, number in numbers:
                 setattr(part, name, number)
@@ -129,7 +133,7 @@ def _copied(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _tensors_of(engine: Engine) -> list[Tensor]:
-    # named_buffers has the buffers that state_dict leaves out, too; the optimizer has the master weights.
+    # The optimizer has the master weights.
     assert engine.optimizer is not None
     weights = (parameter for group in engine.optimizer.param_groups for parameter in group["params"])
-    return list(dict.fromkeys([*engine.parameters(), *engine.buffers(), *weights]))
+    return list(dict.fromkeys([*engine.parameters(), *weights]))

@@ -1,4 +1,4 @@
-"""What data is read through: loaders, their samplers, and what in them the order of samples follows from.
+"""What data is read through: loaders, their samplers and datasets, and what in them the order of samples follows from.
 
 A range test reads the data again and again, and training after it must find it where it was: so all that moves is
 found here, for `snapshot` to put back and for `conditions` to change.
@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.data import ConcatDataset
 
 from engine.data import Loader
 
 __all__ = ["generators_in", "numbers_in", "parts_of"]
 
-_INNER = ("dataloader", "sampler", "batch_sampler")
+_INNER = ("dataloader", "sampler", "batch_sampler", "dataset")
 
 
 def parts_of(*data: Any) -> list[Any]:
-    """Loaders and samplers, each once, from the outside in."""
+    """Loaders, samplers and datasets, each once, from the outside in."""
     found: dict[int, Any] = {}
     queue = [part for part in data if part is not None]
     while queue:
@@ -26,6 +27,8 @@ def parts_of(*data: Any) -> list[Any]:
         if id(part) not in found:
             found[id(part)] = part
             queue.extend(inner for name in _INNER if (inner := getattr(part, name, None)) is not None)
+            if isinstance(part, ConcatDataset):
+                queue.extend(part.datasets)
     return list(found.values())
 
 
@@ -37,5 +40,9 @@ def generators_in(parts: list[Any]) -> list[torch.Generator]:
 
 def numbers_in(parts: list[Any], name: str) -> list[tuple[Any, int]]:
     """The parts with their `seed` or `epoch`: the engine's own loader, and samplers such as DistributedSampler."""
-    seeded = [part for part in parts if isinstance(part, Loader) or hasattr(part, "set_epoch")]
+    seeded = [
+        part
+        for part in parts
+        if isinstance(part, Loader) or (hasattr(part, "set_epoch") and name in getattr(part, "__dict__", {}))
+    ]
     return [(part, value) for part in seeded if isinstance(value := getattr(part, name, None), int)]

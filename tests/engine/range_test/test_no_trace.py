@@ -134,7 +134,7 @@ def same(ours: Any, theirs: Any) -> bool:
         return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, (list, tuple)):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return type(ours) is type(theirs) and ours == theirs
+    return type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))  # nan is nan
 
 
 # -- tests that end in every way -----------------------------------------------------------------------------
@@ -239,6 +239,25 @@ def test_training_after_any_test_is_training_without_it(precision: str) -> None:
     assert {name: changes for name, changes in found.items() if changes} == {}
 
 
+def test_an_update_of_which_nobody_knows_yet_whether_it_was_skipped_is_settled_before_a_test() -> None:
+    found = []
+    for test in (None, full):
+        story = Story("fp16")
+        story.engine._reads_norm = False  # as on CUDA
+        story.engine.scaler.value = 2.0**40  # too much: updates are skipped until it has come down
+        story.train(3)
+        for _ in range(2):  # and asks for nothing
+            story.engine.backward(loss(story.engine, next(story._batches)))
+            story.engine.step()
+        assert story.engine._doubt is not None
+        if test is not None:
+            test(story)
+        story.train(4)
+        assert story.engine.skipped_steps >= 4
+        found.append(story.fingerprint())
+    assert differences(*found) == []
+
+
 FAULTS: dict[str, Callable[[Any], None]] = {
     "parameters": lambda snapshot: snapshot._tensors.clear(),
     "training": lambda snapshot: snapshot._training.clear(),
@@ -249,15 +268,15 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "counters": lambda snapshot: snapshot._counters.clear(),
     "batch size": lambda snapshot: setattr(snapshot, "_batch_size", 8),
     "position": lambda snapshot: snapshot._positions.clear(),
-    "generator": lambda snapshot: snapshot._generators.clear(),
+    "generator": lambda snapshot: snapshot._randoms.clear(),
 }
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "torch", "seed"])
 def test_what_is_not_put_back_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Faulty(Snapshot):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             FAULTS.get(name, lambda snapshot: None)(self)
 
         def restore(self) -> None:

@@ -137,6 +137,21 @@ def test_a_test_that_grows_by_powers_is_recorded_as_one(tmp_path: Path) -> None:
     assert [curve.lrs[k] for k in (0, 5, 10)] == pytest.approx([0.001, 0.006, 0.036])
 
 
+def test_updates_that_the_loss_scaler_skipped_are_marked(tmp_path: Path) -> None:
+    redline = {"range_test": {"output_dir": str(tmp_path / "record")}}
+    fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
+    engine = initialize(nn.Linear(4, 1), make_config(redline=redline, fp16=fp16), device="cpu")
+    passive.atexit.unregister(engine.recorder.close)
+    x = torch.ones(4, 4)
+    for _ in range(20):
+        engine.backward(100 * engine(x).float().square().mean())
+        engine.step()
+    (curve,) = engine.recorder.result().curves
+    assert engine.skipped_steps == len(curve.skipped) > 5
+    assert curve.skipped[:5] == (0, 1, 2, 3, 4)
+    assert set(curve.lrs[:6]) == {0.001}
+
+
 def test_validation_losses_are_recorded_if_the_script_gives_them(engine: Engine) -> None:
     engine.record_validation(2.0)
     train(engine, 3)
