@@ -103,7 +103,7 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def text(result: RangeTestResult) -> str:
-    return str(result._to_json())  # nan is no equal of itself
+    return str(result.to_json())  # nan is no equal of itself
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16, stage 3"])

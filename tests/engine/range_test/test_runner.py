@@ -587,7 +587,7 @@ def of_two() -> list[dict[str, RangeTestResult]]:
 
 
 def text(result: RangeTestResult) -> str:
-    return str(result._to_json())  # nan is no equal of itself
+    return str(result.to_json())  # nan is no equal of itself
 
 
 def test_both_processes_get_one_result_with_one_suggestion(of_two: list[dict[str, RangeTestResult]]) -> None:
