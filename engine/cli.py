@@ -175,6 +175,7 @@ def _report(options: argparse.Namespace) -> int:
     )
     if options.train_steps:
         result = result.planned_for(options.train_steps)
+    result = result.smoothed_by(options.smoothing)
     # Beside a table of somebody else's, in a folder of its own; a test's own folder is renewed.
     out = options.out or (source if source.is_dir() else f"{source.stem}_report")
     print(show_report(result, out, beta=options.smoothing))

@@ -44,7 +44,6 @@ DIVERGENCE_MARGIN = 3.0  # the maximum lies at least this factor below the lowes
 CYCLE_RATIO = 30.0  # cycle_max_lr / cycle_min_lr, at least: the cycle ends at its minimum, and must end low
 RISING_SHARE = 0.2  # share of the planned updates in which the LR rises ...
 MOST_RISING_SHARE = 0.5  # ... and the most of it, where the test needed more updates to climb
-SWEEP_SMOOTHING = 0.8  # of an exponential test's losses
 SWEEP_FACTOR = 8.0  # its lowest loss lies so far above the maximum ...
 SWEEP_SURE = 4.0  # ... within this factor
 LEAST_SWEEP = 12  # updates of an exponential test
@@ -309,6 +308,7 @@ class _Reading:
     drop: float
     smoothed: list[float]  # up to the lowest, relative to the start
     end: int | None  # update at which it diverged
+    beta: float = SMOOTHING
 
     def reached(self, share: float) -> float:
         """LR at which the smoothed loss had made this share of its drop."""
@@ -326,14 +326,15 @@ class _Reading:
         return None if self.end is None else self.curve.lrs[self.end]
 
 
-def _read(curve: Curve) -> _Reading:
+def _read(curve: Curve, beta: float) -> _Reading:
     detector = DivergenceDetector()
     end = next((index for index, loss in enumerate(curve.losses) if detector.update(loss)), None)
-    smoothed = smooth(loss - detector.start for loss in curve.losses[: detector.best_index + 1])
-    return _Reading(curve, detector.descended, detector.drop, smoothed, end)
+    smoothed = smooth((loss - detector.start for loss in curve.losses[: detector.best_index + 1]), beta)
+    drop = max(0.0, -smoothed[-1]) if smoothed else 0.0
+    return _Reading(curve, detector.descended, drop, smoothed, end, beta)
 
 
-def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusal:
+def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHING) -> Suggestion | Refusal:
     """Turns the record of one or several range tests into a ``OneCycle`` schedule, or says why it cannot.
 
     The maximum is the geometric middle between the lowest and the highest LR at which the tests had made 95% of
@@ -346,6 +347,8 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
     Args:
         curves: range tests, and runs at a fixed LR beside them, which are for the eye only.
         train_steps: planned length of the training run, in updates.
+        beta: weight of the past in the smoothing of the losses, in [0, 1). Whether a test diverged is a matter of the
+            record, and does not depend on it.
     """
     tests = [curve for curve in curves if curve.is_test]
     # An exponential test tells the order of magnitude; it is read where there is no linear one.
@@ -353,7 +356,7 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
     if refusal := _refuse_unread(curves, tests, train_steps):
         return refusal
     unread = tuple(f"{curve.name} is not read: {why}." for curve in tests if (why := _unreadable(curve)))
-    readings = [_read(curve) for curve in tests if not _unreadable(curve)]
+    readings = [_read(curve, beta) for curve in tests if not _unreadable(curve)]
     if not readings:
         longest = max(len(curve.losses) for curve in tests)
         return Refusal(
@@ -384,7 +387,7 @@ def suggest(curves: Sequence[Curve], *, train_steps: int) -> Suggestion | Refusa
         low_lr=_round_down(min(maximum.lr, maximum.low_lr) / maximum.sure),
         high_lr=_round_down(max(maximum.lr, min(maximum.high_lr, maximum.ceiling)) * maximum.sure),
         diverged_at_lr=maximum.diverged_at_lr,
-        notes=(*_notes(maximum, readings, learned), *unread),
+        notes=tuple(dict.fromkeys((*_notes(maximum, readings, learned), *unread))),
     )
 
 
@@ -502,7 +505,7 @@ def _find_by_sweep(learned: Sequence[_Reading], readings: Sequence[_Reading]) ->
     lowest = []
     for reading in learned:
         stop = len(reading.curve.losses) if reading.end is None else reading.end
-        losses = ema(reading.curve.losses[:stop], SWEEP_SMOOTHING)
+        losses = ema(reading.curve.losses[:stop], reading.beta)
         lowest.append(reading.curve.lrs[min(range(stop), key=losses.__getitem__)])
     middle = math.exp(sum(map(math.log, lowest)) / len(lowest))
     diverged = [at for reading in readings if (at := reading.diverged_at_lr) is not None]

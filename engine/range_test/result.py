@@ -18,7 +18,7 @@ from typing import Any
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.range_test.adapt import adapt
-from engine.range_test.analysis import Curve, Refusal, Suggestion, suggest
+from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, suggest
 
 __all__ = ["RangeTestResult", "curve_from_json", "curve_to_json", "write_curves", "write_text"]
 
@@ -42,6 +42,7 @@ class RangeTestResult:
         train_steps: updates of the planned training.
         group_ratios: learning rate of each parameter group as a multiple of the first one's, which the curves show.
         settings: what the optimizer was given for the test that is not the config's: ``(("weight_decay", 1e-4),)``.
+        beta: weight of the past in the smoothing of the losses: of the reading, not of the record.
     """
 
     curves: tuple[Curve, ...]
@@ -52,6 +53,7 @@ class RangeTestResult:
     train_steps: int
     group_ratios: tuple[float, ...] = (1.0,)
     settings: tuple[tuple[str, float], ...] = ()
+    beta: float = SMOOTHING
 
     @classmethod
     def of(
@@ -74,7 +76,8 @@ class RangeTestResult:
 
         Of the curves at the result's own batch size and settings; see `select` for the others.
         """
-        return suggest(self._measured_at(self.train_batch_size, self.settings), train_steps=self.train_steps)
+        curves = self._measured_at(self.train_batch_size, self.settings)
+        return suggest(curves, train_steps=self.train_steps, beta=self.beta)
 
     def select(
         self, train_batch_size: int | None = None, settings: Mapping[str, float] | None = None
@@ -143,6 +146,10 @@ class RangeTestResult:
     def planned_for(self, train_steps: int) -> RangeTestResult:
         """The same curves, read for a training of another length."""
         return replace(self, train_steps=train_steps)
+
+    def smoothed_by(self, beta: float) -> RangeTestResult:
+        """The same curves, read with another smoothing: `beta` is the weight of the past, in [0, 1)."""
+        return replace(self, beta=beta)
 
     def plot(self, path: str | Path) -> Path:
         """Draw the curves into a PNG, SVG or PDF file; needs matplotlib (``pip install 'redline[plot]'``)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import load_config
@@ -62,5 +63,6 @@ def report_tuning(directory: Path, out: str | Path, steps: int | None, beta: flo
     tuning = load_tuning(directory)
     if steps is not None:
         tuning = tuning.planned_for(steps)
+    tuning = replace(tuning, test=tuning.test.smoothed_by(beta))
     print(show_tuning(tuning, out, beta=beta))
     return int(tuning.refusal is not None)

@@ -550,3 +550,19 @@ def test_another_peak_keeps_the_shape_of_the_cycle() -> None:
     assert moved.cycle_min_lr == pytest.approx(2 * answer.cycle_min_lr, rel=0.06)
     assert moved.reasons["cycle_max_lr"] == "Because." and moved.cycle_first_step_size == answer.cycle_first_step_size
     assert (moved.low_lr, moved.high_lr, moved.decay_max_lr) == (0.1, 0.3, moved.cycle_max_lr)
+
+
+def test_smoothing_is_a_parameter_of_the_reading() -> None:
+    noisy = make_sweep(0.8)
+    losses = tuple(loss + 0.04 * (-1) ** (k // 2) for k, loss in enumerate(noisy.losses))
+    sweep = Curve("sweep", None, noisy.steps, noisy.lrs, losses, kind="exponential")
+    rough = suggest([sweep], train_steps=400, beta=0.0)
+    smoothed = suggest([sweep], train_steps=400, beta=0.9)
+    assert isinstance(rough, Suggestion) and isinstance(smoothed, Suggestion)
+    assert rough.cycle_max_lr < 0.7 * smoothed.cycle_max_lr  # a longer memory sees the lowest loss later
+
+
+def test_the_same_note_is_said_once() -> None:
+    slow = make_curve(lambda k, lr: 2.3 - 0.02 * min(k, 90), rate=5.0)
+    answer = suggestion(slow, slow, slow)
+    assert len(set(answer.notes)) == len(answer.notes)
