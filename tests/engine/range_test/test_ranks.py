@@ -73,10 +73,12 @@ def on_each_rank() -> dict[str, Any]:
     def of_its_own(model: nn.Module, batch: Any) -> Tensor:
         return mse(model, batch) * (1 + 9 * rank)
 
-    for name, config in (("fp32", {}), ("fp16, stage 3", FP16 | {"zero_optimization": {"stage": 3}})):
+    everything: dict[str, Any] = {"seeds": 2, "batch_sizes": [16]}
+    shared = FP16 | {"zero_optimization": {"stage": 3}}
+    for name, config, more in (("fp32", {}, everything), ("fp16, stage 3", shared, {})):
         each = make_engine(**config)
-        found[f"own losses, {name}"] = run(each, of_its_own, rates=[5, 5000], steps=60, seeds=2, batch_sizes=[16])
-        found[f"nan, {name}"] = run(each, On(rank == 1, 14, lambda value: value * math.nan))
+        found[f"own losses, {name}"] = run(each, of_its_own, rates=[5, 5000], **more)
+        found[f"nan, {name}"] = run(each, On(rank == 1, 14, lambda value: value * math.nan), steps=20)
     with pytest.raises(RangeTestError) as refusal:
         run(engine, mse, batch_sizes=[12])
     found["refusal"] = str(refusal.value)
@@ -85,7 +87,7 @@ def on_each_rank() -> dict[str, Any]:
     with pytest.raises(KeyboardInterrupt):
         run(engine, interrupted)
     found["interrupted"] = interrupted.calls
-    found["after it"] = run(engine, mse)
+    found["after it"] = run(engine, mse, steps=5)
 
     # Last: rank 1 leaves for good, and rank 0 is not to wait for ever.
     begin, weights = time.monotonic(), torch.cat([part.flatten() for part in engine.parameters()]).tolist()
@@ -99,7 +101,7 @@ def on_each_rank() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(on_each_rank, 2)
+    return run_ranks(on_each_rank, 2, timeout=240)
 
 
 def text(result: RangeTestResult) -> str:
@@ -116,8 +118,8 @@ def test_all_processes_have_the_same_result(ranks: list[dict[str, Any]], what: s
 @pytest.mark.parametrize("precision", ["fp32", "fp16, stage 3"])
 def test_processes_whose_losses_differ_stop_together_in_every_run(ranks: list[dict[str, Any]], precision: str) -> None:
     lengths = {curve.name: len(curve.steps) for curve in ranks[0][f"own losses, {precision}"].curves}
-    assert len(lengths) == 8
-    assert all(10 <= length < 60 for name, length in lengths.items() if "5000" in name)
+    assert len(lengths) == (8 if precision == "fp32" else 2)
+    assert all(10 <= length < 30 for name, length in lengths.items() if "5000" in name)
 
 
 def test_a_loss_that_is_not_a_number_on_one_process_ends_the_test_on_all(ranks: list[dict[str, Any]]) -> None:
