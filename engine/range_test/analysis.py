@@ -90,6 +90,21 @@ class Curve:
         """Whether it is a range test."""
         return self.kind == "exponential" or (self.kind == "linear" and self.rate is not None)
 
+    @property
+    def diverged_at(self) -> int | None:
+        """Place in `steps` of the update at which the run diverged; None if it did not."""
+        detector, skipped = DivergenceDetector(), set(self.skipped)
+        updates = ((index, loss) for index, loss in enumerate(self.losses) if self.steps[index] not in skipped)
+        return next((index for index, loss in updates if detector.update(loss)), None)
+
+    def taken(self) -> Curve:
+        """The same without what the loss scaler skipped: such a step is no update."""
+        if not self.skipped:
+            return self
+        kept = [index for index, step in enumerate(self.steps) if step not in self.skipped]
+        lrs, losses = (tuple(of[index] for index in kept) for of in (self.lrs, self.losses))
+        return replace(self, steps=tuple(self.steps[index] for index in kept), lrs=lrs, losses=losses, skipped=())
+
     def __post_init__(self) -> None:
         if not len(self.steps) == len(self.lrs) == len(self.losses):
             raise ValueError(
@@ -350,7 +365,7 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
         beta: weight of the past in the smoothing of the losses, in [0, 1). Whether a test diverged is a matter of the
             record, and does not depend on it.
     """
-    tests = [curve for curve in curves if curve.is_test]
+    tests = [curve.taken() for curve in curves if curve.is_test]
     # An exponential test tells the order of magnitude; it is read where there is no linear one.
     tests = [curve for curve in tests if curve.kind == "linear"] or tests
     if refusal := _refuse_unread(curves, tests, train_steps):

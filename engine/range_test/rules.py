@@ -47,7 +47,8 @@ def marks(curves: Sequence[Curve], *, beta: float = SMOOTHING) -> tuple[Mark, ..
         curves: of one or several tests; of several seeds the first is read.
         beta: weight of the past in the bias-corrected moving average of the losses, in [0, 1).
     """
-    tests = [curve for curve in curves if curve.is_test and len(curve.losses) >= 3 and min(curve.lrs) > 0]
+    taken = [curve.taken() for curve in curves if curve.is_test]
+    tests = [curve for curve in taken if len(curve.losses) >= 3 and min(curve.lrs) > 0]
     if not tests:
         return ()
     preferred: Kind = "exponential" if any(curve.kind == "exponential" for curve in tests) else "linear"

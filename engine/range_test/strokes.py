@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from engine.range_test.analysis import Curve, divergence, smooth
+from engine.range_test.analysis import Curve, smooth
 from engine.range_test.contents import Group, looks_of
 
 __all__ = [
@@ -44,7 +44,7 @@ def with_looks(groups: Sequence[Group]) -> list[tuple[Group, Look]]:
 def ends(group: Group) -> Iterator[tuple[Curve, int]]:
     """The runs that diverged, and where."""
     for curve in group.curves:
-        end = divergence(curve.losses) if curve.is_test else None
+        end = curve.diverged_at if curve.is_test else None
         if end is not None:
             yield curve, end
 

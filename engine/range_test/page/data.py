@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from engine.range_test.analysis import Curve, Refusal, Suggestion, divergence
+from engine.range_test.analysis import Curve, Refusal, Suggestion
 from engine.range_test.contents import Contents, Group, groups_of, looks_of, trial_groups
 
 __all__ = ["MAX_POINTS", "data_of", "thinning"]
@@ -68,7 +68,7 @@ def _groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _run(curve: Curve) -> dict[str, Any]:
     every = thinning(curve)
-    end = divergence(curve.losses) if curve.is_test else None
+    end = curve.diverged_at if curve.is_test else None
     run: dict[str, Any] = {
         "name": curve.name,
         "updates": len(curve.steps),

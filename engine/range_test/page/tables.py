@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from engine.range_test.analysis import Curve, Refusal, Suggestion, divergence, smooth
+from engine.range_test.analysis import Curve, Refusal, Suggestion, smooth
 from engine.range_test.contents import Contents, groups_of
 from engine.range_test.page.data import MAX_POINTS, thinning
 
@@ -163,7 +163,7 @@ def _run(curve: Curve) -> Iterator[str]:
     smoothed = [(loss, lr) for loss, lr in zip(smooth(curve.losses), curve.lrs) if math.isfinite(loss)]
     best = min(smoothed, default=None)
     yield from ("", "") if best is None else (_short(best[0]), _short(best[1]))
-    end = divergence(curve.losses) if curve.is_test else None
+    end = curve.diverged_at if curve.is_test else None
     yield "" if end is None else _short(curve.lrs[end])
     yield str(len(curve.skipped) or "")
 

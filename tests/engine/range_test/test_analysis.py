@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -566,3 +567,13 @@ def test_the_same_note_is_said_once() -> None:
     slow = make_curve(lambda k, lr: 2.3 - 0.02 * min(k, 90), rate=5.0)
     answer = suggestion(slow, slow, slow)
     assert len(set(answer.notes)) == len(answer.notes)
+
+
+def test_a_skipped_update_is_none() -> None:
+    """fp16 looks for its loss scale: the first updates are skipped, whatever their losses were."""
+    test = make_curve(lambda k, lr: 2.3 - 0.02 * min(k, 90), rate=5.0)
+    losses = (math.inf, math.nan, 50.0, *test.losses[3:])
+    skipping = replace(test, losses=losses, skipped=(0, 1, 2))
+    assert skipping.diverged_at is None and len(skipping.taken().losses) == len(losses) - 3
+    assert suggestion(skipping).cycle_max_lr == pytest.approx(suggestion(test).cycle_max_lr, rel=0.05)
+    assert replace(skipping, skipped=()).diverged_at == 0
