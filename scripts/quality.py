@@ -44,12 +44,13 @@ def main() -> None:
         print(f"quality: {peer} is not installed, and left out; scripts/quality installs it", file=sys.stderr)
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["scripts/quality", *sys.argv[1:]]),
-        "machine": f"{cpu_name()}, {options.processes} processes of one thread, {system()}",
+        "command": command_of(sys.argv[1:]),
+        "machine": f"{cpu_name()}, {system()}, one thread a process",
         "versions": versions(),
         "seeds": options.seeds,
         "points": options.grid,
         "left_out": left_out,
+        "tasks_left_out": [task.name for task in TASKS if task not in options.tasks],
         "tasks": [],
     }
     try:
@@ -90,8 +91,8 @@ def parse() -> argparse.Namespace:
     if options.seeds < 1 or not 2 <= options.grid <= 18 or options.processes < 1:
         parser.error("--seeds and --processes are at least 1, --grid is 2 to 18")
     options.tasks = [task for task in TASKS if options.tasks is None or any(task in few for few in options.tasks)]
-    if options.docs and (len(options.tasks) < len(TASKS) or options.seeds < 5 or options.grid < 18 or options.no_peers):
-        parser.error("--docs: the page shows whole runs only; leave out --tasks, --seeds, --grid and --no-peers")
+    if options.docs and (options.seeds < 5 or options.grid < 18 or options.no_peers):
+        parser.error("--docs: the page shows whole runs only; leave out --seeds, --grid and --no-peers")
     options.cache = options.cache or options.out / "cache"
     return options
 
@@ -102,6 +103,18 @@ def tasks_named(part: str) -> list[Task]:
         names = "\n  ".join(task.name for task in TASKS)
         raise argparse.ArgumentTypeError(f"no task has {part!r} in its name; there are\n  {names}")
     return found
+
+
+def command_of(arguments: list[str]) -> str:
+    """What was typed, but for the folders."""
+    kept = ["--out", "out"]
+    given = iter(arguments)
+    for argument in given:
+        if argument in ("--out", "--cache"):
+            next(given)
+        elif argument != "--docs":
+            kept.append(argument)
+    return shlex.join(["scripts/quality", *kept])
 
 
 def key_of(task: Task) -> dict[str, Any]:

@@ -173,6 +173,8 @@ def block(results: Results) -> str:
         f"points of the grid. {results['machine']}; {versions}."
     )
     left_out = [f"{peer} is not installed, and left out." for peer in results["left_out"]]
+    if names := results["tasks_left_out"]:
+        left_out.append(f"Tasks that are not in this run: {'; '.join(names)}.")
     return "\n\n".join([" ".join([origin, *left_out]), tables(results)])
 
 
@@ -194,8 +196,9 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     methods = _methods(results["tasks"])
-    figure = Figure(figsize=(11, 1.4 + 0.5 * len(methods)), layout="constrained", dpi=90)
+    figure = Figure(figsize=(11, 1.8 + 0.5 * len(methods)), layout="constrained", dpi=90)
     FigureCanvasAgg(figure)
+    figure.suptitle("A dot for each task (hollow: kept aside), a bar for the median; dashed: 2% and 10%", fontsize=10)
     for axes, (kind, short) in zip(figure.subplots(1, 2, sharey=True), SHORT.items()):
         for row, method in enumerate(methods):
             _strip(axes, row, [task for task in results["tasks"] if method in task["methods"]], method, kind)

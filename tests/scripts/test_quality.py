@@ -63,7 +63,10 @@ def parts() -> Iterator[SimpleNamespace]:
 
 
 def test_a_run_says_where_it_comes_from(results: dict[str, Any]) -> None:
-    assert results["command"].startswith("scripts/quality --out ")
+    assert results["command"] == (
+        f"scripts/quality --out out --tasks '{DIGITS}' --seeds 1 --grid 3 --no-peers --processes 1"
+    )
+    assert len(results["tasks_left_out"]) == 13
     assert {"Python", "torch"} <= results["versions"].keys()
     assert (results["seeds"], results["points"]) == (1, 3)
     assert [task["name"] for task in results["tasks"]] == [DIGITS]
@@ -101,7 +104,7 @@ def test_a_run_leaves_tables_a_picture_and_a_cache(out: Path) -> None:
     ("arguments", "said"),
     [
         (["--tasks", "faces"], f"no task has 'faces' in its name; there are\n  {DIGITS}"),
-        (["--tasks", DIGITS, "--docs"], "--docs: the page shows whole runs only"),
+        (["--seeds", "4", "--docs"], "--docs: the page shows whole runs only"),
         (["--grid", "1"], "--grid is 2 to 18"),
     ],
 )
@@ -204,7 +207,8 @@ def made_up(losses: list[float | None], lrs: list[float | None]) -> dict[str, An
     }  # fmt: skip
     return {
         "date": "2026-01-01", "command": "scripts/quality --out out", "machine": "a machine", "seeds": len(lrs),
-        "versions": {"Python": "3.11", "torch": "2.13"}, "points": 18, "left_out": [], "tasks": [task],
+        "versions": {"Python": "3.11", "torch": "2.13"}, "points": 18, "left_out": [],
+        "tasks_left_out": ["faces"], "tasks": [task],
     }  # fmt: skip
 
 
