@@ -17,12 +17,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import ROUND_FLOOR, Context
 from statistics import median
 from typing import Literal
 
-__all__ = ["Curve", "DivergenceDetector", "Kind", "Refusal", "Suggestion", "divergence", "ema", "smooth", "suggest"]
+__all__ = [
+    "Curve",
+    "DivergenceDetector",
+    "Kind",
+    "Refusal",
+    "Suggestion",
+    "cycle_at",
+    "divergence",
+    "ema",
+    "rough_maximum",
+    "smooth",
+    "suggest",
+]
 
 # The shares were fitted on twelve small tasks, each with Adam and SGD. The optimum is wide: with the bracket at 80% or
 # at 95% of the drop, the runs that followed ended within 10% of each other in validation loss.
@@ -47,6 +59,7 @@ MOST_RISING_SHARE = 0.5  # ... and the most of it, where the test needed more up
 SWEEP_FACTOR = 8.0  # its lowest loss lies so far above the maximum ...
 SWEEP_SURE = 4.0  # ... within this factor
 LEAST_SWEEP = 12  # updates of an exponential test
+ROUGH_FACTOR = 100.0  # from where a test ends to where a search begins, if no more is known
 BRACKET_SURE = 1.5  # how far the maximum may be off between tests that agree
 DISAGREEMENT = 10.0  # tests whose brackets differ by more than this factor are reported
 
@@ -144,13 +157,6 @@ class Suggestion:
     def decay_max_lr(self) -> float:
         """Peak of a linear decay: as high as a cycle's, on all tasks that were measured."""
         return self.cycle_max_lr
-
-    def at(self, max_lr: float, why: str, *, low_lr: float, high_lr: float) -> Suggestion:
-        """The same cycle with another peak, its foot as far below."""
-        min_lr = _round_down(max_lr * self.cycle_min_lr / self.cycle_max_lr)
-        foot = f"As far below the maximum as {self.cycle_min_lr:g} below {self.cycle_max_lr:g}, as the tests suggest."
-        reasons = self.reasons | {"cycle_max_lr": why, "cycle_min_lr": foot}
-        return replace(self, cycle_min_lr=min_lr, cycle_max_lr=max_lr, reasons=reasons, low_lr=low_lr, high_lr=high_lr)
 
     def params(self) -> dict[str, float | int]:
         """The ``params`` of the config's ``OneCycle`` block."""
@@ -404,6 +410,56 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
         diverged_at_lr=maximum.diverged_at_lr,
         notes=tuple(dict.fromkeys((*_notes(maximum, readings, learned), *unread))),
     )
+
+
+def cycle_at(
+    max_lr: float,
+    why: str,
+    *,
+    train_steps: int,
+    low_lr: float,
+    high_lr: float,
+    curve: str,
+    diverged_at_lr: float | None,
+) -> Suggestion:
+    """A cycle around a maximum that was found in another way than by `suggest`.
+
+    Args:
+        max_lr: its maximum.
+        why: where that comes from, in a sentence.
+        train_steps: planned length of the training run, in updates; at least 2.
+        low_lr, high_lr, curve, diverged_at_lr: see :class:`Suggestion`.
+    """
+    first = max(1, round(RISING_SHARE * train_steps))
+    return Suggestion(
+        cycle_min_lr=_round_down(max_lr / CYCLE_RATIO),
+        cycle_max_lr=max_lr,
+        cycle_first_step_size=first,
+        cycle_second_step_size=train_steps - first,
+        reasons={
+            "cycle_min_lr": f"1/{CYCLE_RATIO:.0f} of the maximum: the cycle ends here, and must end low.",
+            "cycle_max_lr": why,
+            "cycle_first_step_size": f"{first / train_steps:.0%} of {train_steps} planned updates.",
+            "cycle_second_step_size": f"The rest of {train_steps} planned updates: the run ends at the minimum.",
+        },
+        curve=curve,
+        low_lr=low_lr,
+        high_lr=high_lr,
+        diverged_at_lr=diverged_at_lr,
+    )
+
+
+def rough_maximum(curves: Sequence[Curve]) -> float | None:
+    """A first guess at the maximum where `suggest` refuses, for a search to begin at.
+
+    Returns:
+        A hundredth of the LR at which the first test ended or diverged; None where its first loss is not finite.
+    """
+    for curve in curves:
+        if curve.is_test and curve.losses and math.isfinite(curve.losses[0]):
+            end = divergence(curve.losses)
+            return curve.lrs[-1 if end is None else end] / ROUGH_FACTOR
+    return None
 
 
 def _refuse_unread(curves: Sequence[Curve], tests: Sequence[Curve], train_steps: int) -> Refusal | None:

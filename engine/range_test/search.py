@@ -3,8 +3,8 @@
 A range test tells the order of magnitude: its loss falls because training goes on, too, and a fast test does not stay
 long enough at any rate to be thrown off by it. Short trainings say more for the same price: each is a linear decay of a
 hundredth of the planned updates or so, from the same weights and the same batches, so that the difference between two
-of them is the rate's. What is best for so few updates is a little high for many, and with heavy-ball momentum more so,
-since it takes some 1 / (1 - momentum) updates to get under way; both are corrected for.
+of them is the rate's. What throws a short training off throws a long one off earlier, and with heavy-ball momentum,
+which takes some 1 / (1 - momentum) updates to get under way, much earlier: the answer keeps its distance.
 
 The constants were fitted on the tasks of scripts/quality that are not kept aside.
 """
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 __all__ = ["LEAST_UPDATES", "SURE", "Try", "find_peak", "for_long_training", "next_peak", "warmth"]
 
-LEAST_UPDATES = 8  # of a try
+LEAST_UPDATES = 4  # of a try
 FACTOR = 4.0  # between neighbouring tries, at first
-SHORT_RUNS = 0.8  # what is best for a long training, as a share of what is best for a short one
-MOMENTUM_POWER = 0.75  # how far the momentum that is not there yet counts
+CLIFF_MARGIN = 4.0  # it stays this factor below the lowest peak whose try ended above its start
 SURE = 2.0  # the best peak of a long training lies within this factor, most often
 
 
@@ -30,20 +29,19 @@ class Try:
 
     Attributes:
         lr: its peak.
-        losses: what it is judged by, lower is better: the validation loss at its end, the mean of its later training
-            losses, or both; inf where it diverged.
+        loss: what it came to, counted from where it began, lower is better; inf where it diverged.
     """
 
     lr: float
-    losses: tuple[float, ...]
+    loss: float
 
 
 def next_peak(tries: Sequence[Try], first: float) -> float:
     """The peak to try next, so that the best one is between two that are worse.
 
-    >>> next_peak([], 0.1), next_peak([Try(0.1, (2.0,))], 0.1)
+    >>> next_peak([], 0.1), next_peak([Try(0.1, -0.8)], 0.1)
     (0.1, 0.025)
-    >>> next_peak([Try(0.1, (2.0,)), Try(0.025, (2.2,))], 0.1)
+    >>> next_peak([Try(0.1, -0.8), Try(0.025, -0.5)], 0.1)
     0.4
 
     Args:
@@ -53,7 +51,7 @@ def next_peak(tries: Sequence[Try], first: float) -> float:
     if not tries:
         return first
     ordered = sorted(tries, key=lambda one: one.lr)
-    best = min(range(len(ordered)), key=lambda index: ordered[index].losses[0])
+    best = min(range(len(ordered)), key=lambda index: ordered[index].loss)
     if best == 0:
         return _rounded(ordered[0].lr / FACTOR)
     if best == len(ordered) - 1:
@@ -61,30 +59,23 @@ def next_peak(tries: Sequence[Try], first: float) -> float:
     # Half-way, in the logarithm, into the wider gap beside the best; of two alike into the more promising.
     peak = ordered[best].lr
     beside = (ordered[best - 1], ordered[best + 1])
-    other = max(beside, key=lambda one: (round(abs(math.log(one.lr / peak)), 1), -one.losses[0]))
+    other = max(beside, key=lambda one: (round(abs(math.log(one.lr / peak)), 1), -one.loss))
     return _rounded(math.sqrt(peak * other.lr))
 
 
-def find_peak(tries: Sequence[Try], start: float) -> float | None:
-    """The peak at which so short a training ends best, between the tries; None where every one ended above its start.
+def find_peak(tries: Sequence[Try]) -> float | None:
+    """The peak at which so short a training ends best, between the tries; None where none ended below its start.
 
-    A parabola through the best and its neighbours, over the logarithm of the peak, for each of the losses; of their
-    answers the geometric mean.
+    A parabola through the best and its neighbours, over the logarithm of the peak.
 
     Args:
         tries: two at least.
-        start: the loss that all of them started from.
     """
-    answers = []
-    for index in range(len(tries[0].losses)):
-        points = sorted((math.log(one.lr), one.losses[index]) for one in tries)
-        lowest = min(loss for _, loss in points)
-        if not lowest < start:
-            return None
-        # How far a loss has gone past the start is chance; the parabola is to see that it has.
-        cap = start + (start - lowest)
-        answers.append(_vertex([(x, min(loss, cap)) for x, loss in points]))
-    return math.exp(sum(answers) / len(answers))
+    lowest = min(one.loss for one in tries)
+    if not lowest < 0:
+        return None
+    # How far a loss has gone past the start is chance; the parabola is to see that it has.
+    return math.exp(_vertex(sorted((math.log(one.lr), min(one.loss, -lowest)) for one in tries)))
 
 
 def _vertex(points: Sequence[tuple[float, float]]) -> float:
@@ -110,16 +101,18 @@ def warmth(updates: int, momentum: float) -> float:
     return 1 - lost / updates
 
 
-def for_long_training(peak: float, updates: int, momentum: float) -> float:
+def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum: float) -> float:
     """The peak for a long training, from what is best for a short one.
 
     Args:
-        peak: of tries of so many `updates`.
-        updates: likewise.
+        peak: what `find_peak` found.
+        tries: where.
+        updates: of each of them.
         momentum: of a heavy ball (SGD's); 0 for optimizers that correct for its start, as Adam does.
     """
-    lasting: float = warmth(updates, momentum) ** MOMENTUM_POWER
-    return peak * SHORT_RUNS * lasting
+    cliff = min((one.lr for one in tries if one.loss > 0 and one.lr > peak), default=math.inf)
+    highest = cliff * warmth(updates, momentum) / CLIFF_MARGIN
+    return min(peak, highest)
 
 
 def _rounded(lr: float) -> float:

@@ -14,7 +14,7 @@ from engine.log import log
 from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
 from engine.tuning.meter import Meter
-from engine.tuning.plan import MAX_UPDATES, Plan, Request, make_plan, total_of
+from engine.tuning.plan import MAX_UPDATES, TRIES, Plan, Request, make_plan, total_of
 from engine.tuning.report import write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
@@ -214,6 +214,7 @@ def _frame(facts: Facts, wishes: Wishes) -> Tuning:
         seconds=0.0,
         micro_batch=facts.micro_batch,
         own_lr=facts.own_lr,
+        momentum=facts.momentum,
         target_batch_size=wishes.target_batch_size,
         target_processes=wishes.target_processes,
     )
@@ -234,6 +235,8 @@ def _intent(plan: Plan, wishes: Wishes) -> str:
         told.append(f"{plan.seeds} seeds")
     if plan.asked:
         told.append(f"{len(plan.batch_sizes) + len(plan.settings)} tests of {plan.asked} for what was asked beside")
+    if plan.search:
+        told.append(f"search {TRIES} x {plan.search}")
     told.append(f"trials {plan.trials}" if plan.trials else "no trials")
     share = plan.total / wishes.steps
     return f"tune: at most {plan.total} updates, {share:.1%} of {wishes.steps} planned: {', '.join(told)}"

@@ -17,9 +17,9 @@ __all__ = ["PREFERENCE", "Candidate", "Schedule", "candidates_of"]
 Schedule = Literal["OneCycle", "WarmupDecayLR", "fixed"]
 
 # Which schedule wins a tie, first to last.
-PREFERENCE: tuple[Schedule, ...] = ("OneCycle", "WarmupDecayLR", "fixed")
+PREFERENCE: tuple[Schedule, ...] = ("WarmupDecayLR", "OneCycle", "fixed")
 
-WARMUP_SHARE = 0.05  # of a linear decay's updates
+WARMUP_SHARE = 0.02  # of a linear decay's updates
 FIXED_SHARES = (0.3, 1.0)  # fixed rates that are tried, as shares of the suggested maximum
 NEAR = 1.5  # a fixed rate within this factor of another one is not tried again
 
@@ -121,9 +121,8 @@ def candidates_of(suggestion: Suggestion, own_lr: float | None) -> list[Candidat
         own_lr: the rate that the config names; None if it names none.
     """
     cycle = Candidate("OneCycle", suggestion.cycle_max_lr, suggestion.reasons.get("cycle_max_lr", ""), suggestion)
-    peak = suggestion.decay_max_lr
-    why = suggestion.reasons.get("decay_max_lr", "The maximum that the tests suggest for a cycle.")
-    found = [cycle, Candidate("WarmupDecayLR", peak, why, suggestion)]
+    peak, why = suggestion.decay_max_lr, suggestion.reasons["cycle_max_lr"]
+    found = [Candidate("WarmupDecayLR", peak, why, suggestion), cycle]
     if own_lr is not None:
         found.append(Candidate("fixed", own_lr, "The rate that the config names.", suggestion))
     for share in FIXED_SHARES:

@@ -11,22 +11,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import RangeTestError
+from engine.range_test.search import LEAST_UPDATES
 
 __all__ = ["MAX_UPDATES", "Plan", "Request", "cost_of", "make_plan", "share_out_trials", "total_of"]
 
 # How the budget is shared. All of it is here: change it here.
 MAX_UPDATES = 1000  # of one tuning, unless more is asked for: 2% of a training of 50,000
 ASKED_SHARE = 0.5  # of the whole, for other batch sizes and settings, where such are asked for
-SWEEP_SHARE = 0.3  # of the rest: the coarse sweep ...
-SWEEP_AND_TRIALS = 0.45  # ... or this, where there is no room for linear tests
-SLOW_SHARE = 0.25  # ... the slow linear test ...
-FAST_SHARE = 0.1  # ... and the fast one, which ends at its divergence; the trials have what is left
-LEAST_SWEEP = 16  # a sweep shorter than this cannot be read
+SWEEP_SHARE = 0.15  # of the rest: the coarse sweep ...
+SWEEP_ALONE = 0.25  # ... or this, where there is no room for linear tests
+SLOW_SHARE = 0.12  # ... the slow linear test ...
+FAST_SHARE = 0.06  # ... and the fast one, which ends at its divergence
+SEARCH_SHARE = 0.45  # ... the search for the peak, in `TRIES` short trainings; the trials have what is left ...
+SEARCH_ALONE = 0.75  # ... or this, where there is no room for trials either
+TRIES = 5
+ROOM_FOR_ALL = 300  # updates from which all stages have room
+LEAST_SWEEP = 12  # a sweep shorter than this cannot be read
 LEAST_SLOW = 40  # likewise, and the analysis wants at least 20 of each linear test
 LEAST_FAST = 20
 LEAST_TRIAL = 20  # a shorter trial says nothing of a schedule
 GOOD_TRIAL = 40  # trials are first made this long, then more of them
 MOST_TEST = 300  # a longer test says no more
+LEAST_TRY = LEAST_UPDATES
+MOST_TRY = 100  # likewise
 TRIAL_MULTIPLE = 10  # a trial's length is a multiple of it, so that its last validation is at its end
 
 
@@ -71,6 +78,7 @@ class Plan:
         batch_sizes: those that are tested.
         settings: those that are tested.
         asked: updates of each test at another batch size or setting.
+        search: updates of each try of the search for the peak; 0 for none.
         trials: updates set aside for trials of schedules, which also have what the tests leave.
         left_out: what is not done, and why: a sentence each.
     """
@@ -83,6 +91,7 @@ class Plan:
     batch_sizes: tuple[int, ...] = ()
     settings: tuple[tuple[str, float], ...] = ()
     asked: int = 0
+    search: int = 0
     trials: int = 0
     left_out: tuple[str, ...] = ()
 
@@ -91,7 +100,7 @@ class Plan:
         # Where there are no linear tests, the sweep is what is repeated.
         tests = (self.sweep if self.slow else self.sweep * self.seeds) + self.seeds * (self.slow + self.fast)
         asked = [cost_of(self.asked, size, batch_size) for size in self.batch_sizes]
-        return tests + sum(asked) + self.asked * len(self.settings) + self.trials
+        return tests + sum(asked) + self.asked * len(self.settings) + TRIES * self.search + self.trials
 
 
 def cost_of(updates: int, size: int, batch_size: int) -> int:
@@ -201,26 +210,34 @@ def _share_out_asked(request: Request, total: int) -> tuple[int, list[_Asked], l
 
 
 def _share_out_tests(request: Request, rest: int) -> Plan:
-    """The config's own tests and the trials: all of them if there is room, else the sweep and trials, else it alone."""
+    """All stages if there is room for all, else the first test and the search, else the first test alone."""
     sweep = 0 if request.named_start else _part(SWEEP_SHARE, rest, LEAST_SWEEP)
     for seeds in range(request.seeds, 0, -1):
         slow = _part(SLOW_SHARE if sweep else SLOW_SHARE + SWEEP_SHARE / 2, rest // seeds, LEAST_SLOW)
         fast = _part(FAST_SHARE if sweep else FAST_SHARE + SWEEP_SHARE / 2, rest // seeds, LEAST_FAST)
-        trials = rest - sweep - seeds * (slow + fast)
-        if trials >= 2 * LEAST_TRIAL:
-            return Plan(rest, sweep=sweep, slow=slow, fast=fast, seeds=seeds, trials=trials)
+        search = _length_of_tries(SEARCH_SHARE, rest)
+        trials = rest - sweep - seeds * (slow + fast) - TRIES * search
+        if rest >= ROOM_FOR_ALL and trials >= 2 * LEAST_TRIAL:
+            return Plan(rest, sweep=sweep, slow=slow, fast=fast, seeds=seeds, search=search, trials=trials)
 
     def alone(length: int, seeds: int) -> Plan:
         first = Plan(rest, slow=length) if request.named_start else Plan(rest, sweep=length)
-        return replace(first, seeds=seeds, trials=max(0, rest - seeds * length))
+        return replace(first, seeds=seeds)
 
     least = LEAST_SLOW if request.named_start else LEAST_SWEEP
     for seeds in range(request.seeds, 0, -1):
-        length = _part(SWEEP_AND_TRIALS, rest // seeds, least)
-        if rest - seeds * length >= 2 * LEAST_TRIAL:
-            return alone(length, seeds)
+        length = _part(SWEEP_ALONE, rest // seeds, least)
+        search = _length_of_tries(SEARCH_ALONE, rest)
+        if seeds * length + TRIES * search > rest:
+            search = (rest - seeds * length) // TRIES
+        if search >= LEAST_TRY:
+            return replace(alone(length, seeds), search=search)
     seeds = max(1, min(request.seeds, rest // least))
-    return replace(alone(rest // seeds, seeds), trials=0)
+    return alone(rest // seeds, seeds)
+
+
+def _length_of_tries(share: float, whole: int) -> int:
+    return min(MOST_TRY, max(LEAST_TRY, math.floor(share * whole) // TRIES))
 
 
 def _part(share: float, whole: int, least: int) -> int:
@@ -234,10 +251,15 @@ def _why_left_out(request: Request, plan: Plan, rest: int) -> Iterator[str]:
     if not plan.fast:
         what = "The fast linear test is" if request.named_start else "The slow and the fast linear test are"
         yield f"{what} left out: {rest} updates have no room for tests and trials."
-    if not plan.trials:
+    if plan.search and not plan.trials:
         yield (
-            f"Trials are left out: {rest} updates are enough for one {first} only; the schedule that it suggests is "
-            "written without having been tried."
+            f"Trials are left out: {rest} updates are enough for the search only; linear decay, which it was made "
+            "with, is written."
+        )
+    elif not plan.trials:
+        yield (
+            f"Trials are left out, and the search for the peak, too: {rest} updates are enough for one {first} only; "
+            "the schedule that it suggests is written without having been tried."
         )
     elif not request.validates:
         yield "There is no validation data: trials are judged by their training loss."

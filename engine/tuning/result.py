@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import Curve, Refusal, Suggestion, smooth, suggest
+from engine.range_test.analysis import Curve, Refusal, Suggestion, cycle_at, smooth, suggest
 from engine.range_test.result import RangeTestResult
+from engine.range_test.search import SURE, Try, find_peak, for_long_training
 from engine.tuning.batch import Scaled, lr_at_batch, share_out_batch, steps_at_batch
 from engine.tuning.candidates import PREFERENCE, Candidate, candidates_of
 from engine.tuning.trials import Trial, Verdict, judge
 
-__all__ = ["Setting", "Tuning"]
+__all__ = ["Setting", "Tuning", "tries_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Tuning:
     Attributes:
         test: the range tests, of all seeds.
         comparisons: shorter tests, all of one length, at several batch sizes and settings.
+        search: short trainings with a linear decay that find its peak.
         trials: short trainings with the schedules that the tests suggest, and with fixed rates.
         steps: updates of the planned training.
         budget: share of them that the tuning might take.
@@ -52,6 +54,7 @@ class Tuning:
         left_out: what was not done, and why: a sentence each.
         micro_batch: samples of a forward on one process, which are known to fit.
         own_lr: the rate that the config names, if any.
+        momentum: of the optimizer, where it is a heavy ball's; 0 for others.
         target_batch_size, target_processes: what the config is for, where it is another batch or number of processes.
     """
 
@@ -69,13 +72,39 @@ class Tuning:
     own_lr: float | None = None
     target_batch_size: int | None = None
     target_processes: int | None = None
+    search: tuple[Trial, ...] = ()
+    momentum: float = 0.0
 
     # -- what it says ----------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def answer(self) -> Suggestion | Refusal:
-        """What the tests at the config's own batch size and settings suggest."""
-        return self.test.suggestion
+        """What the tests at the config's own batch size and settings suggest, with the peak that the search found."""
+        answer = self.test.suggestion
+        if len(self.search) < 3:
+            return answer
+        tries = tries_of(self.search)
+        peaks, updates = [one.lr for one in tries], max(len(trial.curve.losses) for trial in self.search)
+        told = f"{len(peaks)} short trainings, of {updates} updates each and with peaks from {min(peaks):.2g} to "
+        told += f"{max(peaks):.2g}"
+        best = find_peak(tries)
+        if best is None:
+            return Refusal(
+                f"None of {told}, ended below its start.",
+                "Check that gradients reach the parameters, and that the model is not trained already; or give the "
+                "search longer trainings: a larger budget.",
+            )
+        peak = float(f"{for_long_training(best, tries, updates, self.momentum):.2g}")
+        return cycle_at(
+            peak,
+            f"Of {told}, those around {best:.2g} end lowest"
+            + ("." if peak > 0.9 * best else f"; {peak:.2g} keeps its distance from those that were thrown off."),
+            train_steps=self.steps,
+            low_lr=float(f"{peak / SURE:.2g}"),
+            high_lr=float(f"{peak * SURE:.2g}"),
+            curve="search",
+            diverged_at_lr=None if isinstance(answer, Refusal) else answer.diverged_at_lr,
+        )
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -236,3 +265,26 @@ class Tuning:
 def _plain(curve: Curve) -> Curve:
     """A test read by itself, as if its batch and settings were the record's own."""
     return replace(curve, train_batch_size=None, settings=())
+
+
+def tries_of(trials: Sequence[Trial]) -> list[Try]:
+    """How far short trainings have come: by their validation loss, or without such by their later training losses.
+
+    All begin at the same weights and see the same batches, so that a difference between them is not chance. What a
+    validation loss was at the start is known; training losses are counted from those of the run with the lowest peak.
+    """
+    if not trials:
+        return []
+    still = min(trials, key=lambda trial: trial.lr)
+    return [Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve, still.curve)) for trial in trials]
+
+
+def _came_to(curve: Curve, still: Curve) -> float:
+    if curve.validation:
+        came = curve.validation[-1][1] - curve.validation[0][1]
+    else:
+        later = len(curve.losses) // 2
+        came = sum(curve.losses[later:]) / len(curve.losses[later:]) - sum(still.losses[later:]) / len(
+            still.losses[later:]
+        )
+    return came if math.isfinite(came) else math.inf

@@ -14,12 +14,22 @@ from torch.optim import Optimizer
 
 from engine.range_test.analysis import Refusal, Suggestion
 from engine.range_test.rig import Run
-from schedulers import LRRangeTest
+from schedulers import LRRangeTest, WarmupDecayLR
 
-__all__ = ["Span", "Variant", "fixed_run", "linear_runs", "named_runs", "span_around", "span_of", "sweep_run"]
+__all__ = [
+    "Span",
+    "Variant",
+    "fixed_run",
+    "linear_runs",
+    "named_runs",
+    "span_around",
+    "span_of",
+    "sweep_run",
+    "try_run",
+]
 
-ADAPTIVE = (1e-6, 1.0)  # rates that make sense for an optimizer that scales its own steps (it has betas) ...
-PLAIN = (1e-5, 10.0)  # ... and for one that does not
+ADAPTIVE = (1e-5, 1.0)  # rates that make sense for an optimizer that scales its own steps (it has betas) ...
+PLAIN = (1e-4, 10.0)  # ... and for one that does not
 BELOW = 100.0  # linear tests start this factor below the suggested maximum
 ABOVE = 30.0  # tests that compare batch sizes and settings end this factor above it
 SLOW_PAST = 1.5  # the slow one ends at so many times the suggested maximum
@@ -137,6 +147,17 @@ def fixed_run(name: str, lrs: Sequence[float], updates: int, validations: int) -
     return Run(
         name, "fixed", lambda optimizer: LRRangeTest(optimizer, list(lrs), 1, 0.0), updates, validations=validations
     )
+
+
+def try_run(lr: float, updates: int, ratios: Sequence[float]) -> Run:
+    """A short training for the search: from a peak down to nothing, by equal amounts."""
+    lrs = _scaled(lr, ratios)
+
+    def schedule(optimizer: Optimizer) -> WarmupDecayLR:
+        # No warm-up: it would be all of so short a run. The least there is holds the rate for two updates.
+        return WarmupDecayLR(optimizer, updates, lrs, lrs, 2, warmup_type="linear")
+
+    return Run(f"try {lr:g}", "decay", schedule, updates, validations=1)
 
 
 def _linear(

@@ -19,8 +19,8 @@ CSV_NAME = "tune.csv"
 CONFIG_NAME = "tuned.json"
 
 _PLAIN = (
-    "steps", "budget", "spent", "updates", "seconds", "stopped", "micro_batch", "own_lr", "target_batch_size",
-    "target_processes",
+    "steps", "budget", "spent", "updates", "seconds", "stopped", "micro_batch", "own_lr", "momentum",
+    "target_batch_size", "target_processes",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def save_tuning(tuning: Tuning, directory: str | Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = {"json": folder / JSON_NAME, "csv": folder / CSV_NAME}
     write_text(written["json"], json.dumps(_to_json(tuning), indent=2) + "\n")
-    tried = (trial.curve for trial in tuning.trials)
+    tried = (trial.curve for trial in (*tuning.search, *tuning.trials))
     write_curves(written["csv"], [*tuning.test.curves, *tuning.comparisons, *tried])
     config = folder / CONFIG_NAME
     if tuning.refusal is None:
@@ -61,6 +61,7 @@ def load_tuning(directory: str | Path) -> Tuning:
         value = json.loads(path.read_text())
         return Tuning(
             test=RangeTestResult.from_json(value["test"]),
+            search=tuple(_trial_from_json(trial) for trial in value["search"]),
             trials=tuple(_trial_from_json(trial) for trial in value["trials"]),
             comparisons=tuple(curve_from_json(curve) for curve in value["comparisons"]),
             left_out=tuple(value["left_out"]),
@@ -78,6 +79,7 @@ def _to_json(tuning: Tuning) -> dict[str, Any]:
         "winner": tuning.verdict.winner,
         "why": tuning.verdict.why,
         "left_out": tuning.left_out,
+        "search": [_trial_to_json(trial) for trial in tuning.search],
         "trials": [_trial_to_json(trial) for trial in tuning.trials],
         "comparisons": [curve_to_json(curve) for curve in tuning.comparisons],
         "test": tuning.test.to_json(),

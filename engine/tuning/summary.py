@@ -36,9 +36,10 @@ def _answer(tuning: Tuning) -> Iterator[str]:
         yield f"The tests: no suggestion. {answer.reason}"
         yield f"  {answer.remedy}"
         return
+    who = "The search finds" if tuning.search else "The tests suggest"
     yield (
-        f"The tests suggest {answer.cycle_min_lr:g} to {answer.cycle_max_lr:g}; the best maximum probably lies between "
-        f"{answer.low_lr:.2g} and {answer.high_lr:.2g}."
+        f"{who} a peak of {answer.cycle_max_lr:g}; the best one probably lies between {answer.low_lr:.2g} and "
+        f"{answer.high_lr:.2g}."
     )
     yield f"  {answer.reasons.get('cycle_max_lr', '')}".rstrip()
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from engine.build import build_schedule
 from engine.config import load_config
 from engine.engine import Engine
-from engine.range_test.analysis import Curve, Suggestion, divergence
+from engine.range_test.analysis import Curve, Suggestion, divergence, rough_maximum
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Run
+from engine.range_test.search import next_peak
 from engine.tuning.candidates import Candidate, candidates_of
 from engine.tuning.meter import Meter
-from engine.tuning.plan import TRIAL_MULTIPLE, Plan, share_out_trials
-from engine.tuning.result import Tuning
-from engine.tuning.runs import Variant, fixed_run, linear_runs, named_runs, span_around, span_of, sweep_run
+from engine.tuning.plan import TRIAL_MULTIPLE, TRIES, Plan, share_out_trials
+from engine.tuning.result import Tuning, tries_of
+from engine.tuning.runs import Variant, fixed_run, linear_runs, named_runs, span_around, span_of, sweep_run, try_run
 from engine.tuning.stand import Stand
 from engine.tuning.stop import Stopped
 from engine.tuning.trials import Trial, trial_of
@@ -39,12 +40,14 @@ class Facts:
         named_start: the rate at which the config's LRRangeTest starts; None where it names none.
         own_lr: the rate that the config or the script's optimizer names; None for a default.
         micro_batch: samples of a forward on one process.
+        momentum: SGD's; 0 for other optimizers, which correct for its start.
     """
 
     test: RangeTestResult
     named_start: float | None
     own_lr: float | None
     micro_batch: int
+    momentum: float
 
 
 def facts_of(engine: Engine, steps: int) -> Facts:
@@ -56,7 +59,12 @@ def facts_of(engine: Engine, steps: int) -> Facts:
         _named_start(engine),
         lrs[0] if _names_lr(engine) and lrs[0] > 0 else None,
         engine.train_micro_batch_size_per_gpu(),
+        _heavy_ball(engine.optimizer),
     )
+
+
+def _heavy_ball(optimizer: Optimizer | None) -> float:
+    return float(optimizer.param_groups[0]["momentum"]) if isinstance(optimizer, SGD) else 0.0
 
 
 def _named_start(engine: Engine) -> float | None:
@@ -95,6 +103,7 @@ class Tuner:
         self._left_out = list(plan.left_out)
         self._curves: list[Curve] = []
         self._comparisons: list[Curve] = []
+        self._tries: list[Trial] = []
         self._trials: list[Trial] = []
         self._stage, self._number = "start", ""
         self._stopped: str | None = None
@@ -108,7 +117,13 @@ class Tuner:
         Raises:
             Stopped: after what is known has been saved; `result` has it.
         """
-        stages = {"sweep": self._sweep, "linear tests": self._linear, "comparisons": self._asked, "trials": self._try}
+        stages = {
+            "sweep": self._sweep,
+            "linear tests": self._linear,
+            "search": self._search,
+            "comparisons": self._asked,
+            "trials": self._try,
+        }
         try:
             for number, (name, stage) in enumerate(stages.items(), start=1):
                 self._stage, self._number = name, f"{number}/{len(stages)}"
@@ -131,6 +146,7 @@ class Tuner:
             self._frame,
             test=replace(self._facts.test, curves=tuple(self._curves)),
             comparisons=tuple(self._comparisons),
+            search=tuple(self._tries),
             trials=tuple(self._trials),
             spent=self._meter.spent,
             updates=self._meter.updates,
@@ -164,6 +180,17 @@ class Tuner:
                 self._curves.append(self._make(run))
         if not runs:
             self._left_out.append("The linear tests are left out: the sweep gives nothing to go by.")
+
+    def _search(self) -> None:
+        answer, updates = self.result().answer, self._plan.search
+        # A sweep that is too short to be sure of a descent is good enough to begin at.
+        first = answer.cycle_max_lr if isinstance(answer, Suggestion) else rough_maximum(self._curves)
+        if first is None or not updates:
+            return
+        for _ in range(TRIES):
+            lr = next_peak(tries_of(self._tries), float(f"{first:.3g}"))
+            curve = self._make(try_run(lr, updates, self._ratios))
+            self._tries.append(trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", updates=updates))
 
     def _asked(self) -> None:
         plan = self._plan

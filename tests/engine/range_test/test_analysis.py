@@ -17,7 +17,9 @@ from engine.range_test.analysis import (
     DivergenceDetector,
     Refusal,
     Suggestion,
+    cycle_at,
     divergence,
+    rough_maximum,
     smooth,
     suggest,
 )
@@ -545,14 +547,6 @@ def test_a_flat_sweep_is_refused() -> None:
     assert "does not fall" in refusal(flat).reason
 
 
-def test_another_peak_keeps_the_shape_of_the_cycle() -> None:
-    answer = suggestion(make_sweep(0.8))
-    moved = answer.at(2 * answer.cycle_max_lr, "Because.", low_lr=0.1, high_lr=0.3)
-    assert moved.cycle_min_lr == pytest.approx(2 * answer.cycle_min_lr, rel=0.06)
-    assert moved.reasons["cycle_max_lr"] == "Because." and moved.cycle_first_step_size == answer.cycle_first_step_size
-    assert (moved.low_lr, moved.high_lr, moved.decay_max_lr) == (0.1, 0.3, moved.cycle_max_lr)
-
-
 def test_smoothing_is_a_parameter_of_the_reading() -> None:
     noisy = make_sweep(0.8)
     losses = tuple(loss + 0.04 * (-1) ** (k // 2) for k, loss in enumerate(noisy.losses))
@@ -577,3 +571,19 @@ def test_a_skipped_update_is_none() -> None:
     assert skipping.diverged_at is None and len(skipping.taken().losses) == len(losses) - 3
     assert suggestion(skipping).cycle_max_lr == pytest.approx(suggestion(test).cycle_max_lr, rel=0.05)
     assert replace(skipping, skipped=()).diverged_at == 0
+
+
+def test_a_cycle_around_a_maximum_found_elsewhere_has_the_usual_shape() -> None:
+    answer = cycle_at(0.3, "Found.", train_steps=400, low_lr=0.2, high_lr=0.5, curve="search", diverged_at_lr=None)
+    assert answer.params() == {
+        "cycle_min_lr": 0.01,
+        "cycle_max_lr": 0.3,
+        "cycle_first_step_size": 80,
+        "cycle_second_step_size": 320,
+    }
+    assert answer.reasons["cycle_max_lr"] == "Found." and answer.decay_max_lr == 0.3
+
+
+def test_a_search_can_begin_a_hundredfold_below_the_end_of_a_test_that_is_refused() -> None:
+    assert rough_maximum([Curve("sweep", None, (0, 1), (1e-4, 3.0), (2.3, 2.3), kind="exponential")]) == 0.03
+    assert rough_maximum([Curve("sweep", None, (0,), (1e-4,), (math.nan,), kind="exponential")]) is None

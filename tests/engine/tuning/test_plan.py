@@ -90,7 +90,7 @@ def test_batch_sizes_are_compared_with_a_test_of_the_same_length_at_the_configs_
     # Where the other one is left out, there is nothing to compare.
     plan = make_plan(Request(steps=2000, batch_size=32, batch_sizes=(4096,)))
     assert (plan.batch_sizes, plan.asked) == ((), 0)
-    assert "The test at batch size 4096 is left out: it would cost 2048 updates at the least" in plan.left_out[-1]
+    assert "The test at batch size 4096 is left out: it would cost 1536 updates at the least" in plan.left_out[-1]
 
 
 def test_a_larger_batch_costs_what_it_takes_and_a_smaller_one_an_update() -> None:
@@ -102,11 +102,11 @@ def test_a_larger_batch_costs_what_it_takes_and_a_smaller_one_an_update() -> Non
     [
         (
             Request(steps=100, batch_size=8),
-            "is 10, and the shortest test takes 16; plan at least 160",
+            "is 10, and the shortest test takes 12; plan at least 120",
         ),
-        (Request(steps=100, batch_size=8), "or a budget of 0.16, or train at two or three learning rates in full"),
-        (Request(steps=10, batch_size=8), "plan at least 160 updates or train"),
-        (Request(steps=10_000, batch_size=8, max_updates=10), "max_updates: got 10; the shortest test takes 16"),
+        (Request(steps=100, batch_size=8), "or a budget of 0.12, or train at two or three learning rates in full"),
+        (Request(steps=10, batch_size=8), "plan at least 120 updates or train"),
+        (Request(steps=10_000, batch_size=8, max_updates=10), "max_updates: got 10; the shortest test takes 12"),
     ],
 )
 def test_a_budget_that_holds_no_test_is_refused_with_one_that_does(request_: Request, message: str) -> None:

@@ -208,7 +208,7 @@ def test_a_config_at_the_batch_size_that_was_measured_warns_of_nothing(caplog: p
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps: got 0; expected an integer >= 1"),
-        ({"steps": 100}, "the shortest test takes 16"),
+        ({"steps": 100}, "the shortest test takes 12"),
         ({"budget": 0}, "budget: got 0; expected a share of the planned updates, above 0 and at most 1"),
         ({"budget": float("nan")}, "budget: got nan"),
         ({"batch_sizes": [12]}, "12 is no multiple of 8 (micro-batch 8 x 1 processes)"),
