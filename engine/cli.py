@@ -281,8 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--quiet", action="store_true", help="no progress")
 
     tune = _add(commands, "tune", _tune, "find the learning rate and the schedule, and prove them by training",
-        "A coarse sweep finds the order of magnitude, a slow and a fast range test the boundaries. Then short\n"
-        "trainings with the suggested OneCycle, with linear decay and at fixed rates show which is best, and DIR\n"
+        "A coarse sweep finds the order of magnitude, a slow and a fast range test the boundaries, five\n"
+        "short trainings the peak. Trials with linear decay, OneCycle and fixed rates show which is best, and DIR\n"
         "gets its config, tuned.json, with a report. All together takes at most BUDGET of the N updates that you\n"
         "plan. TASK is as for range-test; with validation data trials are judged by its loss.\n\n"
         "The config's optimizer and batch are kept, its schedule is replaced. Where its schedule is an LRRangeTest\n"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_FLOOR, Context
 from statistics import median
 from typing import Literal
@@ -455,9 +455,9 @@ def rough_maximum(curves: Sequence[Curve]) -> float | None:
     Returns:
         A hundredth of the LR at which the first test ended or diverged; None where its first loss is not finite.
     """
-    for curve in curves:
+    for curve in (each.taken() for each in curves):
         if curve.is_test and curve.losses and math.isfinite(curve.losses[0]):
-            end = divergence(curve.losses)
+            end = curve.diverged_at
             return curve.lrs[-1 if end is None else end] / ROUGH_FACTOR
     return None
 

@@ -77,6 +77,7 @@ class Contents:
         batches: the answer at each batch size that was tested.
         trials: schedules that were tried, in the order in which they are listed.
         winner: index of the best trial.
+        search: short trainings that looked for the peak, each with how far its loss came from where it began.
         config: what to train with; None where there is no suggestion.
         config_name: its file, beside the report.
         left_out: what was not done, and why: a sentence each.
@@ -93,6 +94,7 @@ class Contents:
     batches: tuple[tuple[int, Suggestion | Refusal], ...] = ()
     trials: tuple[Trial, ...] = ()
     winner: int | None = None
+    search: tuple[tuple[Trial, float], ...] = ()
     config: Mapping[str, Any] | None = None
     config_name: str = "one_cycle.json"
     left_out: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """A range test's curves in TensorBoard, Weights & Biases, CSV files and Comet: wherever the config writes training.
 
-They have names of their own, ``RangeTest/rate 5/loss`` and ``.../lr``, against the update; what is charted of the
-training itself does not see them.
+They have names of their own, ``RangeTest/rate 5/loss`` and ``.../lr``, against the update; short trainings of a tuning
+are under ``Search/`` and ``Trials/``. What is charted of the training itself does not see them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def publish(engine: Engine, contents: Contents) -> None:
 def record_of(contents: Contents) -> Record:
     """A report as monitors take it."""
     curves = [("RangeTest", curve) for curve in contents.curves]
+    curves += [("Search", trial.curve) for trial, _ in contents.search]
     curves += [("Trials", trial.curve) for trial in contents.trials]
     answer = contents.answer
     return Record(

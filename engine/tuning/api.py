@@ -11,11 +11,12 @@ from typing import Any
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.log import log
+from engine.range_test.publish import publish
 from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
 from engine.tuning.meter import Meter
 from engine.tuning.plan import MAX_UPDATES, TRIES, Plan, Request, make_plan, total_of
-from engine.tuning.report import write_tuning
+from engine.tuning.report import contents_of, write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
 from engine.tuning.stop import Stop, Stopped
@@ -179,7 +180,7 @@ def tune(
 
 
 def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | None, progress: bool | None) -> Tuning:
-    """Run all stages on a stand, which is closed at the end; see :func:`tune`."""
+    """Run all stages on a stand, which is closed at the end, and tell its engine's monitors; see :func:`tune`."""
     try:
         engine = stand.rig(0).engine
         facts = facts_of(engine, wishes.steps)
@@ -196,11 +197,14 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
         stop.report = lambda number: tuner.break_off(signal.Signals(number).name)
         with meter:
             try:
-                return tuner.run()
+                tuning = tuner.run()
             except Stopped as stopped:
                 raise Interrupted(tuner.result(), stopped.signal) from None
     finally:
-        stand.close()
+        last = stand.close()
+    if last is not None:
+        publish(last, contents_of(tuning))
+    return tuning
 
 
 def _frame(facts: Facts, wishes: Wishes) -> Tuning:

@@ -10,7 +10,7 @@ from engine.range_test.chart import chart_of
 from engine.range_test.contents import Contents, marks_of
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
-from engine.tuning.result import Tuning
+from engine.tuning.result import Tuning, tries_of
 from engine.tuning.store import CONFIG_NAME, save_tuning
 from engine.tuning.summary import next_steps, summarize
 
@@ -84,6 +84,7 @@ def contents_of(tuning: Tuning, *, beta: float = SMOOTHING) -> Contents:
         batches=tuning.batches,
         trials=tuning.trials,
         winner=tuning.verdict.winner,
+        search=tuple((trial, came.loss) for trial, came in zip(tuning.search, tries_of(tuning.search))),
         config=tuning.to_config() if refusal is None else None,
         config_name=CONFIG_NAME,
         left_out=tuning.left_out,

@@ -81,7 +81,7 @@ class Tuning:
     def answer(self) -> Suggestion | Refusal:
         """What the tests at the config's own batch size and settings suggest, with the peak that the search found."""
         answer = self.test.suggestion
-        if len(self.search) < 3:
+        if len(self.search) < 3 or self.steps < 2:
             return answer
         tries = tries_of(self.search)
         peaks, updates = [one.lr for one in tries], max(len(trial.curve.losses) for trial in self.search)
@@ -233,11 +233,17 @@ class Tuning:
             return self.test.train_batch_size
         return scaled.measured_at if scaled.how == "extrapolated" else (self.target_batch_size or scaled.measured_at)
 
+    @property
+    def _why_untried(self) -> str:
+        if len(self.search) < 3:
+            return "No schedule was tried: this is what the tests suggest."
+        return "No other schedule was tried: this is the one that the search was made with."
+
     def _how(self, choice: Candidate) -> dict[str, Any]:
         how: dict[str, Any] = {
             "schedule": choice.schedule,
             "lr": choice.lr,
-            "why": self.verdict.why if self.trials else "No schedule was tried: this is what the tests suggest.",
+            "why": self.verdict.why if self.trials else self._why_untried,
             "trials": {
                 trial.curve.name: None if trial.diverged else float(f"{trial.loss:.4g}") for trial in self.trials
             },
@@ -271,20 +277,22 @@ def tries_of(trials: Sequence[Trial]) -> list[Try]:
     """How far short trainings have come: by their validation loss, or without such by their later training losses.
 
     All begin at the same weights and see the same batches, so that a difference between them is not chance. What a
-    validation loss was at the start is known; training losses are counted from those of the run with the lowest peak.
+    validation loss was at the start is known; training losses are counted from those of the lowest peak.
     """
     if not trials:
         return []
-    still = min(trials, key=lambda trial: trial.lr)
+    sound = [trial for trial in trials if not trial.diverged]
+    still = min(sound or trials, key=lambda trial: trial.lr)  # one that broke off has no later losses
     return [Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve, still.curve)) for trial in trials]
 
 
 def _came_to(curve: Curve, still: Curve) -> float:
-    if curve.validation:
-        came = curve.validation[-1][1] - curve.validation[0][1]
-    else:
-        later = len(curve.losses) // 2
-        came = sum(curve.losses[later:]) / len(curve.losses[later:]) - sum(still.losses[later:]) / len(
-            still.losses[later:]
-        )
+    came = curve.validation[-1][1] - curve.validation[0][1] if curve.validation else _later(curve) - _later(still)
     return came if math.isfinite(came) else math.inf
+
+
+def _later(curve: Curve) -> float:
+    """Mean of the losses in a run's later half; updates that the loss scaler skipped do not count."""
+    middle, taken = len(curve.losses) // 2, curve.taken()
+    losses = [loss for step, loss in zip(taken.steps, taken.losses) if step >= curve.steps[middle]]
+    return sum(losses) / len(losses) if losses else math.nan

@@ -154,8 +154,8 @@ def try_run(lr: float, updates: int, ratios: Sequence[float]) -> Run:
     lrs = _scaled(lr, ratios)
 
     def schedule(optimizer: Optimizer) -> WarmupDecayLR:
-        # No warm-up: it would be all of so short a run. The least there is holds the rate for two updates.
-        return WarmupDecayLR(optimizer, updates, lrs, lrs, 2, warmup_type="linear")
+        # No warm-up: it would be all of so short a run. Corrected, the first update has the peak.
+        return WarmupDecayLR(optimizer, updates, 0.0, lrs, 1, warmup_type="linear", corrected=True)
 
     return Run(f"try {lr:g}", "decay", schedule, updates, validations=1)
 

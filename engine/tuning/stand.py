@@ -23,7 +23,7 @@ class Stand(Protocol):
     validates: bool
 
     def rig(self, seed: int) -> Rig: ...
-    def close(self) -> None: ...
+    def close(self) -> Engine | None: ...
 
 
 class OneEngine:
@@ -34,16 +34,17 @@ class OneEngine:
     """
 
     def __init__(self, engine: Engine, data: Any, loss: LossFn, validation: Any) -> None:
-        self._rig = Rig(engine, data, loss, validation=validation)
+        self._engine, self._rig = engine, Rig(engine, data, loss, validation=validation)
         self._rig.__enter__()
         self.validates = validation is not None
 
     def rig(self, seed: int) -> Rig:
         return self._rig
 
-    def close(self) -> None:
-        """The engine is as it was before."""
+    def close(self) -> Engine:
+        """The engine is as it was before, its monitors, too."""
         self._rig.__exit__(None, None, None)
+        return self._engine
 
 
 class FreshEngines:
@@ -65,15 +66,18 @@ class FreshEngines:
     def rig(self, seed: int) -> Rig:
         if self._rig is None or seed != self._seed:
             self.close()
+            gc.collect()  # engines and DDP refer to themselves
             self._rig, self._seed = self._build(seed), seed
         return self._rig
 
-    def close(self) -> None:
-        """Let the engine go: one at a time is in memory."""
-        if self._rig is not None:
-            self._rig.__exit__(None, None, None)
-            self._rig = None
-            gc.collect()  # engines and DDP refer to themselves
+    def close(self) -> Engine | None:
+        """Let the engine go: one at a time is in memory. Who wants its monitors for a last word gets it."""
+        if self._rig is None:
+            return None
+        engine = self._rig.engine
+        self._rig.__exit__(None, None, None)
+        self._rig = None
+        return engine
 
     def _build(self, seed: int) -> Rig:
         level = log.level

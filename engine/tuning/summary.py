@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.range_test.analysis import Refusal, Suggestion
-from engine.tuning.result import Tuning
+from engine.tuning.result import Tuning, tries_of
 from engine.tuning.trials import Trial
 
 __all__ = ["next_steps", "summarize"]
@@ -23,8 +24,8 @@ def summarize(tuning: Tuning) -> str:
         cost += f", which cost as much as {tuning.spent} at batch size {own}"
     cost += f": {share:.1%} of what is planned, in {tuning.seconds:.1f} s"
     lines = [f"Tuned for {tuning.steps} updates at batch size {own}, with {cost}", ""]
-    for block in (_answer(tuning), _trials(tuning), _batches(tuning), _settings(tuning), _chosen(tuning)):
-        told = list(block)
+    for block in (_answer, _search, _trials, _batches, _settings, _chosen):
+        told = list(block(tuning))
         lines += [*told, ""] if told else []
     lines += [f"Note: {note}" for note in dict.fromkeys(tuning.notes())]
     return "\n".join(lines).rstrip()
@@ -42,6 +43,20 @@ def _answer(tuning: Tuning) -> Iterator[str]:
         f"{answer.high_lr:.2g}."
     )
     yield f"  {answer.reasons.get('cycle_max_lr', '')}".rstrip()
+
+
+def _search(tuning: Tuning) -> Iterator[str]:
+    if not tuning.search:
+        return
+    length = max(len(trial.curve.losses) for trial in tuning.search)
+    validates = any(trial.curve.validation for trial in tuning.search)
+    what = "validation loss, from where it began" if validates else "later training loss, from that of the lowest peak"
+    yield f"Search by linear decays of {length} updates each, by {what}:"
+    tries = sorted(tries_of(tuning.search), key=lambda one: one.lr)
+    lowest = min(one.loss for one in tries)
+    for one in tries:
+        came_to = f"{one.loss:+.4g}" if math.isfinite(one.loss) else "diverged"
+        yield f"  {one.lr:<24g} {came_to:20} {'<- lowest' if one.loss == lowest < 0 else ''}".rstrip()
 
 
 def _trials(tuning: Tuning) -> Iterator[str]:
@@ -99,13 +114,18 @@ def _chosen(tuning: Tuning) -> Iterator[str]:
         return
     config = tuning.to_config()
     section = config.get("scheduler")
-    yield f"Chosen: {choice.schedule}" + (
-        "" if tuning.trials else ", which was not tried: there was no room for trials"
-    )
+    yield f"Chosen: {choice.schedule}{_untried(tuning)}"
     reasons = config["_range_test"]["reasons"]
     params = {"lr": config["_tune"]["lr"]} if section is None else section["params"]
     for key, value in params.items():
         yield f"  {key} = {value}  {reasons.get(key, '')}".rstrip()
+
+
+def _untried(tuning: Tuning) -> str:
+    if tuning.trials:
+        return ""
+    tried = "which the search was made with" if len(tuning.search) > 2 else "which was not tried"
+    return f", {tried}: {'it was broken off' if tuning.stopped else 'there was no room for trials'}"
 
 
 def next_steps(tuning: Tuning, config: Path) -> Iterator[str]:

@@ -69,7 +69,7 @@ def trial_of(curve: Curve, schedule: Schedule, lr: float, why: str, *, updates: 
     if validation:
         loss, noise = validation[-1], _noise_of(validation[math.floor((1 - LATE) * len(validation)) :])
     else:
-        last = curve.losses[-max(5, math.ceil(TAIL * len(curve.losses))) :]
+        last = curve.taken().losses[-max(5, math.ceil(TAIL * len(curve.losses))) :]
         loss = sum(last) / len(last) if last else math.nan
         noise = _noise_of(last) / math.sqrt(max(1, len(last)))
     diverged = len(curve.losses) < updates or not math.isfinite(loss)

@@ -1,7 +1,7 @@
 """The tuning itself: stage by stage, each saved as it ends, on one budget.
 
-A sweep finds the order of magnitude, linear tests the boundaries, trials the schedule. What is known when it is broken
-off (a signal, a loss that raises) is kept all the same; the engine is put back.
+A sweep finds the order of magnitude, linear tests the boundaries, the search the peak, trials the schedule. What is
+known when it is broken off (a signal, a loss that raises) is kept all the same; the engine is put back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from engine.build import build_schedule
 from engine.config import load_config
 from engine.engine import Engine
-from engine.range_test.analysis import Curve, Suggestion, divergence, rough_maximum
+from engine.range_test.analysis import Curve, Suggestion, rough_maximum
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Run
 from engine.range_test.search import next_peak
@@ -185,7 +185,10 @@ class Tuner:
         answer, updates = self.result().answer, self._plan.search
         # A sweep that is too short to be sure of a descent is good enough to begin at.
         first = answer.cycle_max_lr if isinstance(answer, Suggestion) else rough_maximum(self._curves)
-        if first is None or not updates:
+        if not updates:
+            return
+        if first is None:
+            self._left_out.append("The search for the peak is left out: the tests give it nothing to begin at.")
             return
         for _ in range(TRIES):
             lr = next_peak(tries_of(self._tries), float(f"{first:.3g}"))
@@ -262,5 +265,5 @@ class Tuner:
 
     def _diverged_at(self) -> float | None:
         """The lowest rate at which a sweep diverged."""
-        ends = [(curve, divergence(curve.losses)) for curve in self._curves if curve.kind == "exponential"]
+        ends = [(curve, curve.diverged_at) for curve in self._curves if curve.kind == "exponential"]
         return min((curve.lrs[end] for curve, end in ends if end is not None), default=None)

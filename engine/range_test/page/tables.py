@@ -88,7 +88,8 @@ def _place(chart: str, title: str, text: str, size: str = "", panel: str = "") -
 
 def tables(contents: Contents) -> str:
     """What the charts show, as numbers."""
-    return "".join((_marks(contents), _trials(contents), _batches(contents), _config(contents), _runs(contents)))
+    parts = (_marks, _search, _trials, _batches, _config, _runs)
+    return "".join(part(contents) for part in parts)
 
 
 def _marks(contents: Contents) -> str:
@@ -115,6 +116,21 @@ def _trials(contents: Contents) -> str:
         rows.append((*map(escape, cells), f"<b>{end}</b> {star}" if best else end))
     head = ("trial", "schedule", "peak LR", "updates", "final loss")
     return _section("trials", "Trials", _table(head, rows, "Final losses of the trials"))
+
+
+def _search(contents: Contents) -> str:
+    if not contents.search:
+        return ""
+    validated = any(trial.curve.validation for trial, _ in contents.search)
+    lowest = min(came for _, came in contents.search)
+    rows = []
+    for trial, came in sorted(contents.search, key=lambda each: each[0].lr):
+        told = "diverged" if trial.diverged else f"{came:+.4g}"
+        best = came == lowest and came < 0
+        rows.append((_short(trial.lr), f"{len(trial.curve.steps):,}", f"<b>{told}</b>" if best else told))
+    last = "validation loss, from the start" if validated else "later training loss, from the lowest peak's"
+    head = ("peak LR", "updates", last)
+    return _section("search", "Search for the peak", _table(head, rows, "Short linear decays, by their peak"))
 
 
 def _batches(contents: Contents) -> str:

@@ -66,6 +66,16 @@ def test_the_folder_can_be_reported_again_for_another_length(folder: Path, capsy
     assert (folder / "out" / "report.html").exists()
 
 
+def test_the_monitors_of_the_config_get_the_curves(folder: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "job"}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "csv_monitor": monitor}))
+    assert tune("--steps", "1000") == 0
+    tuning = load_tuning("tune")
+    for group, curve in (("RangeTest", tuning.test.curves[0]), ("Search", tuning.search[0].curve)):
+        _, *rows = (folder / "job" / f"{group}_{curve.name.replace(' ', '_')}_loss.csv").read_text().splitlines()
+        assert [float(row.split(",")[1]) for row in rows] == pytest.approx(list(curve.losses))
+
+
 def test_a_task_without_descent_exits_with_1_and_no_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune("--steps", "1000", task="flat") == 1
     assert "No config. " in capsys.readouterr().out
@@ -84,7 +94,7 @@ def test_the_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "100"], "the shortest test takes 16"),
+        (["--steps", "100"], "the shortest test takes 12"),
         (["--steps", "4000", "--budget", "2"], "budget: got 2.0; expected a share"),
         (["--steps", "4000", "--config", "nowhere.json"], "nowhere.json"),
         (["--steps", "4000", "--out", "task.py"], "task.py: File exists"),

@@ -45,6 +45,8 @@ def test_every_test_that_is_made_is_long_enough_to_be_read(request: Request) -> 
     assert plan.sweep or plan.slow
     for updates in (plan.sweep, plan.slow, plan.fast, plan.asked, plan.trials):
         assert updates == 0 or updates >= constants.LEAST_SWEEP
+    assert plan.search == 0 or constants.LEAST_TRY <= plan.search <= constants.MOST_TRY
+    assert not plan.trials or plan.search, "trials go around the peak that the search finds"
     assert bool(plan.sweep) != request.named_start
     assert bool(plan.asked) == bool(plan.batch_sizes or plan.settings)
 
@@ -59,22 +61,35 @@ def test_what_was_asked_for_and_is_not_done_is_said(request: Request) -> None:
         assert f"with weight_decay {value:g} " in said
     assert ("seeds there is room for" in said) == (plan.seeds < request.seeds)
     assert ("Trials are left out" in said) == (not plan.trials)
+    assert ("and the search for the peak, too" in said) == (not plan.search)
     assert ("linear test" in said) == (not plan.fast)
 
 
 def test_eighteen_updates_are_a_sweep_and_the_plan_says_what_is_left_out() -> None:
     plan = make_plan(Request(steps=180, batch_size=32))
-    assert (plan.total, plan.sweep, plan.slow, plan.fast, plan.trials) == (18, 18, 0, 0, 0)
+    assert (plan.total, plan.sweep, plan.slow, plan.fast, plan.search, plan.trials) == (18, 18, 0, 0, 0, 0)
     assert [sentence.partition(":")[0] for sentence in plan.left_out] == [
         "The slow and the fast linear test are left out",
-        "Trials are left out",
+        "Trials are left out, and the search for the peak, too",
     ]
+
+
+def test_with_a_little_more_there_is_a_search_and_with_three_hundred_updates_all_of_it() -> None:
+    def stages(total: int) -> list[bool]:
+        plan = make_plan(Request(steps=10 * total, batch_size=32))
+        return [bool(updates) for updates in (plan.sweep, plan.slow, plan.search, plan.trials)]
+
+    assert stages(31) == [True, False, False, False]
+    assert stages(32) == stages(299) == [True, False, True, False]
+    assert stages(300) == [True, True, True, True]
+    (_, trials) = make_plan(Request(steps=1000, batch_size=32)).left_out
+    assert trials.startswith("Trials are left out: 100 updates are enough for the search only")
 
 
 def test_a_long_training_is_tuned_with_two_percent_of_its_updates() -> None:
     plan = make_plan(Request(steps=50_000, batch_size=32))
     assert (plan.total, plan.left_out) == (1000, ())
-    assert plan.sweep and plan.slow and plan.fast and plan.trials
+    assert plan.sweep and plan.slow and plan.fast and plan.search and plan.trials
     assert make_plan(Request(steps=50_000, batch_size=32, max_updates=3000)).total == 3000
 
 

@@ -73,8 +73,9 @@ COMMAND = ("tune", "task.py:task", "--config", "config.json", "--steps", "4000",
     ("at", "what", "code", "stage", "curves"),
     [
         (5, "SIGINT", 130, "sweep", ["sweep (broken off)"]),
-        (150, "SIGINT", 130, "linear tests", ["sweep", "slow (broken off)"]),
-        (290, "SIGTERM", 143, "trials", ["sweep", "slow", "fast"]),
+        (80, "SIGINT", 130, "linear tests", ["sweep", "slow (broken off)"]),
+        (200, "SIGINT", 130, "search", ["sweep", "slow", "fast"]),
+        (350, "SIGTERM", 143, "trials", ["sweep", "slow", "fast"]),
     ],
 )
 def test_a_signal_at_any_moment_leaves_a_report_of_what_is_known(
@@ -88,6 +89,7 @@ def test_a_signal_at_any_moment_leaves_a_report_of_what_is_known(
     assert tuning.stopped == f'by {what} in the stage "{stage}"'
     assert [curve.name for curve in tuning.test.curves] == curves
     assert tuning.updates == at
+    assert len(tuning.search) == {"search": 1, "trials": 5}.get(stage, 0), "a try that is broken off is none"
     assert (folder / "out" / "report.html").exists()
     assert "This is what is known so far" in capsys.readouterr().out
 
@@ -95,7 +97,7 @@ def test_a_signal_at_any_moment_leaves_a_report_of_what_is_known(
 def test_a_loss_that_raises_leaves_a_report_and_its_own_traceback(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    monkeypatch.setenv("AT", "150")
+    monkeypatch.setenv("AT", "80")
     monkeypatch.setenv("WHAT", "raise")
     with pytest.raises(ValueError, match="the loss is at fault"):
         main([*COMMAND, "--quiet"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 
 from engine import Engine, RangeTestError, Tuning, initialize, tune
 from engine.config import validate
-from engine.range_test.analysis import Suggestion
+from engine.range_test.analysis import Refusal, Suggestion
+from engine.tuning.plan import TRIES, Request, make_plan
 from engine.tuning.report import write_tuning
+from engine.tuning.result import tries_of
 from engine.tuning.store import load_tuning, save_tuning
 from engine.tuning.summary import summarize
+from engine.tuning.trials import Trial
 from tests.distributed import run_ranks
 
 
@@ -40,7 +45,7 @@ def make_engine(model: nn.Module | None = None, **config: Any) -> Engine:
 
 
 def run(engine: Engine | None = None, *, data: Any = None, loss: Any = None, **arguments: Any) -> Tuning:
-    arguments = {"steps": 2000, "validation": make_data(64), "progress": False, **arguments}
+    arguments = {"steps": 4000, "validation": make_data(64), "progress": False, **arguments}
     data = make_data() if data is None else data
     return tune(engine or make_engine(), data, loss or nn.MSELoss(), **arguments)
 
@@ -73,7 +78,7 @@ def test_sweep_linear_tests_and_trials_come_to_a_config_that_trains_better_than_
     assert [curve.kind for curve in tuning.test.curves] == ["exponential", "linear", "linear"]
     assert {trial.schedule for trial in tuning.trials} >= {"OneCycle", "WarmupDecayLR"}
     assert tuning.winner is not None and not tuning.winner.diverged
-    assert tuning.spent <= 200 and tuning.stopped is None
+    assert tuning.spent <= 400 and tuning.stopped is None
     written = tmp_path / "tuned.json"
     assert validate(written).exit_code == 0
     assert train(written, 200) < 0.5 * train(engine.config.document(), 200)
@@ -105,7 +110,7 @@ def test_eighteen_updates_are_a_sweep_whose_suggestion_is_written(tmp_path: Path
     tuning = run(engine, data=data, loss=nn.CrossEntropyLoss(), validation=None, steps=180, out=tmp_path)
     assert names(tuning) == ["sweep"]
     assert tuning.trials == () and tuning.winner is None
-    assert tuning.updates <= 18
+    assert tuning.updates <= 18 and tuning.search == ()
     assert any(sentence.startswith("Trials are left out") for sentence in tuning.left_out)
     config = json.loads((tmp_path / "tuned.json").read_text())
     assert config["_tune"]["why"].startswith("No schedule was tried")
@@ -117,7 +122,8 @@ def test_what_a_diverged_test_does_not_use_goes_to_the_trials() -> None:
     sweep = tuning.test.curves[0]
     assert len(sweep.losses) < 120, "the sweep is there to diverge"
     assert 400 - tuning.spent < 10 * len(tuning.trials)
-    assert len(tuning.trials) * len(tuning.trials[0].curve.losses) > 140
+    planned = make_plan(Request(steps=4000, batch_size=8)).trials
+    assert len(tuning.trials) * len(tuning.trials[0].curve.losses) > planned
 
 
 def test_a_config_that_names_the_start_is_not_swept() -> None:
@@ -145,6 +151,117 @@ def test_parameter_groups_keep_their_ratios() -> None:
     high = next(value for key, value in tuning.to_config()["scheduler"]["params"].items() if key.endswith("max_lr"))
     assert high[0] == pytest.approx(2 * high[1])
     assert tuning.own_lr == 0.1
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+
+
+def test_the_search_makes_short_linear_decays_and_the_peak_lies_among_them() -> None:
+    tuning = run()
+    assert len(tuning.search) == TRIES
+    for tried in tuning.search:
+        lrs = tried.curve.lrs
+        assert tried.curve.kind == "decay" and lrs[0] == tried.lr
+        assert all(one > other for one, other in pairwise(lrs))
+        if not tried.diverged:
+            assert lrs[-1] == pytest.approx(tried.lr / len(lrs)), "one step above zero"
+            assert [updates for updates, _ in tried.curve.validation] == [0, len(lrs)]
+    assert sum(not tried.diverged for tried in tuning.search) >= 3
+    answer = tuning.answer
+    assert isinstance(answer, Suggestion) and answer.curve == "search"
+    peaks = sorted(trial.lr for trial in tuning.search)
+    assert peaks[0] < answer.cycle_max_lr < peaks[-1]
+    assert answer.low_lr < answer.cycle_max_lr < answer.high_lr
+    assert {trial.lr for trial in tuning.trials if trial.schedule != "fixed"} == {answer.cycle_max_lr}
+
+
+def test_a_search_rescues_a_sweep_that_is_too_short_to_be_read() -> None:
+    engine = make_engine()
+    tuning = run(engine, steps=400)
+    assert isinstance(tuning.test.suggestion, Refusal), "the search is there to make up for it"
+    assert tuning.refusal is None and tuning.trials == ()
+    config = tuning.to_config()
+    assert config["scheduler"]["type"] == "WarmupDecayLR"
+    assert config["_tune"]["why"].startswith("No other schedule was tried")
+    assert train(config, 400) < train(engine.config.document(), 400)
+
+
+@pytest.mark.parametrize("validation", [None, make_data(64)], ids=["training loss", "validation loss"])
+def test_a_model_that_gets_no_gradient_is_refused_whatever_the_sweep_says(validation: Any) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0])
+        return nn.functional.mse_loss(out.detach(), batch[1]) + 0 * out.sum()
+
+    tuning = run(loss=loss, validation=validation, steps=1000)
+    assert isinstance(tuning.test.suggestion, Refusal)
+    assert tuning.refusal is not None and "ended below its start" in tuning.refusal.reason
+    assert "Check that gradients reach the parameters" in tuning.refusal.remedy
+    # A record whose tests promise something is none the better for it.
+    tuning = replace(tuning, test=run().test)
+    assert tuning.test.has_suggestion and tuning.refusal is not None
+
+
+def test_tries_that_diverge_early_give_their_updates_to_the_trials() -> None:
+    x, y = make_data()
+    tuning = run(data=(3 * x, 3 * y), validation=(3 * x[:64], 3 * y[:64]))
+    plan = make_plan(Request(steps=4000, batch_size=8))
+    assert any(trial.diverged and len(trial.curve.losses) < plan.search for trial in tuning.search)
+    assert sum(len(trial.curve.losses) for trial in tuning.trials) > plan.trials
+    assert tuning.answer != tuning.test.suggestion
+
+
+def test_a_first_try_that_diverged_is_nothing_to_compare_training_losses_with() -> None:
+    tuning = run(validation=None)
+    lowest = min(tuning.search, key=lambda trial: trial.lr)
+    steps, lrs, losses = (part[:3] for part in (lowest.curve.steps, lowest.curve.lrs, lowest.curve.losses))
+    curve = replace(lowest.curve, steps=steps, lrs=lrs, losses=losses)
+    broken = tuple(replace(t, curve=curve, diverged=True) if t is lowest else t for t in tuning.search)
+    assert [came.loss for came in tries_of(broken)].count(math.inf) == 1
+    assert isinstance(replace(tuning, search=broken).answer, Suggestion | Refusal)
+    assert all(math.isinf(came.loss) for came in tries_of([replace(trial, diverged=True) for trial in broken]))
+
+
+@pytest.mark.parametrize("steps", [120, 320, 1000, 2990, 4000])
+def test_the_budget_is_never_exceeded_and_every_update_is_counted(steps: int) -> None:
+    tuning = run(steps=steps)
+    made = [*tuning.test.curves, *(trial.curve for trial in (*tuning.search, *tuning.trials))]
+    assert sum(len(curve.losses) for curve in made) == tuning.spent == tuning.updates <= steps / 10
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"),
+    [
+        ({"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}, 0.9),
+        ({"type": "SGD", "params": {"lr": 0.01}}, 0.0),
+        ({"type": "Adam", "params": {"lr": 0.01, "betas": [0.8, 0.9]}}, 0.0),
+    ],
+)
+def test_the_momentum_of_a_heavy_ball_is_recorded(tmp_path: Path, optimizer: dict[str, Any], momentum: float) -> None:
+    run(make_engine(optimizer=optimizer), steps=400, out=tmp_path)
+    assert load_tuning(tmp_path).momentum == momentum
+
+
+# -- monitors ------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_curves_of_tests_tries_and_trials(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine = make_engine(tensorboard={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
+    tuning = run(engine)
+    engine.observers[0].close()  # type: ignore[union-attr]
+    events = EventAccumulator(str(tmp_path / "job"))
+    events.Reload()
+    groups = [("RangeTest", curve) for curve in tuning.test.curves]
+    groups += [("Search", trial.curve) for trial in tuning.search]
+    groups += [("Trials", trial.curve) for trial in tuning.trials]
+    assert tuning.search and tuning.trials
+    for group, curve in groups:
+        found = events.Scalars(f"{group}/{curve.name}/loss")
+        assert [event.value for event in found] == pytest.approx(list(curve.losses))
+    (text,) = events.Tensors("RangeTest/suggestion/text_summary")
+    assert b"short trainings" in text.tensor_proto.string_val[0]
 
 
 # -- what else is asked for ----------------------------------------------------------------------------------
@@ -257,7 +374,10 @@ def test_a_tuning_can_be_kept_and_read_again_for_another_length(tmp_path: Path) 
     assert again == tuning
     assert again.to_config() == tuning.to_config()
     assert again.planned_for(50_000).to_config()["_range_test"]["train_steps"] == 50_000
-    assert len((tmp_path / "tune.csv").read_text().splitlines()) > tuning.updates
+    assert len(again.search) == TRIES
+    table = (tmp_path / "tune.csv").read_text()
+    assert len(table.splitlines()) > tuning.updates
+    assert all(trial.curve.name in table for trial in tuning.search)
 
 
 def test_a_report_has_a_page_and_a_picture_and_says_what_to_type_next(tmp_path: Path) -> None:
@@ -269,7 +389,11 @@ def test_a_report_has_a_page_and_a_picture_and_says_what_to_type_next(tmp_path: 
     }  # fmt: skip
     assert f"redline validate {tmp_path / 'tuned.json'}" in said
     assert "<- wins" in said
-    assert "OneCycle" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "OneCycle" in page and "Search for the peak" in page
+    for came in tries_of(tuning.search):
+        told = f"{came.loss:+.4g}" if math.isfinite(came.loss) else "diverged"
+        assert told in page and told in said
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"test": {}}'])
@@ -284,14 +408,16 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 # -- several processes ---------------------------------------------------------------------------------------
 
 
-def tune_on_ranks() -> tuple[list[str], list[float], str, int]:
+def tune_on_ranks() -> tuple[list[str], list[Trial], list[float], str, int]:
     tuning = run(seeds=2, steps=4000)
     torch.distributed.destroy_process_group()
     assert tuning.winner is not None
-    return names(tuning), [trial.loss for trial in tuning.trials], tuning.winner.schedule, tuning.spent
+    losses = [trial.loss for trial in tuning.trials]
+    return names(tuning), list(tuning.search), losses, tuning.winner.schedule, tuning.spent
 
 
 def test_two_processes_come_to_the_same_answer() -> None:
     first, second = run_ranks(tune_on_ranks, 2)
     assert first == second
     assert first[0][:3] == ["sweep", "slow", "fast"]
+    assert len(first[1]) == TRIES
