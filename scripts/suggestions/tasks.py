@@ -277,7 +277,7 @@ TASKS = (
         aside=True),
     Task("photographs, CNN, Adam", ADAM, 32, 800, _classify(_which_way_up, lambda: _cnn(3, 12, 4, norm=False)),
         aside=True),
-    Task("sources, transformer, AdamW", ADAMW, 16, 1000, _write(25, lambda: _Transformer(32, 2, 24), _next_byte),
+    Task("sources, transformer, AdamW", ADAMW, 16, 500, _write(25, lambda: _Transformer(32, 2, 24), _next_byte),
         aside=True),
     Task("sources, MLP, SGD", SGD, 32, 2000, _write(13, _bytes_mlp, _last_byte)),
     Task("functions, MLP, Adam", ADAM, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2))),
