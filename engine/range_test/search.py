@@ -1,9 +1,10 @@
 """Where a schedule's peak lies, by short trainings: which peak to try next, and what the tries say. Pure numbers.
 
 A range test tells the order of magnitude: its loss falls because training goes on, too, and a fast test does not stay
-long enough at any rate to be thrown off by it. Short trainings say more for the same price: each is a linear decay of a
-hundredth of the planned updates or so, from the same weights and the same batches, so that the difference between two
-of them is the rate's. What throws a short training off throws a long one off earlier, and with heavy-ball momentum,
+long enough at any rate to be thrown off by it. Short trainings say more for the same price: each of a hundredth of the
+planned updates or so, from the same weights and the same batches, so that the difference between two of them is the
+rate's. They are linear decays; but with heavy-ball momentum they hold their rate, since a decay would be over before
+what is too high shows. What throws a short training off throws a long one off earlier, and with heavy-ball momentum,
 which takes some 1 / (1 - momentum) updates to get under way, much earlier: the answer keeps its distance.
 
 The constants were fitted on the tasks of scripts/quality that are not kept aside.
@@ -19,16 +20,17 @@ __all__ = ["LEAST_UPDATES", "SURE", "Try", "find_peak", "for_long_training", "ne
 
 LEAST_UPDATES = 4  # of a try
 FACTOR = 4.0  # between neighbouring tries, at first
+HELD = 1.5  # a schedule that comes down at the end bears so many times the best rate of tries that hold theirs
 CLIFF_MARGIN = 4.0  # it stays this factor below the lowest peak whose try ended above its start
 SURE = 2.0  # the best peak of a long training lies within this factor, most often
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """A short training with a linear decay.
+    """A short training.
 
     Attributes:
-        lr: its peak.
+        lr: its highest rate.
         loss: what it came to, counted from where it began, lower is better; inf where it diverged.
     """
 
@@ -108,11 +110,12 @@ def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum:
         peak: what `find_peak` found.
         tries: where.
         updates: of each of them.
-        momentum: of a heavy ball (SGD's); 0 for optimizers that correct for its start, as Adam does.
+        momentum: of a heavy ball (SGD's), with which tries hold their rate; 0 for optimizers that correct for its
+            start, as Adam does.
     """
     cliff = min((one.lr for one in tries if one.loss > 0 and one.lr > peak), default=math.inf)
     highest = cliff * warmth(updates, momentum) / CLIFF_MARGIN
-    return min(peak, highest)
+    return min(peak * (HELD if momentum else 1.0), highest)
 
 
 def _rounded(lr: float) -> float:

@@ -253,8 +253,8 @@ def _why_left_out(request: Request, plan: Plan, rest: int) -> Iterator[str]:
         yield f"{what} left out: {rest} updates have no room for tests and trials."
     if plan.search and not plan.trials:
         yield (
-            f"Trials are left out: {rest} updates are enough for the search only; linear decay, which it was made "
-            "with, is written."
+            f"Trials are left out: {rest} updates are enough for the search only; linear decay is written, which "
+            "ended lowest on most of the tasks that were measured."
         )
     elif not plan.trials:
         yield (

@@ -43,7 +43,7 @@ class Tuning:
     Attributes:
         test: the range tests, of all seeds.
         comparisons: shorter tests, all of one length, at several batch sizes and settings.
-        search: short trainings with a linear decay that find its peak.
+        search: short trainings that find the peak.
         trials: short trainings with the schedules that the tests suggest, and with fixed rates.
         steps: updates of the planned training.
         budget: share of them that the tuning might take.
@@ -97,8 +97,7 @@ class Tuning:
         peak = float(f"{for_long_training(best, tries, updates, self.momentum):.2g}")
         return cycle_at(
             peak,
-            f"Of {told}, those around {best:.2g} end lowest"
-            + ("." if peak > 0.9 * best else f"; {peak:.2g} keeps its distance from those that were thrown off."),
+            f"Of {told}, those around {best:.2g} end lowest" + _moved(best, peak),
             train_steps=self.steps,
             low_lr=float(f"{peak / SURE:.2g}"),
             high_lr=float(f"{peak * SURE:.2g}"),
@@ -237,7 +236,7 @@ class Tuning:
     def _why_untried(self) -> str:
         if len(self.search) < 3:
             return "No schedule was tried: this is what the tests suggest."
-        return "No other schedule was tried: this is the one that the search was made with."
+        return "No schedule was tried in whole: this one ended lowest on most of the tasks that were measured."
 
     def _how(self, choice: Candidate) -> dict[str, Any]:
         how: dict[str, Any] = {
@@ -266,6 +265,13 @@ class Tuning:
         if (scaled := self.scaled) is not None and scaled.how != "measured":
             yield scaled.why
         yield from self.left_out
+
+
+def _moved(best: float, peak: float) -> str:
+    """Why the peak is not where the search's trainings end lowest."""
+    if peak > 1.1 * best:
+        return f"; they hold their rate, and a schedule that comes down bears more: {peak:.2g}."
+    return "." if peak > 0.9 * best else f"; {peak:.2g} keeps its distance from those that were thrown off."
 
 
 def _plain(curve: Curve) -> Curve:

@@ -149,9 +149,11 @@ def fixed_run(name: str, lrs: Sequence[float], updates: int, validations: int) -
     )
 
 
-def try_run(lr: float, updates: int, ratios: Sequence[float]) -> Run:
-    """A short training for the search: from a peak down to nothing, by equal amounts."""
+def try_run(lr: float, updates: int, ratios: Sequence[float], *, holds: bool) -> Run:
+    """A short training for the search: at a rate that it holds, or from a peak down to nothing by equal amounts."""
     lrs = _scaled(lr, ratios)
+    if holds:
+        return fixed_run(f"try {lr:g}", lrs, updates, 1)
 
     def schedule(optimizer: Optimizer) -> WarmupDecayLR:
         # No warm-up: it would be all of so short a run. Corrected, the first update has the peak.

@@ -51,7 +51,7 @@ def _search(tuning: Tuning) -> Iterator[str]:
     length = max(len(trial.curve.losses) for trial in tuning.search)
     validates = any(trial.curve.validation for trial in tuning.search)
     what = "validation loss, from where it began" if validates else "later training loss, from that of the lowest peak"
-    yield f"Search by linear decays of {length} updates each, by {what}:"
+    yield f"Search by short trainings of {length} updates each, by {what}:"
     tries = sorted(tries_of(tuning.search), key=lambda one: one.lr)
     lowest = min(one.loss for one in tries)
     for one in tries:
@@ -124,7 +124,7 @@ def _chosen(tuning: Tuning) -> Iterator[str]:
 def _untried(tuning: Tuning) -> str:
     if tuning.trials:
         return ""
-    tried = "which the search was made with" if len(tuning.search) > 2 else "which was not tried"
+    tried = "with the peak that the search found" if len(tuning.search) > 2 else "which was not tried"
     return f", {tried}: {'it was broken off' if tuning.stopped else 'there was no room for trials'}"
 
 

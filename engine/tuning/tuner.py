@@ -192,7 +192,7 @@ class Tuner:
             return
         for _ in range(TRIES):
             lr = next_peak(tries_of(self._tries), float(f"{first:.3g}"))
-            curve = self._make(try_run(lr, updates, self._ratios))
+            curve = self._make(try_run(lr, updates, self._ratios, holds=self._facts.momentum > 0))
             self._tries.append(trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", updates=updates))
 
     def _asked(self) -> None:

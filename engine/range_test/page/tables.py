@@ -130,7 +130,7 @@ def _search(contents: Contents) -> str:
         rows.append((_short(trial.lr), f"{len(trial.curve.steps):,}", f"<b>{told}</b>" if best else told))
     last = "validation loss, from the start" if validated else "later training loss, from the lowest peak's"
     head = ("peak LR", "updates", last)
-    return _section("search", "Search for the peak", _table(head, rows, "Short linear decays, by their peak"))
+    return _section("search", "Search for the peak", _table(head, rows, "Short trainings, by their peak"))
 
 
 def _batches(contents: Contents) -> str:

@@ -56,7 +56,11 @@ def test_tries_that_all_end_above_their_start_have_no_peak() -> None:
 
 
 def test_where_no_try_fell_off_the_best_of_the_short_is_best_for_the_long() -> None:
-    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.1)], 10, 0.9) == 1.0
+    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.1)], 10, 0.0) == 1.0
+
+
+def test_tries_that_hold_their_rate_say_less_than_a_schedule_bears() -> None:
+    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.1)], 10, 0.9) == 1.5
 
 
 def test_a_long_training_stays_well_below_the_peak_at_which_a_short_one_fell_off() -> None:

@@ -156,6 +156,14 @@ def test_parameter_groups_keep_their_ratios() -> None:
 # -- the search ----------------------------------------------------------------------------------------------
 
 
+def test_with_heavy_ball_momentum_the_search_holds_its_rates() -> None:
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}}
+    engine = initialize(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)), config, device="cpu")
+    tuning = run(engine)
+    assert tuning.momentum == 0.9 and len(tuning.search) == TRIES
+    assert all(set(tried.curve.lrs) == {tried.lr} for tried in tuning.search)
+
+
 def test_the_search_makes_short_linear_decays_and_the_peak_lies_among_them() -> None:
     tuning = run()
     assert len(tuning.search) == TRIES
@@ -182,7 +190,7 @@ def test_a_search_rescues_a_sweep_that_is_too_short_to_be_read() -> None:
     assert tuning.refusal is None and tuning.trials == ()
     config = tuning.to_config()
     assert config["scheduler"]["type"] == "WarmupDecayLR"
-    assert config["_tune"]["why"].startswith("No other schedule was tried")
+    assert config["_tune"]["why"].startswith("No schedule was tried in whole")
     assert train(config, 400) < train(engine.config.document(), 400)
 
 
