@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import shlex
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,6 +40,8 @@ PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "images" / "qualit
 
 def main() -> None:
     options = parse()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background of a script, too, where SIGINT is ignored
+        signal.signal(number, signal.default_int_handler)
     left_out = [] if options.no_peers else [peer for peer in peers.PEERS if peers.missing(peer)]
     for peer in left_out:
         print(f"quality: {peer} is not installed, and left out; scripts/quality installs it", file=sys.stderr)

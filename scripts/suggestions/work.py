@@ -72,7 +72,7 @@ class Crew:
         self._bar.close()
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):
-                process.terminate()
+                process.kill()  # terminate would wait for the update that an engine is in
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def do(self, title: str, jobs: Iterable[Job], cache: Cache) -> None:
