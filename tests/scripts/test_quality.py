@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -269,3 +270,20 @@ def test_a_peer_that_fails_is_reported(parts: SimpleNamespace, monkeypatch: pyte
 
     monkeypatch.setitem(parts.peers._ADAPTERS, "fastai", fail)
     assert parts.peers.ask("fastai", DIGITS, 0) == {"error": "RuntimeError: no plot"}
+
+
+# -- the docs --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_a_whole_run_in_the_form_that_the_bench_writes(parts: SimpleNamespace) -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    inner = page.partition(parts.report.BEGIN)[2].partition(parts.report.END)[0].strip()
+    assert re.match(r"Measured by `scripts/quality .+` on \d{4}-\d\d-\d\d: 5 seeds, 18 points of the grid\. ", inner)
+    for heading in re.findall(r"^### .*$", parts.report.tables(made_up([2.2], [0.2])), re.MULTILINE):
+        assert heading.partition(" (")[0] in inner
+    _, _, rest = inner.partition("Tasks that are not in this run: ")
+    left_out = rest.partition(".\n")[0]
+    assert all(f"| {task.name}" in inner or task.name in left_out for task in parts.tasks.TASKS)
+    head = next(line for line in parts.report.tables(made_up([2.2], [0.2])).splitlines() if line.startswith("|  |"))
+    assert head in inner
+    assert (ROOT / "docs" / "images" / "quality.png").stat().st_size < 150_000
