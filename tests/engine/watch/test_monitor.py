@@ -35,10 +35,14 @@ class Kept:
 
     def __init__(self) -> None:
         self.batches: list[list[Point]] = []
+        self.shown: list[Any] = []
         self.closed = 0
 
     def write(self, points: list[Point]) -> None:
         self.batches.append(points)
+
+    def show(self, record: Any) -> None:
+        self.shown.append(record)
 
     def close(self) -> None:
         self.closed += 1
@@ -157,12 +161,13 @@ def test_a_writer_that_fails_is_told_of_once_and_left_out(caplog: pytest.LogCapt
     assert len(kept.series("lr")) == 3
 
 
-def test_a_range_test_writes_nothing() -> None:
+def test_a_range_test_writes_nothing_among_the_trainings_points_and_is_shown_once() -> None:
     engine, each, kept = watched()
     run_range_test(engine, (X, Y), nn.functional.mse_loss, steps=20, rates=[5.0], progress=False)
     train(engine, 1)
     each.close()
     assert [samples for samples, _ in kept.series("lr")] == [4]
+    assert len(kept.shown) == 1
 
 
 def test_the_times_of_a_breakdown_are_points_too(tmp_path: Path) -> None:
