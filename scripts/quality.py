@@ -61,7 +61,7 @@ def main() -> None:
             for task in options.tasks:
                 cache = Cache(options.cache, task.name, key_of(task))
                 results["tasks"].append(
-                    measure(task, crew, cache, seeds=options.seeds, grid=options.grid, with_peers=not options.no_peers)
+                    measure(task, crew, cache, seeds=options.seeds or task.seeds, grid=options.grid, with_peers=not options.no_peers)
                 )
                 write(options.out, results)
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", type=tasks_named, nargs="+", metavar="NAME", help="those with this in their name (default: all)"
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of every task (default: each task's own, 5 or 15)")
     parser.add_argument("--grid", type=int, default=18, metavar="N", help="points of the grid (default: %(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="only Redline's own suggestions")
     parser.add_argument(
@@ -91,10 +91,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--docs", action="store_true", help="put the results into docs/quality.md, too")
     options = parser.parse_args()
-    if options.seeds < 1 or not 2 <= options.grid <= 18 or options.processes < 1:
+    if (options.seeds is not None and options.seeds < 1) or not 2 <= options.grid <= 18 or options.processes < 1:
         parser.error("--seeds and --processes are at least 1, --grid is 2 to 18")
     options.tasks = [task for task in TASKS if options.tasks is None or any(task in few for few in options.tasks)]
-    if options.docs and (options.seeds < 5 or options.grid < 18 or options.no_peers):
+    if options.docs and (options.seeds or options.grid < 18 or options.no_peers):
         parser.error("--docs: the page shows whole runs only; leave out --seeds, --grid and --no-peers")
     options.cache = options.cache or options.out / "cache"
     return options

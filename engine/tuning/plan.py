@@ -22,7 +22,7 @@ SWEEP_SHARE = 0.15  # of the rest: the coarse sweep ...
 SWEEP_ALONE = 0.25  # ... or this, where there is no room for linear tests
 SLOW_SHARE = 0.12  # ... the slow linear test ...
 FAST_SHARE = 0.06  # ... and the fast one, which ends at its divergence
-SEARCH_SHARE = 0.45  # ... the search for the peak, in `TRIES` short trainings; the trials have what is left ...
+SEARCH_SHARE = 0.38  # ... the search for the peak, in `TRIES` short trainings; the trials have what is left ...
 SEARCH_ALONE = 0.75  # ... or this, where there is no room for trials either
 TRIES = 5
 ROOM_FOR_ALL = 300  # updates from which all stages have room
@@ -30,7 +30,6 @@ LEAST_SWEEP = 12  # a sweep shorter than this cannot be read
 LEAST_SLOW = 40  # likewise, and the analysis wants at least 20 of each linear test
 LEAST_FAST = 20
 LEAST_TRIAL = 20  # a shorter trial says nothing of a schedule
-GOOD_TRIAL = 40  # trials are first made this long, then more of them
 MOST_TEST = 300  # a longer test says no more
 LEAST_TRY = LEAST_UPDATES
 MOST_TRY = 100  # likewise
@@ -135,6 +134,8 @@ def make_plan(request: Request) -> Plan:
 def share_out_trials(left: int, candidates: int, steps: int) -> tuple[int, int]:
     """How many trials there are, and of how many updates each; (0, 0) where there is no room for two.
 
+    Rather all candidates than long trials: that a schedule beats fixed rates is what a trial can show.
+
     Args:
         left: updates that may be spent.
         candidates: schedules to try, the most promising ones first.
@@ -146,7 +147,7 @@ def share_out_trials(left: int, candidates: int, steps: int) -> tuple[int, int]:
     longest = steps // TRIAL_MULTIPLE * TRIAL_MULTIPLE
     if candidates < 2 or longest < LEAST_TRIAL or left // 2 < LEAST_TRIAL:
         return 0, 0
-    count = max(2, min(candidates, left // min(GOOD_TRIAL, longest)))
+    count = min(candidates, left // LEAST_TRIAL)
     return count, min(longest, left // count // TRIAL_MULTIPLE * TRIAL_MULTIPLE)
 
 

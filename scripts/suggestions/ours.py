@@ -14,10 +14,9 @@ from engine import initialize, tune
 from engine.range_test.analysis import CYCLE_RATIO, RISING_SHARE, Suggestion
 from suggestions.tasks import Task, task_of
 
-__all__ = ["BUDGET", "KINDS", "engine_config", "schedule_config", "suggest"]
+__all__ = ["KINDS", "engine_config", "schedule_config", "suggest"]
 
 KINDS = ("OneCycle", "WarmupDecayLR")
-BUDGET = 0.1  # share of the planned updates that a suggestion may take
 WARM_SHARE = 0.02  # share of the updates in which a decay warms up ...
 LEAST_WARM = 2  # ... and the least of it
 
@@ -63,7 +62,7 @@ def suggest(name: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, data, loss, validation = task.build()
     redline = initialize(model, engine_config(task, seed), device="cpu")
-    tuning = tune(redline, data, loss, steps=task.steps, validation=validation, budget=BUDGET, progress=False)
+    tuning = tune(redline, data, loss, steps=task.steps, validation=validation, budget=task.budget, progress=False)
     answer, updates = tuning.answer, tuning.spent
     if not isinstance(answer, Suggestion):
         return {"OneCycle": None, "WarmupDecayLR": None, "updates": updates, "why": answer.reason}
