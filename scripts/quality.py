@@ -61,7 +61,14 @@ def main() -> None:
             for task in options.tasks:
                 cache = Cache(options.cache, task.name, key_of(task))
                 results["tasks"].append(
-                    measure(task, crew, cache, seeds=options.seeds or task.seeds, grid=options.grid, with_peers=not options.no_peers)
+                    measure(
+                        task,
+                        crew,
+                        cache,
+                        seeds=options.seeds or task.seeds,
+                        grid=options.grid,
+                        with_peers=not options.no_peers,
+                    )
                 )
                 write(options.out, results)
     except KeyboardInterrupt:

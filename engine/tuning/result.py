@@ -97,7 +97,7 @@ class Tuning:
         peak = float(f"{for_long_training(best, tries, updates, self.momentum):.2g}")
         return cycle_at(
             peak,
-            f"Of {told}, those around {best:.2g} end lowest" + _moved(best, peak),
+            f"Of {told}, {best:.2g} is the lowest peak that comes close to the best" + _moved(best, peak),
             train_steps=self.steps,
             low_lr=float(f"{peak / SURE:.2g}"),
             high_lr=float(f"{peak * SURE:.2g}"),
@@ -108,7 +108,7 @@ class Tuning:
     @cached_property
     def verdict(self) -> Verdict:
         """Which trial wins, and why."""
-        return judge(self.trials)
+        return judge(self.trials, self.steps)
 
     @property
     def winner(self) -> Trial | None:
@@ -268,7 +268,7 @@ class Tuning:
 
 
 def _moved(best: float, peak: float) -> str:
-    """Why the peak is not where the search's trainings end lowest."""
+    """Why the peak is not what is best for the search's trainings."""
     if peak > 1.1 * best:
         return f"; they hold their rate, and a schedule that comes down bears more: {peak:.2g}."
     return "." if peak > 0.9 * best else f"; {peak:.2g} keeps its distance from those that were thrown off."

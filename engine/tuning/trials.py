@@ -15,6 +15,7 @@ TAIL = 0.2  # share of a trial whose training losses are its end
 LATE = 0.4  # share of a trial whose validation losses tell their noise
 NOISES = 2.0  # trials that differ by less than so many times their noise are tied ...
 TIED_SHARE = 0.005  # ... and so are those that differ by less than this share of the best one's drop
+FAIR_SHARE = 0.05  # of the planned updates: in a shorter trial a fixed rate has an advantage that it loses later
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +77,40 @@ def trial_of(curve: Curve, schedule: Schedule, lr: float, why: str, *, updates: 
     return Trial(curve, schedule, lr, loss, diverged, 0.0 if diverged else noise, why)
 
 
-def judge(trials: Sequence[Trial]) -> Verdict:
-    """The trial with the lowest loss at its end; among those that are as good within noise, the preferred schedule."""
+def judge(trials: Sequence[Trial], steps: int) -> Verdict:
+    """The trial with the lowest loss at its end; among those that are as good within noise, the preferred schedule.
+
+    A trial squeezes a schedule into few updates, of which it spends most below its peak. A fixed rate travels twice as
+    far in them, which is what counts so early, and not at the end of a training. So it wins only if trials are long
+    enough, or if no schedule is sound.
+
+    Args:
+        trials: all of one length.
+        steps: updates of the planned training.
+    """
     sound = [index for index, trial in enumerate(trials) if not trial.diverged]
     if not sound:
         return Verdict(None, (), f"All {len(trials)} trials diverged." if trials else "There was no trial.")
-    best = min(sound, key=lambda index: trials[index].loss)
-    lowest = trials[best]
-    tied = [index for index in sound if trials[index].loss - lowest.loss <= _margin(lowest, trials[index])]
+    length = max(len(trials[index].curve.losses) for index in sound)
+    scheduled = [index for index in sound if trials[index].schedule != "fixed"]
+    unfair = length < FAIR_SHARE * steps and bool(scheduled)
+    rivals = scheduled if unfair else sound
+    lowest = trials[min(rivals, key=lambda index: trials[index].loss)]
+    tied = [index for index in rivals if trials[index].loss - lowest.loss <= _margin(lowest, trials[index])]
     winner = min(tied, key=lambda index: (PREFERENCE.index(trials[index].schedule), trials[index].loss))
-    others = len(sound) - len(tied)
-    if len(tied) == 1:
-        why = f"Its loss, {lowest.loss:.4g}, is the lowest by more than chance explains." if others else "It is alone."
-    else:
+    if len(tied) > 1:
         names = ", ".join(f"{trials[index].curve.name} ({trials[index].loss:.4g})" for index in tied)
         why = f"A tie within noise between {names}; {trials[winner].schedule} is preferred."
+    elif len(rivals) > 1:
+        why = f"Its loss, {lowest.loss:.4g}, is the lowest by more than chance explains."
+    else:
+        why = "No other came to its end."
+    first = min((trials[index] for index in sound), key=lambda trial: trial.loss)
+    if unfair and first.schedule == "fixed":
+        why += (
+            f" {first.curve.name} ended lower ({first.loss:.4g}), as fixed rates do in so short a trial, {length} of "
+            f"{steps} updates: what a schedule gains by coming down shows at the end of a training."
+        )
     return Verdict(winner, tuple(tied), why)
 
 

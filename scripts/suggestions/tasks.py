@@ -88,9 +88,7 @@ def _photographs() -> list[Tensor]:
 @cache
 def _tiles(side: int = 8) -> list[Tensor]:
     """Both photographs cut up: [rows, columns, 3, side, side], around zero."""
-    return [
-        (photograph.unfold(0, side, side).unfold(1, side, side) - 0.5) for photograph in _photographs()
-    ]
+    return [(photograph.unfold(0, side, side).unfold(1, side, side) - 0.5) for photograph in _photographs()]
 
 
 @cache

@@ -42,27 +42,43 @@ def test_a_trial_that_ended_early_or_without_a_number_has_diverged() -> None:
 
 
 def test_the_lowest_loss_wins() -> None:
-    verdict = judge([trial("OneCycle", 0.5), trial("WarmupDecayLR", 0.4), trial("fixed", 0.6)])
+    verdict = judge([trial("OneCycle", 0.5), trial("WarmupDecayLR", 0.4), trial("fixed", 0.6)], 100)
     assert (verdict.winner, verdict.tied) == (1, (1,))
     assert "the lowest by more than chance explains" in verdict.why
 
 
 def test_a_tie_within_noise_goes_to_the_preferred_schedule_and_is_called_a_tie() -> None:
     first, second = PREFERENCE[0], PREFERENCE[1]
-    verdict = judge([trial("fixed", 0.9), trial(second, 0.40, noise=0.02), trial(first, 0.42, noise=0.02)])
+    verdict = judge([trial("fixed", 0.9), trial(second, 0.40, noise=0.02), trial(first, 0.42, noise=0.02)], 100)
     assert (verdict.winner, verdict.tied) == (2, (1, 2))
     assert "A tie within noise" in verdict.why and f"{first} is preferred" in verdict.why
-    assert judge([trial("fixed", 0.40, noise=0.1), trial("fixed", 0.42, noise=0.1, lr=0.2)]).winner == 0
+    assert judge([trial("fixed", 0.40, noise=0.1), trial("fixed", 0.42, noise=0.1, lr=0.2)], 100).winner == 0
 
 
 def test_a_diverged_trial_never_wins() -> None:
-    assert judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", 0.6)]).winner == 1
-    verdict = judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", math.nan, diverged=True)])
+    assert judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", 0.6)], 100).winner == 1
+    verdict = judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", math.nan, diverged=True)], 100)
     assert (verdict.winner, verdict.tied, verdict.why) == (None, (), "All 2 trials diverged.")
 
 
+def test_a_fixed_rate_that_ends_lowest_wins_where_trials_are_long_enough() -> None:
+    trials = [trial("WarmupDecayLR", 0.5), trial("OneCycle", 0.6), trial("fixed", 0.3)]  # of 20 updates
+    assert judge(trials, 400).winner == 2
+
+
+def test_in_a_trial_too_short_for_a_schedule_to_pay_the_lowest_schedule_wins_and_the_fixed_rate_is_named() -> None:
+    verdict = judge([trial("WarmupDecayLR", 0.5), trial("OneCycle", 0.6), trial("fixed", 0.3)], 401)
+    assert (verdict.winner, verdict.tied) == (0, (0,))
+    assert "fixed 0.1 ended lower (0.3)" in verdict.why and "20 of 401 updates" in verdict.why
+
+
+def test_where_every_schedule_diverged_a_fixed_rate_wins_in_a_short_trial_too() -> None:
+    verdict = judge([trial("WarmupDecayLR", 0.5, diverged=True), trial("fixed", 0.3)], 100_000)
+    assert (verdict.winner, verdict.why) == (1, "No other came to its end.")
+
+
 def test_losses_may_be_negative() -> None:
-    assert judge([trial("OneCycle", -5.0), trial("WarmupDecayLR", -6.0)]).winner == 1
+    assert judge([trial("OneCycle", -5.0), trial("WarmupDecayLR", -6.0)], 100).winner == 1
 
 
 # -- what is tried -------------------------------------------------------------------------------------------
