@@ -28,6 +28,8 @@ CLOSE = 0.985  # a peak is as good as the best one for a short training that com
 HELD = 1.75  # a schedule that comes down at the end bears so many times the rate of tries that hold theirs
 GIVEN_BACK = 0.5  # a try that holds its rate was thrown off if it came down by less than this share of the best ...
 CLIFF_MARGIN = 4.0  # ... and the answer stays this factor below
+REACH = 130.0  # the answer holds for trainings of up to so many times the updates of a try ...
+LONGER = 0.3  # ... and falls by this power of how much longer they are: 0.32 in https://arxiv.org/abs/2409.19913
 SURE = 2.0  # the best peak of a long training lies within this factor, most often
 
 
@@ -106,7 +108,7 @@ def warmth(updates: int, momentum: float) -> float:
     return 1 - lost / updates
 
 
-def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum: float) -> float:
+def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum: float, steps: int) -> float:
     """The peak for a long training, from what is best for a short one.
 
     Args:
@@ -115,12 +117,13 @@ def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum:
         updates: of each of them.
         momentum: of a heavy ball (SGD's), with which tries hold their rate; 0 for optimizers that correct for its
             start, as Adam does.
+        steps: updates of the long training.
     """
     best = min(tries, key=lambda one: one.loss)
     thrown_off = GIVEN_BACK * best.loss if momentum else 0.0
     cliff = min((one.lr for one in tries if one.loss > thrown_off and one.lr > best.lr), default=math.inf)
     highest = cliff * warmth(updates, momentum) / CLIFF_MARGIN
-    return min(peak * (HELD if momentum else 1.0), highest)
+    return min(peak * (HELD if momentum else 1.0), highest) * min(1.0, (REACH * updates / steps) ** LONGER)
 
 
 def _rounded(lr: float) -> float:

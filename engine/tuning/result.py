@@ -94,7 +94,7 @@ class Tuning:
                 "Check that gradients reach the parameters, and that the model is not trained already; or give the "
                 "search longer trainings: a larger budget.",
             )
-        peak = float(f"{for_long_training(best, tries, updates, self.momentum):.2g}")
+        peak = float(f"{for_long_training(best, tries, updates, self.momentum, self.steps):.2g}")
         return cycle_at(
             peak,
             f"Of {told}, {best:.2g} is the lowest peak that comes close to the best" + _moved(best, peak),
@@ -271,7 +271,9 @@ def _moved(best: float, peak: float) -> str:
     """Why the peak is not what is best for the search's trainings."""
     if peak > 1.1 * best:
         return f"; they hold their rate, and a schedule that comes down bears more: {peak:.2g}."
-    return "." if peak > 0.9 * best else f"; {peak:.2g} keeps its distance from those that were thrown off."
+    if peak > 0.9 * best:
+        return "."
+    return f"; {peak:.2g} is for a training that is much longer, and keeps its distance from what was thrown off."
 
 
 def _plain(curve: Curve) -> Curve:

@@ -71,24 +71,35 @@ def test_tries_that_all_end_above_their_start_have_no_peak() -> None:
 
 
 def test_where_no_try_fell_off_the_best_of_the_short_is_best_for_the_long() -> None:
-    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.1)], 10, 0.0) == 1.0
+    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.1)], 10, 0.0, 1000) == 1.0
 
 
 def test_tries_that_hold_their_rate_say_less_than_a_schedule_bears() -> None:
-    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.8)], 10, 0.9) == 1.75
+    assert for_long_training(1.0, [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.8)], 10, 0.9, 1000) == 1.75
 
 
 def test_a_long_training_stays_well_below_the_peak_at_which_a_short_one_was_thrown_off() -> None:
     tries = [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, 0.1)]
-    assert for_long_training(1.0, tries, 1000, 0.0) == pytest.approx(0.5)
-    assert for_long_training(1.0, tries, 10, 0.9) == pytest.approx(0.5 * 0.41, rel=0.01)
+    assert for_long_training(1.0, tries, 1000, 0.0, 1000) == pytest.approx(0.5)
+    assert for_long_training(1.0, tries, 10, 0.9, 1000) == pytest.approx(0.5 * 0.41, rel=0.01)
 
 
 def test_a_held_rate_that_gives_half_back_was_thrown_off_and_a_decay_that_does_was_not() -> None:
     tries = [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.4)]
-    assert for_long_training(1.0, tries, 10, 0.9) == pytest.approx(0.5 * 0.41, rel=0.01)
-    assert for_long_training(1.0, tries, 10, 0.0) == 1.0
+    assert for_long_training(1.0, tries, 10, 0.9, 1000) == pytest.approx(0.5 * 0.41, rel=0.01)
+    assert for_long_training(1.0, tries, 10, 0.0, 1000) == 1.0
 
 
 def test_a_rate_below_the_best_is_no_cliff() -> None:
-    assert for_long_training(1.0, [Try(0.1, -0.1), Try(1.0, -0.9), Try(4.0, -0.8)], 10, 0.9) == 1.75
+    assert for_long_training(1.0, [Try(0.1, -0.1), Try(1.0, -0.9), Try(4.0, -0.8)], 10, 0.9, 1000) == 1.75
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_training_of_more_than_a_hundred_times_a_try_gets_less(momentum: float) -> None:
+    tries = [Try(0.5, -0.2), Try(1.0, -0.9), Try(2.0, -0.8)]
+
+    def peak(steps: int) -> float:
+        return for_long_training(1.0, tries, 10, momentum, steps)
+
+    assert peak(100) == peak(1300)
+    assert peak(13_000) == pytest.approx(peak(1300) / 2, rel=0.01)  # ten to the power of 0.3 is two
