@@ -306,7 +306,7 @@ TASKS = (
     Task("functions, MLP, SGD", SGD, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2)), aside=True),
     Task("sources, transformer, AdamW", ADAMW, 16, 500, _write(25, lambda: _Transformer(32, 2, 24), _next_byte),
         aside=True),
-    Task("sources, MLP, SGD, long", SGD, 32, 10_000, _write(13, _bytes_mlp, _last_byte), aside=True, budget=0.02),
+    Task("sources, MLP, SGD, long", SGD, 32, 5000, _write(13, _bytes_mlp, _last_byte), aside=True, budget=0.02),
 )  # fmt: skip
 
 
