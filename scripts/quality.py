@@ -50,7 +50,6 @@ def main() -> None:
         "command": command_of(sys.argv[1:]),
         "machine": f"{cpu_name()}, {system()}, one thread a process",
         "versions": versions(),
-        "seeds": options.seeds,
         "points": options.grid,
         "left_out": left_out,
         "tasks_left_out": [task.name for task in TASKS if task not in options.tasks],

@@ -168,8 +168,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def block(results: Results) -> str:
     """What the docs show of a run: where it comes from, and its tables."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    seeds = " or ".join(map(str, sorted({len(task["untrained"]) for task in results["tasks"]})))
     origin = (
-        f"Measured by `{results['command']}` on {results['date']}: {results['seeds']} seeds, {results['points']} "
+        f"Measured by `{results['command']}` on {results['date']}: {seeds} seeds, {results['points']} "
         f"points of the grid. {results['machine']}; {versions}."
     )
     left_out = [f"{peer} is not installed, and left out." for peer in results["left_out"]]
