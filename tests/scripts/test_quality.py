@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_every_grid_has_18_rates_that_lie_equal_factors_apart(parts: SimpleNamespace) -> None:
-    assert len(parts.tasks.TASKS) == 14
+    assert len(parts.tasks.TASKS) == 16
     for task in parts.tasks.TASKS:
         lrs = task.grid
         assert len(lrs) == 18
