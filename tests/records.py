@@ -78,8 +78,11 @@ MARKS = (
 )
 
 
+TRIES = ((0.03, -1.2, False), (0.0075, -0.8, False), (0.12, -1.0, False), (0.48, math.inf, True), (0.06, -1.3, False))
+
+
 def tuning() -> Contents:
-    """Everything at once: seeds, batch sizes, a sweep, rules, trials, and what was left out."""
+    """Everything at once: seeds, batch sizes, a sweep, rules, a search, trials, and what was left out."""
     curves = [make_run(rate, name=f"rate {rate:g}, seed {seed}", seed=seed) for rate in (5, 50) for seed in range(3)]
     curves += [make_run(50, name=f"batch size {size}", train_batch_size=size, best=1e-3 * size) for size in (64, 256)]
     for decay in (0.0, 1e-4, 1e-2):
@@ -95,6 +98,10 @@ def tuning() -> Contents:
         marks=MARKS,
         trials=tuple(trials),
         winner=0,
+        search=tuple(
+            (ATrial(make_run(None, name=f"try {lr:g}", validated=True), "WarmupDecayLR", lr, came, diverged), came)
+            for lr, came, diverged in TRIES
+        ),
         left_out=("The fast test was left out: the budget was 18 updates.",),
     )
 

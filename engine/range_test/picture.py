@@ -1,7 +1,8 @@
 """The picture of a range test: loss against updates, learning rate against updates, loss against learning rate.
 
 The first two are how DeepSpeed's tutorial shows its tests; the third is where the boundaries are read. Boundaries by
-batch size, settings that were swept, and trials of schedules have panels in a second row, where there are any.
+batch size, settings that were swept, the search for the peak and trials of schedules have panels in a second row,
+where there are any.
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ def _more(contents: Contents) -> Iterator[tuple[Any, ...]]:
     groups = groups_of(contents.curves, contents.train_batch_size)
     for panel in dict.fromkeys(group.panel for group in groups if group.panel):
         yield _draw_panel, [group for group in groups if group.panel == panel], panel, contents.beta
+    if contents.search:
+        yield _draw_search, contents
     if contents.trials:
         yield _draw_trials, contents
 
@@ -179,6 +182,24 @@ def _draw_panel(axes: Any, groups: Sequence[Group], panel: str, beta: float) -> 
     finish(axes, f"Training loss by {panel.replace('_', ' ')}", "learning rate", "training loss")
     axes.set_xscale("log")
     bound_losses(axes, [curve for group in groups for curve in group.curves], "training")
+
+
+def _draw_search(axes: Any, contents: Contents) -> None:
+    tries = sorted(((trial.lr, came) for trial, came in contents.search), key=lambda each: each[0])
+    told = [(lr, came) for lr, came in tries if math.isfinite(came)]
+    if told:
+        axes.plot(*zip(*told), color=COLORS[0], marker="o", label="short trainings")
+    for lr, _ in (each for each in tries if not math.isfinite(each[1])):
+        draw_cross(axes, lr, 0.97, COLORS[0], transform=axes.get_xaxis_transform())
+    if isinstance(contents.answer, Suggestion):
+        peak = contents.answer.cycle_max_lr
+        axes.axvline(peak, color=_OURS, linewidth=1, label=f"for the whole training: {peak:g}")
+    kind = kind_of([trial.curve for trial, _ in contents.search])
+    finish(axes, "Search for the peak", "peak learning rate", f"{kind} loss, from the start")
+    axes.set_xscale("log")
+    low = min((came for _, came in told), default=0.0)
+    if low < 0 < max(came for _, came in told) + low / 2:  # what went far above its start would flatten the rest
+        axes.set_ylim(1.1 * low, -low / 2)
 
 
 def _draw_trials(axes: Any, contents: Contents) -> None:

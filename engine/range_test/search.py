@@ -95,7 +95,7 @@ def find_peak(tries: Sequence[Try]) -> float | None:
     if last == 0:
         return ordered[0].lr
     share = (goal - losses[last - 1]) / (losses[last] - losses[last - 1])
-    return ordered[last - 1].lr * (ordered[last].lr / ordered[last - 1].lr) ** share
+    return math.exp((1 - share) * math.log(ordered[last - 1].lr) + share * math.log(ordered[last].lr))
 
 
 def warmth(updates: int, momentum: float) -> float:
@@ -123,7 +123,8 @@ def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum:
     thrown_off = GIVEN_BACK * best.loss if momentum else 0.0
     cliff = min((one.lr for one in tries if one.loss > thrown_off and one.lr > best.lr), default=math.inf)
     highest = cliff * warmth(updates, momentum) / CLIFF_MARGIN
-    return min(peak * (HELD if momentum else 1.0), highest) * min(1.0, (REACH * updates / steps) ** LONGER)
+    longer = max(1.0, steps / (REACH * updates))
+    return min(peak * (HELD if momentum else 1.0), highest) / math.pow(longer, LONGER)
 
 
 def _rounded(lr: float) -> float:

@@ -70,6 +70,8 @@ def contents_of(tuning: Tuning, *, beta: float = SMOOTHING) -> Contents:
         "planned training": f"{tuning.steps:,} updates",
         "cost": f"{tuning.spent:,} updates, {tuning.spent / tuning.steps:.1%} of the planned, {tuning.seconds:.1f} s",
     }
+    if tuning.choice is not None:
+        facts["chosen"] = f"{tuning.choice.schedule}, {tuning.choice.lr:g}"
     if tuning.stopped is not None:
         facts["interrupted"] = tuning.stopped
     return Contents(

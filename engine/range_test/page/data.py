@@ -27,6 +27,7 @@ def data_of(contents: Contents) -> dict[str, Any]:
         "groups": _groups(groups),
         "trials": _groups(trial_groups(contents.trials)),
         "winner": contents.winner,
+        "search": _search(contents),
         "marks": [{"rule": mark.rule, "lr": _lr(mark.lr), "why": mark.why} for mark in contents.marks],
         "answer": _answer(contents.answer),
         "batches": [
@@ -35,6 +36,11 @@ def data_of(contents: Contents) -> dict[str, Any]:
             if isinstance(answer, Suggestion)
         ],
     }
+
+
+def _search(contents: Contents) -> list[dict[str, Any]]:
+    tries = sorted(((trial.lr, came, trial.diverged) for trial, came in contents.search), key=lambda each: each[0])
+    return [{"lr": lr, "came": None if diverged else _number(came)} for lr, came, diverged in tries]
 
 
 def thinning(curve: Curve) -> int:

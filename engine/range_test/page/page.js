@@ -126,6 +126,23 @@
     return { label: "Suggested boundaries against batch size", x: { name: "batch size", log: true }, y: { name: "learning rate", log: true, bounds: lrs.length ? [least(lrs) / 1.5, most(lrs) * 1.5] : [0.1, 1] }, lines };
   }
 
+  /** How far short trainings came, against their peak; what went far above its start is out of sight. */
+  function bySearch() {
+    const told = data.search.filter((each) => typeof each.came === "number");
+    const points = told.map((each, index) => ({ x: each.lr, y: each.came, low: each.came, high: each.came, count: 1, index }));
+    const lines = [{ label: "short trainings", look: 0, knots: true, points, read: (p) => [`peak LR ${short(p.x)}`, `loss ${short(p.y)} from the start`] }].filter((each) => !hidden.has(each.label));
+    const low = least(points.map((p) => p.y));
+    const high = Math.min(most(points.map((p) => p.y)), Math.abs(low) / 2);
+    const room = 0.08 * (high - low || 1);
+    const fallen = data.search.filter((each) => typeof each.came !== "number").map((each) => ({ x: each.lr, look: 0, label: `peak LR ${short(each.lr)} diverged` }));
+    const ours = data.marks.filter((mark) => mark.rule === "redline");
+    return {
+      label: "How far the loss of short trainings came, against their peak. Arrow keys read the points.",
+      x: { name: "peak learning rate", log: true }, y: { name: "loss, from the start", log: false, bounds: points.length ? [low - room, high + room] : [-1, 0] },
+      lines, marks: ours, crosses: fallen,
+    };
+  }
+
   const seen = (groups) => groups.filter((group) => !hidden.has(group.label));
   const inPanel = (panel) => data.groups.filter((group) => group.panel === panel);
   const best = () => (data.winner === null || hidden.has(data.trials[data.winner].label) ? null : seen(data.trials).indexOf(data.trials[data.winner]));
@@ -135,6 +152,7 @@
     schedule: { legend: () => inPanel(""), make: () => schedules(seen(inPanel(""))) },
     panel: { legend: (panel) => inPanel(panel), make: (panel) => byRate(seen(inPanel(panel)), true) },
     batch: { legend: () => [{ label: "maximum", look: 0 }, { label: "minimum", look: 1 }], make: byBatch },
+    search: { legend: () => [{ label: "short trainings", look: 0 }], make: bySearch },
     trials: { legend: () => data.trials, make: () => byUpdate(seen(data.trials), best()) },
   };
 

@@ -72,6 +72,9 @@ def charts(contents: Contents) -> str:
     for index, (chart, title, text, panel) in enumerate(halves):
         alone = index == len(halves) - 1 and index % 2 == 0
         places.append(_place(chart, title, text, "" if alone else "half", panel))
+    if contents.search:
+        text = "How far the loss of short trainings came; the line: the peak for the whole training."
+        places.append(_place("search", "Search for the peak", text))
     if contents.trials:
         kind = "Validation" if any(trial.curve.validation for trial in contents.trials) else "Training"
         places.append(_place("trials", f"{kind} loss of the trials", "The widest line: the winner."))

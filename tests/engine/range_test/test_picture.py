@@ -139,13 +139,18 @@ def test_batch_sizes_settings_and_trials_have_panels_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure = drawn(records.tuning(), tmp_path / "a.png", monkeypatch)
-    boundaries, sizes, settings, trials = figure.axes[3:]
-    assert [axes.get_title() for axes in (boundaries, sizes, settings, trials)] == [
+    boundaries, sizes, settings, search, trials = figure.axes[3:]
+    assert [axes.get_title() for axes in (boundaries, sizes, settings, search, trials)] == [
         "Boundaries by batch size",
         "Training loss by batch size",
         "Training loss by weight decay",
+        "Search for the peak",
         "Validation loss of the trials",
     ]
+    tries, cross, peak = search.get_lines()
+    assert list(tries.get_xdata()) == [0.0075, 0.03, 0.06, 0.12] and list(tries.get_ydata()) == [-0.8, -1.2, -1.3, -1.0]
+    assert list(cross.get_xdata()) == [0.48]
+    assert peak.get_label() == f"for the whole training: {records.tuning().answer.cycle_max_lr:g}"
     maximum, minimum = boundaries.get_lines()
     assert list(maximum.get_xdata()) == list(minimum.get_xdata()) == [32, 64, 256]
     assert all(maximum.get_ydata()[k] > minimum.get_ydata()[k] for k in range(3))
