@@ -86,6 +86,13 @@ def test_with_a_little_more_there_is_a_search_and_with_three_hundred_updates_all
     assert trials.startswith("Trials are left out: 100 updates are enough for the search only")
 
 
+@pytest.mark.parametrize("named_start", [False, True])
+def test_where_there_is_room_for_trials_there_is_room_for_both_schedules_and_two_fixed_rates(named_start: bool) -> None:
+    for steps in (3000, 4000, 10_000, 50_000):
+        plan = make_plan(Request(steps=steps, batch_size=32, named_start=named_start))
+        assert share_out_trials(plan.trials, 4, steps)[0] == 4
+
+
 def test_a_long_training_is_tuned_with_two_percent_of_its_updates() -> None:
     plan = make_plan(Request(steps=50_000, batch_size=32))
     assert (plan.total, plan.left_out) == (1000, ())
