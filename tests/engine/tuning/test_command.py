@@ -66,6 +66,15 @@ def test_the_folder_can_be_reported_again_for_another_length(folder: Path, capsy
     assert (folder / "out" / "report.html").exists()
 
 
+def test_for_a_training_without_room_for_a_cycle_a_report_has_no_config(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--steps", "1000", "--out", "out") == 0
+    assert main(["report", "out", "--train-steps", "1"]) == 1
+    assert "No config. A training run of 1 updates has no room for a cycle." in capsys.readouterr().out
+    assert not (folder / "out" / "tuned.json").exists()
+
+
 def test_the_monitors_of_the_config_get_the_curves(folder: Path) -> None:
     monitor = {"enabled": True, "output_path": str(folder), "job_name": "job"}
     (folder / "config.json").write_text(json.dumps({**CONFIG, "csv_monitor": monitor}))

@@ -74,7 +74,7 @@ COMMAND = ("tune", "task.py:task", "--config", "config.json", "--steps", "4000",
     [
         (5, "SIGINT", 130, "sweep", ["sweep (broken off)"]),
         (80, "SIGINT", 130, "linear tests", ["sweep", "slow (broken off)"]),
-        (200, "SIGINT", 130, "search", ["sweep", "slow", "fast"]),
+        (180, "SIGINT", 130, "search", ["sweep", "slow", "fast"]),
         (350, "SIGTERM", 143, "trials", ["sweep", "slow", "fast"]),
     ],
 )

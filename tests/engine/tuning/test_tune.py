@@ -229,6 +229,21 @@ def test_a_first_try_that_diverged_is_nothing_to_compare_training_losses_with() 
     assert all(math.isinf(came.loss) for came in tries_of([replace(trial, diverged=True) for trial in broken]))
 
 
+def test_updates_that_the_loss_scaler_skipped_do_not_count_in_a_try() -> None:
+    tuning = run(validation=None)
+    first, *others = tuning.search
+    length = len(first.curve.losses)
+    losses = (*first.curve.losses[:-2], 1e6, 1e6)
+    spoilt = replace(first, curve=replace(first.curve, losses=losses))
+    skipped = replace(spoilt, curve=replace(spoilt.curve, skipped=(length - 2, length - 1)))
+
+    def came(trial: Trial) -> float:
+        return tries_of([trial, *others])[0].loss
+
+    assert came(spoilt) > 1000
+    assert came(skipped) == pytest.approx(came(first), abs=1.0)
+
+
 @pytest.mark.parametrize("steps", [120, 320, 1000, 2990, 4000])
 def test_the_budget_is_never_exceeded_and_every_update_is_counted(steps: int) -> None:
     tuning = run(steps=steps)
