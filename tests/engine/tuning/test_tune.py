@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine import Engine, RangeTestError, Tuning, initialize, tune
 from engine.config import validate
-from engine.range_test.analysis import Refusal, Suggestion
+from engine.range_test.suggestion import Refusal, Suggestion
 from engine.tuning.plan import TRIES, Request, make_plan
 from engine.tuning.report import write_tuning
 from engine.tuning.result import tries_of
