@@ -16,6 +16,7 @@ import torch
 
 from engine.cli import main
 from engine.config import build_schema
+from tests.tasks import task_folder
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ("validate", "schema", "plot", "range-test", "tune", "report", "consolidate")
@@ -49,8 +50,6 @@ def module(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a good config, a bad one, one of DeepSpeed's, and a task."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     for name, config in {
         "good.json": GOOD,
         "bad.json": {"train_batch_size": 8, "shceduler": {}},
@@ -59,12 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}}},
     }.items():  # fmt: skip
         (tmp_path / name).write_text(json.dumps(config))
-    (tmp_path / "task.py").write_text(TASK)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
-            del sys.modules[name]
+    with task_folder(tmp_path, monkeypatch, TASK):
+        yield tmp_path
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
