@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.data import to_device
+from engine.device import to_device
 from engine.engine import Engine
 from engine.errors import LossScaleError, RangeTestError
 from engine.range_test.conditions import check, reorder, set_batch_size, set_settings
