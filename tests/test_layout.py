@@ -25,6 +25,7 @@ PACKAGES = ("engine", "schedulers")
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
     (
+        "engine.arguments",
         "engine.device",
         "engine.errors",
         "engine.lamb",
