@@ -42,6 +42,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.gradients",),
     ("engine.checkpoint", "engine.parallel"),
     ("engine.zero", "engine.recompute"),
+    ("engine.parts",),
     ("engine.engine",),
     ("engine.range_test", "engine.sigterm", "engine.watch"),
     ("engine.build", "engine.needs"),
