@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 import schedulers
 from engine.data import CollateFn, build_loader
 from engine.distributed import World, join_alone
-from engine.engine import Parts, Schedule
 from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
 from engine.optimizers import build_optimizer
 from engine.parallel import Alone, Parallel, Replicas
+from engine.parts import Parts, Schedule
 from engine.precision import Formats, set_precision, to_dtype
 from engine.range_test.passive import PassiveRecorder
 from engine.recompute import recompute

@@ -15,7 +15,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -26,58 +25,25 @@ from torch.utils.data import Dataset
 
 from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
-from engine.distributed import World
 from engine.doubt import Doubt, can_skip, undo_of
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.gradients import clip, scale_by
 from engine.log import log
-from engine.parallel import Parallel
+from engine.parts import Parts
 from engine.peers import explains_losses
-from engine.precision import Precision, lower
+from engine.precision import lower
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
-    from engine.config import EngineConfig
 
-__all__ = ["Engine", "Observer", "Parts", "Recorder", "Schedule"]
-
-
-class Schedule(Protocol):
-    """What the engine needs of a learning rate schedule; torch's and ours are such."""
-
-    def step(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
-
-
-class Recorder(Protocol):
-    """What is told of every update: its index, the rate it ran at, its loss, and later whether it was skipped."""
-
-    def record(self, step: int, lr: float, loss: Tensor) -> None: ...
-    def skip(self, step: int) -> None: ...
-    def record_validation(self, step: int, loss: Tensor | float) -> None: ...
+__all__ = ["Engine", "Observer"]
 
 
 class Observer(Protocol):
     """What looks at the engine after every update, before rate and momentum move on."""
 
     def updated(self, engine: Engine) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """All that an engine is made of."""
-
-    config: EngineConfig
-    world: World
-    module: nn.Module
-    precision: Precision
-    parallel: Parallel
-    optimizer: Optimizer | None
-    lr_scheduler: Schedule | None
-    training_dataloader: Loader | None
-    recorder: Recorder | None
 
 
 class Engine(nn.Module):

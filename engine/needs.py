@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.distributed import World
-from engine.engine import Parts
+from engine.parts import Parts
 from engine.precision import Formats
 from engine.zero.blocks import find_blocks
 from engine.zero.memory import Bytes, Elements, Held, adds_up_whole, count, estimate, memory_of, shown, state_of

@@ -14,10 +14,11 @@ from engine.agreement import check_agreement
 from engine.build import OptimizerLike, ScheduleLike, build_parts
 from engine.data import CollateFn, Loader
 from engine.distributed import World, join_world
-from engine.engine import Engine, Parts
+from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.log import configure, log
 from engine.needs import count_model, tell_needs
+from engine.parts import Parts
 from engine.peers import explains_losses, follow
 from engine.precision import dtype_table
 from engine.sigterm import save_on_sigterm

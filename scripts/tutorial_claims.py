@@ -13,7 +13,7 @@ from tutorial_runs import Method
 from tutorial_tables import Outcome, lowest, mean_losses, table
 
 from engine.range_test import Curve
-from engine.range_test.analysis import divergence
+from engine.range_test.divergence import divergence
 
 CLAIMS_HEAD = ("what the tutorial saw", "digits", "text")
 REFUSED = "no schedule was suggested"

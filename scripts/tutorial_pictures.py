@@ -14,7 +14,7 @@ from tutorial_runs import Method
 from tutorial_tables import Outcome
 
 from engine.range_test import Curve, Suggestion
-from engine.range_test.analysis import divergence
+from engine.range_test.divergence import divergence
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 TESTS = {"best fixed": "#0072B2", "slow": "#E69F00", "fast": "#555555"}  # as the tutorial has them: blue, orange, grey

@@ -17,7 +17,7 @@ from tutorial_runs import Method, Task
 
 from engine import RangeTestResult
 from engine.range_test import Curve, Suggestion
-from engine.range_test.analysis import divergence
+from engine.range_test.divergence import divergence
 
 MARK = "<!-- by scripts/tutorials.py: {} -->"
 BLOCK = re.compile(f"{MARK.format('(?P<name>[a-z ]+)')}\n.*?{MARK.format('end')}", re.DOTALL)

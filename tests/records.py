@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.range_test.analysis import Curve, Kind
 from engine.range_test.contents import Contents, contents_of
+from engine.range_test.curve import Curve, Kind
 from engine.range_test.result import RangeTestResult
 
 __all__ = ["KINDS", "AMark", "ATrial", "make_result", "make_run", "tuning"]

@@ -25,6 +25,8 @@ PACKAGES = ("engine", "schedulers")
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
     (
+        "engine.arguments",
+        "engine.device",
         "engine.errors",
         "engine.lamb",
         "engine.lean",
@@ -40,6 +42,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.gradients",),
     ("engine.checkpoint", "engine.parallel"),
     ("engine.zero", "engine.recompute"),
+    ("engine.parts",),
     ("engine.engine",),
     ("engine.range_test", "engine.sigterm", "engine.watch"),
     ("engine.build", "engine.needs"),

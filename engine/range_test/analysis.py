@@ -1,8 +1,7 @@
 """Reading a learning rate range test: the loss against the LR in, the boundaries of a 1Cycle schedule out.
 
-Owns the rules: when a test has diverged (the runner asks the same detector live), and which numbers for DeepSpeed's
-``OneCycle`` follow from the record, each with its reason, or why none do. Pure functions of numbers; running the test
-and drawing it are left to others. The record stays raw: smoothing happens here, in the reading.
+Owns the rules: which numbers for DeepSpeed's ``OneCycle`` follow from the record, each with its reason, or why none do.
+Pure functions of numbers; running the test and drawing it are left to others.
 
 The loss of a range test falls because training goes on, whatever the LR: a slow test makes its drop at LRs below the
 best, a fast one above. So the maximum is taken from between a slow and a fast test, not from the bottom of one curve.
@@ -16,308 +15,32 @@ The idea of the test: Smith, https://arxiv.org/abs/1506.01186 and https://arxiv.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from decimal import ROUND_FLOOR, Context
-from statistics import median
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-__all__ = [
-    "Curve",
-    "DivergenceDetector",
-    "Kind",
-    "Refusal",
-    "Suggestion",
-    "cycle_at",
-    "divergence",
-    "ema",
-    "rough_maximum",
-    "smooth",
-    "suggest",
-]
+from engine.range_test.curve import Curve
+from engine.range_test.divergence import DivergenceDetector, divergence
+from engine.range_test.smoothing import SMOOTHING, ema, smooth
+from engine.range_test.suggestion import CYCLE_RATIO, RISING_SHARE, Refusal, Suggestion, round_down
+
+__all__ = ["rough_maximum", "suggest"]
 
 # The shares were fitted on twelve small tasks, each with Adam and SGD. The optimum is wide: with the bracket at 80% or
 # at 95% of the drop, the runs that followed ended within 10% of each other in validation loss.
-SMOOTHING = 0.8  # weight of the past in the moving average of the loss: a memory of 5 updates ...
-MEMORY_SHARE = 0.05  # ... or of this share of the updates so far, once that is longer
-START_UPDATES = 5  # the test starts from the median loss of this many updates
-NOISE_UPDATES = 10  # updates from which the batch noise is known well enough
 MIN_UPDATES = 20  # a shorter test that has not diverged is not read
-CHANGE_CAP = 4.0  # a change above this many times the batch noise before it counts as that many
-GIVEN_BACK = 0.5  # diverged: the loss has given back this share of its drop ...
-DIVERGENCE_NOISE = 8.0  # ... and more than this many times its batch noise
-DESCENT_NOISE = 6.0  # a drop below this many times the batch noise is no descent
 LEARNED = 0.8  # a test that made less than this share of the deepest drop was too fast or too slow to count
 UNDER_WAY = 0.1  # share of the drop at which descent is under way
 MOSTLY_DONE = 0.95  # share of the drop that brackets the maximum, by tests at several rates
 ALONE = 0.8  # the same where all tests ran at one rate ...
 ALONE_DIVERGED = 0.5  # ... and for one that diverged
 DIVERGENCE_MARGIN = 3.0  # the maximum lies at least this factor below the lowest LR at which a test diverged
-CYCLE_RATIO = 30.0  # cycle_max_lr / cycle_min_lr, at least: the cycle ends at its minimum, and must end low
-RISING_SHARE = 0.2  # share of the planned updates in which the LR rises ...
-MOST_RISING_SHARE = 0.5  # ... and the most of it, where the test needed more updates to climb
+MOST_RISING_SHARE = 0.5  # the LR rises for no more of the planned updates, however many the test needed to climb
 SWEEP_FACTOR = 8.0  # its lowest loss lies so far above the maximum ...
 SWEEP_SURE = 4.0  # ... within this factor
 LEAST_SWEEP = 12  # updates of an exponential test
 ROUGH_FACTOR = 100.0  # from where a test ends to where a search begins, if no more is known
 BRACKET_SURE = 1.5  # how far the maximum may be off between tests that agree
 DISAGREEMENT = 10.0  # tests whose brackets differ by more than this factor are reported
-
-
-Kind = Literal["linear", "exponential", "fixed", "cycle", "decay"]
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """The record of one short run, one entry per optimizer step taken.
-
-    Attributes:
-        name: what a person calls it: ``rate 5``, ``fixed 0.001``.
-        rate: a range test's ``lr_range_test_step_rate``; None for a run of another kind.
-        steps: index of the update, from 0.
-        lrs: LR that the update used (first parameter group).
-        losses: training loss of the update, before it was applied; nan, inf and negative values are allowed.
-        validation: (number of updates done, validation loss), if it was measured; for the eye, no rule reads it.
-        kind: how its LR goes: a range test's grows by equal amounts (linear) or equal factors (exponential); a run
-            beside it has a fixed one; a trial of a schedule has a 1Cycle's or one that decays linearly.
-        seed: of the order of the data and of the initial weights; runs of other seeds show how far chance goes.
-        skipped: updates of `steps` that the loss scaler skipped.
-        train_batch_size: samples of an update; None for the record's own.
-        settings: what else was set for this run: ``(("weight_decay", 1e-4),)``.
-    """
-
-    name: str
-    rate: float | None
-    steps: tuple[int, ...]
-    lrs: tuple[float, ...]
-    losses: tuple[float, ...]
-    validation: tuple[tuple[int, float], ...] = ()
-    kind: Kind = "linear"
-    seed: int = 0
-    skipped: tuple[int, ...] = ()
-    train_batch_size: int | None = None
-    settings: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def is_test(self) -> bool:
-        """Whether it is a range test."""
-        return self.kind == "exponential" or (self.kind == "linear" and self.rate is not None)
-
-    @property
-    def diverged_at(self) -> int | None:
-        """Place in `steps` of the update at which the run diverged; None if it did not."""
-        detector, skipped = DivergenceDetector(), set(self.skipped)
-        updates = ((index, loss) for index, loss in enumerate(self.losses) if self.steps[index] not in skipped)
-        return next((index for index, loss in updates if detector.update(loss)), None)
-
-    def taken(self) -> Curve:
-        """The same without what the loss scaler skipped: such a step is no update."""
-        if not self.skipped:
-            return self
-        kept = [index for index, step in enumerate(self.steps) if step not in self.skipped]
-        lrs, losses = (tuple(of[index] for index in kept) for of in (self.lrs, self.losses))
-        return replace(self, steps=tuple(self.steps[index] for index in kept), lrs=lrs, losses=losses, skipped=())
-
-    def __post_init__(self) -> None:
-        if not len(self.steps) == len(self.lrs) == len(self.losses):
-            raise ValueError(
-                f"curve {self.name!r} has {len(self.steps)} steps, {len(self.lrs)} LRs and {len(self.losses)} "
-                "losses; expected as many of each"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """Values for a ``OneCycle`` block, each with its reason.
-
-    Attributes:
-        cycle_min_lr: LR at both ends of the cycle.
-        cycle_max_lr: LR at its peak.
-        cycle_first_step_size: updates in which the LR rises.
-        cycle_second_step_size: updates in which it falls.
-        reasons: one sentence for each key of `params`.
-        low_lr, high_lr: the range in which the best maximum probably lies.
-        curve: name of the test that set the maximum, or of the two that bracket it.
-        diverged_at_lr: lowest LR at which a test diverged; None if none did.
-        notes: what to know before trusting the numbers, one sentence or two each.
-    """
-
-    cycle_min_lr: float
-    cycle_max_lr: float
-    cycle_first_step_size: int
-    cycle_second_step_size: int
-    reasons: dict[str, str]
-    curve: str
-    low_lr: float
-    high_lr: float
-    diverged_at_lr: float | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def decay_max_lr(self) -> float:
-        """Peak of a linear decay: as high as a cycle's, on all tasks that were measured."""
-        return self.cycle_max_lr
-
-    def params(self) -> dict[str, float | int]:
-        """The ``params`` of the config's ``OneCycle`` block."""
-        return {
-            "cycle_min_lr": self.cycle_min_lr,
-            "cycle_max_lr": self.cycle_max_lr,
-            "cycle_first_step_size": self.cycle_first_step_size,
-            "cycle_second_step_size": self.cycle_second_step_size,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """No suggestion: one sentence on why, one on what to do, and notes as in `Suggestion`."""
-
-    reason: str
-    remedy: str
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Smoother:
-    """Median of the last three losses, then a moving average whose memory grows with the test."""
-
-    beta: float
-    filtered: float = math.nan  # the median of the last three
-    smoothed: float = math.nan
-    _count: int = 0
-    _window: list[float] = field(default_factory=list)
-    _weight: float = 0.0
-
-    def update(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            return self.smoothed
-        self._window = [*self._window[-2:], loss]
-        self.filtered = sorted(self._window)[1] if len(self._window) == 3 else self._window[0]
-        self._count += 1
-        new = min(1 - self.beta, 1 / (MEMORY_SHARE * self._count))
-        if self._count in (1, 3):  # a first loss that is an outlier is not seen as one before the third
-            self.smoothed, self._weight = self.filtered, new
-        else:
-            self._weight = (1 - new) * self._weight + new
-            self.smoothed += new / self._weight * (self.filtered - self.smoothed)
-        return self.smoothed
-
-
-def smooth(losses: Iterable[float], beta: float = SMOOTHING) -> list[float]:
-    """Smooths a loss curve: the median of the last three values, then an exponential moving average.
-
-    The median drops a single outlier whole. The average begins at the first loss, and its memory grows with the test:
-    1 / (1 - beta) updates, or 5% of the updates so far if that is longer. A value that is not finite repeats the
-    smoothed loss before it (nan if there is none).
-
-    Args:
-        losses: one per update.
-        beta: weight of the past, in [0, 1); 0 leaves the median of three (in the first 20 updates).
-
-    >>> smooth([2.0, 2.0, 50.0, 2.0, 1.0], beta=0.0)
-    [2.0, 2.0, 2.0, 2.0, 2.0]
-    """
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
-    smoother = _Smoother(beta)
-    return [smoother.update(loss) for loss in losses]
-
-
-def ema(losses: Iterable[float], beta: float = SMOOTHING) -> list[float]:
-    """The moving average of a loss curve, corrected for its start at nothing, so that it begins at the first loss.
-
-    A value that is not finite repeats the average before it (nan if there is none).
-
-    Args:
-        losses: one per update.
-        beta: weight of the past, in [0, 1); 0 leaves the losses as they are.
-
-    >>> [round(value, 3) for value in ema([4.0, 2.0, 2.0], beta=0.5)]
-    [4.0, 2.667, 2.286]
-    """
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
-    averages, average, weight = [], math.nan, 0.0
-    for loss in losses:
-        if math.isfinite(loss):
-            weight = beta * weight + 1 - beta
-            average = loss if math.isnan(average) else average + (1 - beta) / weight * (loss - average)
-        averages.append(average)
-    return averages
-
-
-class DivergenceDetector:
-    """Says, update by update, whether a range test has diverged; each answer takes the same short time.
-
-    It has when a loss is not finite, or when (from the tenth update on) the smoothed loss stands above its lowest by
-    more than half of the drop from start to lowest, and by more than eight times the batch noise. Once diverged it
-    stays so. Batch noise is the mean change of the median-filtered loss from one update to the next; a change counts
-    at most four times the noise before it, so that the swings of a diverging test do not pass for noise.
-
-    A step that a loss scaler skipped is no update: do not hand its loss in.
-
-    Attributes:
-        diverged: the answer so far.
-        num_updates: losses taken.
-        best_index: update with the lowest smoothed loss.
-        start: median of the first five losses, the level that drop and rise are measured from.
-        drop: from the start to the lowest smoothed loss.
-        noise: the batch noise up to there.
-    """
-
-    def __init__(self) -> None:
-        self.diverged = False
-        self.num_updates = 0
-        self.best_index = 0
-        self.start = 0.0
-        self.drop = 0.0
-        self.noise = 0.0
-        self._first: list[float] = []
-        self._smoother = _Smoother(SMOOTHING)
-        self._best = math.inf
-        self._noise = 0.0
-
-    def update(self, loss: float) -> bool:
-        """Takes the next training loss; returns whether the test has diverged."""
-        self.num_updates += 1
-        if self.diverged or not math.isfinite(loss):
-            self.diverged = True
-        elif self.num_updates > START_UPDATES:
-            self.diverged = self._take(loss, self.num_updates - 1)
-        else:
-            self._first.append(loss)
-            if self.num_updates == START_UPDATES:
-                self.start = median(self._first)
-                for index, first in enumerate(self._first):
-                    self._take(first, index)
-        return self.diverged
-
-    def _take(self, loss: float, index: int) -> bool:
-        before = self._smoother.filtered
-        smoothed = self._smoother.update(loss - self.start)  # so that a constant in the losses cancels
-        if index > 2:  # the median has its three losses, now and before
-            change = abs(self._smoother.filtered - before)
-            if index >= NOISE_UPDATES and self._noise > 0:
-                change = min(change, CHANGE_CAP * self._noise)
-            self._noise += (change - self._noise) / (index - 2)
-        if index < START_UPDATES or smoothed < self._best:
-            self._best, self.best_index = smoothed, index
-            self.drop = max(0.0, -smoothed)
-        if index < NOISE_UPDATES or self.best_index == index:
-            self.noise = self._noise
-        risen = smoothed - self._best > max(GIVEN_BACK * self.drop, DIVERGENCE_NOISE * self._noise)
-        return risen and self.num_updates >= NOISE_UPDATES
-
-    @property
-    def descended(self) -> bool:
-        """Whether the drop stands out of the batch noise."""
-        return self.drop > DESCENT_NOISE * self.noise
-
-
-def divergence(losses: Iterable[float]) -> int | None:
-    """Index of the update at which a test has diverged, by `DivergenceDetector`; None if it never does."""
-    detector = DivergenceDetector()
-    return next((index for index, loss in enumerate(losses) if detector.update(loss)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,47 +128,10 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
             "cycle_second_step_size": f"The rest of {train_steps} planned updates: the run ends at the minimum.",
         },
         curve=maximum.low.curve.name if maximum.low is maximum.high else maximum.names,
-        low_lr=_round_down(min(maximum.lr, maximum.low_lr) / maximum.sure),
-        high_lr=_round_down(max(maximum.lr, min(maximum.high_lr, maximum.ceiling)) * maximum.sure),
+        low_lr=round_down(min(maximum.lr, maximum.low_lr) / maximum.sure),
+        high_lr=round_down(max(maximum.lr, min(maximum.high_lr, maximum.ceiling)) * maximum.sure),
         diverged_at_lr=maximum.diverged_at_lr,
         notes=tuple(dict.fromkeys((*_notes(maximum, readings, learned), *unread))),
-    )
-
-
-def cycle_at(
-    max_lr: float,
-    why: str,
-    *,
-    train_steps: int,
-    low_lr: float,
-    high_lr: float,
-    curve: str,
-    diverged_at_lr: float | None,
-) -> Suggestion:
-    """A cycle around a maximum that was found in another way than by `suggest`.
-
-    Args:
-        max_lr: its maximum.
-        why: where that comes from, in a sentence.
-        train_steps: planned length of the training run, in updates; at least 2.
-        low_lr, high_lr, curve, diverged_at_lr: see :class:`Suggestion`.
-    """
-    first = max(1, round(RISING_SHARE * train_steps))
-    return Suggestion(
-        cycle_min_lr=_round_down(max_lr / CYCLE_RATIO),
-        cycle_max_lr=max_lr,
-        cycle_first_step_size=first,
-        cycle_second_step_size=train_steps - first,
-        reasons={
-            "cycle_min_lr": f"1/{CYCLE_RATIO:.0f} of the maximum: the cycle ends here, and must end low.",
-            "cycle_max_lr": why,
-            "cycle_first_step_size": f"{first / train_steps:.0%} of {train_steps} planned updates.",
-            "cycle_second_step_size": f"The rest of {train_steps} planned updates: the run ends at the minimum.",
-        },
-        curve=curve,
-        low_lr=low_lr,
-        high_lr=high_lr,
-        diverged_at_lr=diverged_at_lr,
     )
 
 
@@ -564,11 +250,11 @@ def _find_maximum(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> 
     lr = math.sqrt(low_lr) * math.sqrt(high_lr)
     diverged = [(at, reading.curve.name) for reading in readings if (at := reading.diverged_at_lr) is not None]
     if not diverged:
-        return _Maximum(_round_down(lr), f"{why}; no test diverged.", low, low_lr, high, high_lr, None)
+        return _Maximum(round_down(lr), f"{why}; no test diverged.", low, low_lr, high, high_lr, None)
     at, name = min(diverged)
     ceiling = at / DIVERGENCE_MARGIN
     bound = f"lowered to a third of {at:.2g}, where {name} diverged" if lr > ceiling else f"{name} diverged at {at:.2g}"
-    return _Maximum(_round_down(min(lr, ceiling)), f"{why}; {bound}.", low, low_lr, high, high_lr, at)
+    return _Maximum(round_down(min(lr, ceiling)), f"{why}; {bound}.", low, low_lr, high, high_lr, at)
 
 
 def _find_by_sweep(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> _Maximum:
@@ -584,7 +270,7 @@ def _find_by_sweep(learned: Sequence[_Reading], readings: Sequence[_Reading]) ->
     first, last = order[0], order[-1]
     spread = "" if first == last else f" (from {lowest[first]:.2g} to {lowest[last]:.2g} over {len(learned)} tests)"
     return _Maximum(
-        _round_down(middle / SWEEP_FACTOR),
+        round_down(middle / SWEEP_FACTOR),
         f"An eighth of {middle:.2g}{spread}, where the smoothed loss of {learned[first].curve.name} is lowest: a sweep "
         "passes each rate too fast to be thrown off by it.",
         low=learned[first],
@@ -602,7 +288,7 @@ def _find_minimum(learned: Sequence[_Reading], maximum: _Maximum) -> tuple[float
     ceiling = maximum.lr / CYCLE_RATIO
     if under_way > ceiling:
         why += f"; lowered to 1/{CYCLE_RATIO:.0f} of the maximum, because the cycle ends here"
-    return _round_down(min(under_way, ceiling)), f"{why}."
+    return round_down(min(under_way, ceiling)), f"{why}."
 
 
 def _find_rise(maximum: _Maximum, train_steps: int) -> tuple[int, str]:
@@ -641,8 +327,3 @@ def _notes(maximum: _Maximum, readings: Sequence[_Reading], learned: Sequence[_R
             f"{maximum.low.curve.name} made its drop near its first learning rate, {maximum.low.curve.lrs[0]:.2g}: "
             "start the test lower to see where descent begins."
         )
-
-
-def _round_down(value: float) -> float:
-    """Two significant digits, downwards, so that a bound stays a bound."""
-    return float(Context(prec=2, rounding=ROUND_FLOOR).create_decimal(repr(value)))

@@ -7,8 +7,9 @@ import shutil
 import sys
 from typing import Any
 
-from engine.range_test.analysis import Suggestion, smooth
 from engine.range_test.contents import Contents, groups_of
+from engine.range_test.smoothing import smooth
+from engine.range_test.suggestion import Suggestion
 from engine.textplot import Line, draw_lines, shows_braille
 
 __all__ = ["chart_of"]

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.range_test import rules
-from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, suggest
+from engine.range_test.analysis import suggest
+from engine.range_test.curve import Curve
+from engine.range_test.smoothing import SMOOTHING
+from engine.range_test.suggestion import Refusal, Suggestion
 
 if TYPE_CHECKING:
     from engine.range_test.result import RangeTestResult

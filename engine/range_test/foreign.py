@@ -17,7 +17,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import Curve, Kind
+from engine.range_test.curve import Curve, Kind
 
 __all__ = ["kind_of_growth", "read_curves"]
 

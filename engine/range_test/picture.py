@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import Suggestion, smooth
 from engine.range_test.contents import OURS, Contents, Group, Mark, groups_of, trial_groups
+from engine.range_test.smoothing import smooth
 from engine.range_test.strokes import (
     COLORS,
     Look,
@@ -28,6 +28,7 @@ from engine.range_test.strokes import (
     kind_of,
     with_looks,
 )
+from engine.range_test.suggestion import Suggestion
 
 __all__ = ["draw_range_test"]
 

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 
 from engine.engine import Engine
-from engine.range_test.analysis import Curve, Suggestion
 from engine.range_test.contents import Contents
+from engine.range_test.curve import Curve
+from engine.range_test.suggestion import Suggestion
 from engine.watch.monitor import Line, Monitor, Point, Record
 
 __all__ = ["publish", "record_of"]

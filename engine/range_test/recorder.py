@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.distributed import World
-from engine.range_test.analysis import Curve, Kind
+from engine.range_test.curve import Curve, Kind
 
 __all__ = ["Recorder", "name_test"]
 

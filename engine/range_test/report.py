@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import SMOOTHING
 from engine.range_test.chart import chart_of
 from engine.range_test.contents import contents_of
 from engine.range_test.foreign import read_curves
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
 from engine.range_test.result import RangeTestResult
+from engine.range_test.smoothing import SMOOTHING
 
 __all__ = ["PICTURE_NAME", "load_result", "show_report", "write_report"]
 

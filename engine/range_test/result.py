@@ -18,7 +18,10 @@ from typing import Any
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.range_test.adapt import adapt
-from engine.range_test.analysis import SMOOTHING, Curve, Refusal, Suggestion, suggest
+from engine.range_test.analysis import suggest
+from engine.range_test.curve import Curve
+from engine.range_test.smoothing import SMOOTHING
+from engine.range_test.suggestion import Refusal, Suggestion
 
 __all__ = ["RangeTestResult", "curve_from_json", "curve_to_json", "write_curves", "write_text"]
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.data import to_device
+from engine.device import to_device
 from engine.engine import Engine
 from engine.errors import LossScaleError, RangeTestError
-from engine.range_test.analysis import Curve, DivergenceDetector, Kind
 from engine.range_test.conditions import check, reorder, set_batch_size, set_settings
+from engine.range_test.curve import Curve, Kind
+from engine.range_test.divergence import DivergenceDetector
 from engine.range_test.interrupt import Interrupt
 from engine.range_test.progress import Progress
 from engine.range_test.recorder import Recorder

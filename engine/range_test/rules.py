@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.range_test.analysis import SMOOTHING, Curve, Kind, divergence, ema
+from engine.range_test.curve import Curve, Kind
+from engine.range_test.divergence import divergence
+from engine.range_test.smoothing import SMOOTHING, ema
 
 __all__ = ["RULES", "Mark", "marks"]
 

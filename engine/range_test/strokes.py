@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from engine.range_test.analysis import Curve, smooth
 from engine.range_test.contents import Group, looks_of
+from engine.range_test.curve import Curve
+from engine.range_test.smoothing import smooth
 
 __all__ = [
     "COLORS",

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from engine.data import build_loader, to_device
+from engine.data import build_loader
+from engine.device import to_device
 from engine.distributed import World
 from engine.errors import RangeTestError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine.tuning.tuner import Facts, Tuner, facts_of
 
 __all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]
 
+COUNTS = ("steps", "seeds", "max_updates", "target_batch_size", "target_processes")
 SETTINGS = ("weight_decay", "momentum")  # what `sweep` may vary
 
 
@@ -41,49 +43,40 @@ class Interrupted(KeyboardInterrupt):
         self.tuning, self.signal = tuning, number
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What is asked of a tuning, checked.
-
-    Args:
-        As for :func:`tune`.
+    """What is asked of a tuning, checked: arguments of :func:`tune`, which has their meaning and their defaults.
 
     Raises:
         RangeTestError: an argument that cannot be; the message says what can.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        budget: float = 0.1,
-        max_updates: int | None = None,
-        seeds: int = 1,
-        batch_sizes: Sequence[int] | None = None,
-        sweep: Mapping[str, Sequence[float]] | None = None,
-        target_batch_size: int | None = None,
-        target_processes: int | None = None,
-    ) -> None:
-        counts = {"steps": steps, "seeds": seeds, "max_updates": max_updates}
-        counts |= {"target_batch_size": target_batch_size, "target_processes": target_processes}
-        counts |= {f"batch_sizes[{index}]": size for index, size in enumerate(batch_sizes or ())}
+    steps: int
+    budget: float
+    max_updates: int | None
+    seeds: int
+    batch_sizes: Sequence[int] | None
+    sweep: Mapping[str, Sequence[float]] | None
+    target_batch_size: int | None
+    target_processes: int | None
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in COUNTS}
+        counts |= {f"batch_sizes[{index}]": size for index, size in enumerate(self.batch_sizes or ())}
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RangeTestError(f"{name}: got {value!r}; expected an integer >= 1")
-        if not 0 < budget <= 1:
+        if not 0 < self.budget <= 1:
             raise RangeTestError(
-                f"budget: got {budget!r}; expected a share of the planned updates, above 0 and at most 1"
+                f"budget: got {self.budget!r}; expected a share of the planned updates, above 0 and at most 1"
             )
-        for name, values in (sweep or {}).items():
+        for name, values in (self.sweep or {}).items():
             if name not in SETTINGS:
                 raise RangeTestError(f'sweep: got "{name}"; expected {" or ".join(SETTINGS)}')
             if bad := [value for value in values if not 0 <= value < math.inf]:
                 raise RangeTestError(f"sweep: got {name} {bad[0]!r}; expected numbers >= 0")
-        self.steps, self.budget, self.seeds = steps, budget, seeds
-        self.max_updates = MAX_UPDATES if max_updates is None else max_updates
-        total_of(steps, budget, self.max_updates)  # too few updates are found out before anything is built
-        self.batch_sizes = tuple(batch_sizes or ())
-        self.settings = tuple((name, float(value)) for name, values in (sweep or {}).items() for value in values)
-        self.target_batch_size, self.target_processes = target_batch_size, target_processes
+        # Too few updates are found out before anything is built.
+        total_of(self.steps, self.budget, self.max_updates or MAX_UPDATES)
 
     def plan(self, facts: Facts, *, validates: bool) -> Plan:
         """The plan for an engine.
@@ -93,7 +86,8 @@ class Wishes:
         """
         own = facts.test.train_batch_size
         unit = facts.micro_batch * facts.test.world_size
-        for size in self.batch_sizes:
+        batch_sizes = tuple(self.batch_sizes or ())
+        for size in batch_sizes:
             if size % unit:
                 near = sorted({max(unit, size // unit * unit), -(-size // unit) * unit})
                 raise RangeTestError(
@@ -108,11 +102,11 @@ class Wishes:
                 steps=self.steps,
                 batch_size=own,
                 budget=self.budget,
-                max_updates=self.max_updates,
+                max_updates=self.max_updates or MAX_UPDATES,
                 named_start=facts.named_start is not None,
                 seeds=self.seeds,
-                batch_sizes=self.batch_sizes,
-                settings=self.settings,
+                batch_sizes=batch_sizes,
+                settings=tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values),
                 validates=validates,
             )
         )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.range_test.analysis import Kind, Suggestion
+from engine.range_test.curve import Kind
+from engine.range_test.suggestion import Suggestion
 
 __all__ = ["PREFERENCE", "Candidate", "Schedule", "candidates_of"]
 

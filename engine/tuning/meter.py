@@ -6,7 +6,7 @@ import time
 
 from engine.distributed import World
 from engine.log import log
-from engine.range_test.analysis import Curve
+from engine.range_test.curve import Curve
 from engine.range_test.progress import Progress
 from engine.range_test.rig import Run
 from engine.tuning.plan import cost_of

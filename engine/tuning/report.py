@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import SMOOTHING
 from engine.range_test.chart import chart_of
 from engine.range_test.contents import Contents, marks_of
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
+from engine.range_test.smoothing import SMOOTHING
 from engine.tuning.result import Tuning, tries_of
 from engine.tuning.store import CONFIG_NAME, save_tuning
 from engine.tuning.summary import next_steps, summarize

@@ -10,9 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import RangeTestError
-from engine.range_test.analysis import Curve, Refusal, Suggestion, cycle_at, smooth, suggest
+from engine.range_test.analysis import suggest
+from engine.range_test.curve import Curve
 from engine.range_test.result import RangeTestResult
 from engine.range_test.search import SURE, Try, find_peak, for_long_training
+from engine.range_test.smoothing import smooth
+from engine.range_test.suggestion import Refusal, Suggestion, cycle_at
 from engine.tuning.batch import Scaled, lr_at_batch, share_out_batch, steps_at_batch
 from engine.tuning.candidates import PREFERENCE, Candidate, candidates_of
 from engine.tuning.trials import Trial, Verdict, judge

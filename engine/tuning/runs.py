@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
-from engine.range_test.analysis import Refusal, Suggestion
 from engine.range_test.rig import Run
+from engine.range_test.suggestion import Refusal, Suggestion
 from schedulers import LRRangeTest, WarmupDecayLR
 
 __all__ = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.range_test.analysis import Refusal, Suggestion
+from engine.range_test.suggestion import Refusal, Suggestion
 from engine.tuning.result import Tuning, tries_of
 from engine.tuning.trials import Trial
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.range_test.analysis import Curve, smooth
+from engine.range_test.curve import Curve
+from engine.range_test.smoothing import smooth
 from engine.tuning.candidates import PREFERENCE, Schedule
 
 __all__ = ["Trial", "Verdict", "judge", "trial_of"]

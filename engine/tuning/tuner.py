@@ -14,10 +14,12 @@ from torch.optim import SGD, Optimizer
 from engine.build import build_schedule
 from engine.config import load_config
 from engine.engine import Engine
-from engine.range_test.analysis import Curve, Suggestion, rough_maximum
+from engine.range_test.analysis import rough_maximum
+from engine.range_test.curve import Curve
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Run
 from engine.range_test.search import next_peak
+from engine.range_test.suggestion import Suggestion
 from engine.tuning.candidates import Candidate, candidates_of
 from engine.tuning.meter import Meter
 from engine.tuning.plan import TRIAL_MULTIPLE, TRIES, Plan, share_out_trials

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine import initialize, tune
-from engine.range_test.analysis import CYCLE_RATIO, RISING_SHARE, Suggestion
+from engine.range_test.suggestion import CYCLE_RATIO, RISING_SHARE, Suggestion
 from suggestions.tasks import Task, task_of
 
 __all__ = ["KINDS", "engine_config", "schedule_config", "suggest"]

@@ -16,9 +16,9 @@ import torch
 
 from engine.cli import main
 from engine.config import build_schema
+from tests.tasks import task_folder
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ("validate", "schema", "plot", "range-test", "tune", "report", "consolidate")
 
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 TASK = """
@@ -49,8 +49,6 @@ def module(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a good config, a bad one, one of DeepSpeed's, and a task."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     for name, config in {
         "good.json": GOOD,
         "bad.json": {"train_batch_size": 8, "shceduler": {}},
@@ -59,12 +57,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}}},
     }.items():  # fmt: skip
         (tmp_path / name).write_text(json.dumps(config))
-    (tmp_path / "task.py").write_text(TASK)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
-            del sys.modules[name]
+    with task_folder(tmp_path, monkeypatch, TASK):
+        yield tmp_path
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
@@ -78,65 +72,12 @@ def exits(*arguments: str) -> Any:
     return caught.value.code
 
 
-# -- help ----------------------------------------------------------------------------------------------------
-
-
 def test_python_dash_m_engine_is_redline() -> None:
     done = module("--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: redline ")
-    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_every_command_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exits(command, "--help") == 0
-    out, _ = said(capsys)
-    assert f"usage: redline {command}" in out
-    assert "example" in out
-    assert f"  redline {command}" in out.partition("example")[2]
-
-
-def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert exits("range-test", "--help") == 0
-    out, _ = said(capsys)
-    options = [line for line in out.splitlines() if line.startswith("  --")]
-    assert len(options) >= 10
-    assert [line for line in options if len(line.split("  ")) < 3] == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "COMMAND"),
-        (("valdate", "good.json"), "invalid choice: 'valdate'"),
-        (("validate",), "CONFIG"),
-        (("validate", "good.json", "--world-size", "0"), 'got "0"; expected an integer >= 1'),
-        (("plot", "good.json", "--steps", "many"), 'got "many"; expected an integer >= 1'),
-        (("range-test", "task.py:linear"), "--config"),
-        (("range-test", "task.py:linear", "--config", "good.json", "--rates", "5;50"), "expected numbers with commas"),
-        (
-            ("range-test", "task.py:linear", "--config", "good.json", "--sweep", "lr=1"),
-            "expected weight_decay=... or mom",
-        ),
-        (
-            ("range-test", "task.py:linear", "--config", "good.json", "--sweep", "momentum=a"),
-            "expected numbers with comm",
-        ),
-        (("range-test", "task.py:linear", "--config", "good.json", "--batch-sizes", "8,0"), "expected an integer >= 1"),
-        (("range-test", "task.py:linear", "--config", "good.json", "--growth", "fast"), "invalid choice: 'fast'"),
-        (
-            ("range-test", "task.py:linear", "--config", "good.json", "--baseline", "no"),
-            "expected a learning rate or none",
-        ),
-    ],
-)
-def test_a_wrong_command_line_exits_with_2_and_says_why(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert exits(*arguments) == 2
-    assert message in said(capsys)[1]
+    for command in ("validate", "schema", "plot", "range-test", "tune", "report", "consolidate"):
+        assert f"\n    {command}" in done.stdout
 
 
 # -- validate ------------------------------------------------------------------------------------------------

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from math import ceil
-from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from engine import EngineError, initialize
-from engine.data import Loader, build_loader, to_device
+from engine.data import Loader, build_loader
 from engine.distributed import World
 from tests.distributed import run_ranks
 
@@ -110,21 +108,6 @@ def test_an_iterable_dataset_is_dealt_out_in_its_own_order() -> None:
 def test_the_processes_shares_of_an_iterable_dataset_have_one_length() -> None:
     ours, theirs = loaders(Counting(9), 2, micro_batch=4)
     assert (epoch(ours), epoch(theirs)) == ([0, 2, 4, 6], [1, 3, 5, 7])
-
-
-Pair = namedtuple("Pair", "x y")
-
-
-def test_every_tensor_of_a_nested_batch_goes_to_the_device() -> None:
-    meta = torch.device("meta")
-    x = torch.ones(2)
-    moved = to_device({"pair": Pair(x, [x, (x, "text")]), "number": 3, "none": None}, meta)
-    assert type(moved["pair"]) is Pair
-    assert moved["pair"].x.device == meta
-    assert moved["pair"].y[0].device == meta
-    assert moved["pair"].y[1][0].device == meta
-    assert isinstance(moved["pair"].y[1], tuple)
-    assert (moved["pair"].y[1][1], moved["number"], moved["none"]) == ("text", 3, None)
 
 
 # -- filling up, dropping, and DeepSpeed's order ---------------------------------------------------------------
@@ -435,33 +418,3 @@ def test_processes_that_do_not_divide_the_data_train_without_waiting_for_ever(wo
     assert all(equal for _, equal in answers)
     assert len({tuple(map(len, seen)) for seen, _ in answers}) == 1
     assert set(chain(*chain(*(seen for seen, _ in answers)))) == set(range(11))
-
-
-# -- to the device ---------------------------------------------------------------------------------------------
-
-
-class Encoding(UserDict[str, Any]):
-    """As tokenizers return them: a mapping that moves itself."""
-
-    def to(self, device: torch.device) -> Encoding:
-        self.data = {key: value.to(device) for key, value in self.data.items()}
-        return self
-
-
-@dataclass(frozen=True)
-class Example:
-    x: torch.Tensor
-    name: str
-
-
-def test_containers_keep_their_types_on_the_way_to_the_device() -> None:
-    meta, x = torch.device("meta"), torch.ones(2)
-    default = defaultdict(list, x=x)
-    for batch in (Encoding(x=x), OrderedDict(x=x), UserDict(x=x), MappingProxyType({"x": x}), default):
-        moved = to_device(batch, meta)
-        assert type(moved) is type(batch)
-        assert moved["x"].device == meta
-    assert default["x"] is x
-    example = to_device(Example(x, "one"), meta)
-    assert (type(example), example.x.device, example.name) == (Example, meta, "one")
-    assert to_device(range(3), meta) == range(3)

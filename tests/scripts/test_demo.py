@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from engine import RangeTestResult
 from engine.config import load_config
 from engine.range_test import Suggestion
-from engine.range_test.analysis import divergence
+from engine.range_test.divergence import divergence
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 3

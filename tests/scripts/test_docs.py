@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.cli import _parser
+from engine.arguments import build_parser
 from engine.config import validate
 from engine.config.support import KEYS
 
@@ -84,7 +84,7 @@ def test_the_commands_that_the_pages_show_can_be_typed(path: Path) -> None:
     for command in commands(path):
         words = shlex.split(command)
         if words[0] == "redline":
-            _parser().parse_args(words[1:])
+            build_parser().parse_args(words[1:])
         elif words[0].startswith("./"):
             assert (ROOT / words[0]).is_file(), command
         else:

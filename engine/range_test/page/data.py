@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from engine.range_test.analysis import Curve, Refusal, Suggestion
 from engine.range_test.contents import Contents, Group, groups_of, looks_of, trial_groups
+from engine.range_test.curve import Curve
+from engine.range_test.suggestion import Refusal, Suggestion
 
 __all__ = ["MAX_POINTS", "data_of", "thinning"]
 

@@ -1,7 +1,7 @@
 "use strict";
-/* Reading a record: smoothing as engine/range_test/analysis.py does it, and runs of several seeds as one line. */
+/* Reading a record: smoothing as engine/range_test/smoothing.py does it, and runs of several seeds as one line. */
 
-const MEMORY_SHARE = 0.05; // analysis.MEMORY_SHARE
+const MEMORY_SHARE = 0.05; // smoothing.MEMORY_SHARE
 
 /** The median of the last three losses, then a bias-corrected moving average whose memory grows with the run. */
 function smooth(losses, beta) {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from html import escape
 
-from engine.range_test.analysis import Suggestion, smooth
 from engine.range_test.contents import Contents
+from engine.range_test.smoothing import smooth
+from engine.range_test.suggestion import Suggestion
 
 __all__ = ["sketch"]
 

@@ -8,9 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from engine.range_test.analysis import Curve, Refusal, Suggestion, smooth
 from engine.range_test.contents import Contents, groups_of
+from engine.range_test.curve import Curve
 from engine.range_test.page.data import MAX_POINTS, thinning
+from engine.range_test.smoothing import smooth
+from engine.range_test.suggestion import Refusal, Suggestion
 
 __all__ = ["answer", "charts", "facts", "tables"]
 

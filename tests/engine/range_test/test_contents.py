@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.range_test.analysis import Suggestion
 from engine.range_test.contents import batch_boundaries, contents_of, groups_of, looks_of
+from engine.range_test.suggestion import Suggestion
 from tests.records import make_result, make_run
 
 

@@ -17,13 +17,14 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from engine import initialize, run_range_test
 from engine.randomness import random_state
 from engine.range_test import rig
 from engine.range_test.snapshot import Snapshot
 from tests.distributed import run_ranks
+from tests.traces import Noisy, same
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -31,18 +32,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     # A window of three: the scale moves within every run.
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 3, "hysteresis": 1}},
 }
-
-
-class Rows(Dataset[Any]):
-    """Samples that carry their index, and draw from every random generator there is."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        noise = random.random() + float(numpy.random.rand()) + torch.rand(()).item()
-        x = torch.full((4,), index / 40) + 0.1 * noise
-        return x, x.sum().reshape(1), index
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -69,9 +58,9 @@ class Story:
             "zero_optimization": {"stage": stage},
             **PRECISIONS[precision],
         }
-        self.engine = initialize(model, config, training_data=Rows(), model_parameters=groups, device="cpu")
+        self.engine = initialize(model, config, training_data=Noisy(40), model_parameters=groups, device="cpu")
         generator = torch.Generator().manual_seed(7)
-        self.own_loader = DataLoader(Rows(), batch_size=2, shuffle=True, generator=generator)
+        self.own_loader = DataLoader(Noisy(40), batch_size=2, shuffle=True, generator=generator)
         random.seed(1 + rank)
         numpy.random.seed(2 + rank)
         torch.manual_seed(4 + rank)  # processes drop out each its own
@@ -126,22 +115,11 @@ def copied(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: None if k == "params" else copy.deepcopy(v) for k, v in group.items()} for group in groups]
 
 
-def same(ours: Any, theirs: Any) -> bool:
-    """Equal to the last bit, through every container."""
-    if isinstance(ours, (Tensor, numpy.ndarray)):
-        return type(ours) is type(theirs) and ours.dtype == theirs.dtype and bool((ours == theirs).all())
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))  # nan is nan
-
-
 # -- tests that end in every way -----------------------------------------------------------------------------
 
 
 def test_of(story: Story, loss_fn: Any = loss, **arguments: Any) -> None:
-    arguments = {"rates": [500], "steps": 5, "validation": Rows(), "validations": 1, "progress": False, **arguments}
+    arguments = {"rates": [500], "steps": 5, "validation": Noisy(40), "validations": 1, "progress": False, **arguments}
     run_range_test(story.engine, story.engine.training_dataloader, loss_fn, **arguments)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from engine import Engine, RangeTestResult, initialize, run_range_test
 from engine.range_test.contents import contents_of
 from engine.range_test.publish import record_of
+from tests.monitors import offline_comet, offline_wandb, read_comet, read_tensorboard
 from tests.records import KINDS, make_result, make_run, tuning
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
@@ -40,14 +41,11 @@ def rows(path: Path) -> list[list[str]]:
 
 def test_tensorboard_has_the_curves_and_the_suggestion(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     engine = make_engine(tensorboard={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
     result = measured(engine)
     train(engine)
     engine.observers[0].close()  # type: ignore[union-attr]
-    events = EventAccumulator(str(tmp_path / "job"))
-    events.Reload()
+    events = read_tensorboard(tmp_path / "job")
     for curve in result.curves:
         for name, values in (("loss", curve.losses), ("lr", curve.lrs)):
             found = events.Scalars(f"RangeTest/{curve.name}/{name}")
@@ -75,12 +73,7 @@ def test_csv_files_hold_the_last_test_and_the_training_stays_apart(tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_a_run_of_wandb_gets_a_chart_and_its_steps_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_SERVICE", "")  # wandb sets it, and leaves it
-    monkeypatch.delenv("WANDB_SERVICE")
+    wandb = offline_wandb(tmp_path, monkeypatch)
     engine = make_engine(wandb={"enabled": True})
     result = measured(engine)
     assert result.has_suggestion
@@ -98,20 +91,11 @@ def test_a_run_of_wandb_gets_a_chart_and_its_steps_go_on(tmp_path: Path, monkeyp
 
 @pytest.mark.filterwarnings("ignore")  # comet's own
 def test_an_offline_experiment_of_comet_has_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("comet_ml", reason="the extra `comet` is not installed")
-    import json
-    import zipfile
-
-    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
-    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    offline_comet(tmp_path, monkeypatch)
     engine = make_engine(comet={"enabled": True, "online": False, "project": "ours"})
     result = measured(engine)
     engine.observers[0].close()  # type: ignore[union-attr]
-    (archive,) = tmp_path.glob("*.zip")
-    with zipfile.ZipFile(archive) as opened:
-        messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
-    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
-    losses = [float(m["metricValue"]) for m in metrics if m["metricName"] == "RangeTest/rate 5/loss"]
+    losses = [float(m["metricValue"]) for m in read_comet(tmp_path) if m["metricName"] == "RangeTest/rate 5/loss"]
     assert losses == pytest.approx(result.curves[1].losses)
 
 

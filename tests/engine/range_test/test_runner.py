@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from engine import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
-from engine.range_test.analysis import Curve, Suggestion
+from engine.range_test.curve import Curve
+from engine.range_test.suggestion import Suggestion
 from tests.distributed import run_ranks
 
 mse = nn.functional.mse_loss

@@ -13,11 +13,12 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Engine, RangeTestError, initialize, run_range_test
 from engine.range_test.snapshot import Snapshot
 from tests.distributed import run_ranks
+from tests.traces import Noisy, same
 
 SCHEDULES: dict[str, dict[str, Any] | None] = {
     "fixed": None,
@@ -30,23 +31,6 @@ SCHEDULES: dict[str, dict[str, Any] | None] = {
     "OneCycleLR": {"type": "OneCycleLR", "params": {"max_lr": 0.01, "total_steps": 100}},
     "CosineAnnealingLR": {"type": "CosineAnnealingLR", "params": {"T_max": 10}},
 }
-
-
-class Noisy(Dataset[Any]):
-    """Samples that carry their index, and draw from every random generator there is."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        if index >= self.size:
-            raise IndexError
-        noise = random.random() + float(numpy.random.rand()) + torch.rand(()).item()
-        x = torch.full((4,), index / self.size) + 0.1 * noise
-        return x, x.sum().reshape(1), index
 
 
 class Net(nn.Module):
@@ -161,17 +145,6 @@ class Story:
             "generator": self.own_loader.generator.get_state(),
             "epoch": engine.training_dataloader.epoch,
         }
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Equal to the last bit, through every container."""
-    if isinstance(ours, (Tensor, numpy.ndarray)):
-        return type(ours) is type(theirs) and ours.dtype == theirs.dtype and bool((ours == theirs).all())
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return type(ours) is type(theirs) and ours == theirs
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

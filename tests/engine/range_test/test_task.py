@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from engine.distributed import World
 from engine.errors import RangeTestError
 from engine.range_test.task import Task, batches, load_task, loss_of, training_batches, validation_batches
+from tests.tasks import task_folder
 
 CPU = torch.device("cpu")
 ALONE = World(0, 0, 1, CPU)
@@ -61,15 +62,10 @@ def broken():
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A task file with a neighbour that it imports; what the import leaves behind is put back."""
-    (tmp_path / "task_of_mine.py").write_text(TASK)
+    """A task file with a neighbour that it imports."""
     (tmp_path / "neighbour.py").write_text("SIZE = 8\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    with task_folder(tmp_path, monkeypatch, TASK, "task_of_mine.py"):
+        yield tmp_path
 
 
 # -- task files ----------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from engine.cli import main
 from engine.tuning.store import load_tuning
+from tests.tasks import task_folder
 
 TASK = """
 import torch
@@ -32,15 +32,9 @@ CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a task and a config."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "task.py").write_text(TASK)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
-            del sys.modules[name]
+    with task_folder(tmp_path, monkeypatch, TASK):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+        yield tmp_path
 
 
 def tune(*arguments: str, task: str = "linear") -> int:

@@ -21,6 +21,7 @@ from engine.cli import main
 from engine.tuning import Interrupted
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
+from tests.tasks import task_folder
 
 ROOT = Path(__file__).parents[3]
 TASK = """
@@ -53,17 +54,11 @@ CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a task that interrupts itself."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    before = set(sys.modules)
-    yield tmp_path
+    with task_folder(tmp_path, monkeypatch, TASK):
+        yield tmp_path
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / "task.py"):
-            del sys.modules[name]
 
 
 COMMAND = ("tune", "task.py:task", "--config", "config.json", "--steps", "4000", "--out", "out")

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from engine.range_test.analysis import Curve, Suggestion
+from engine.range_test.curve import Curve
+from engine.range_test.suggestion import Suggestion
 from engine.tuning.candidates import PREFERENCE, Schedule, candidates_of
 from engine.tuning.trials import Trial, judge, trial_of
 

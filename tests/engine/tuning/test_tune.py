@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine import Engine, RangeTestError, Tuning, initialize, tune
 from engine.config import validate
-from engine.range_test.analysis import Refusal, Suggestion
+from engine.range_test.suggestion import Refusal, Suggestion
 from engine.tuning.plan import TRIES, Request, make_plan
 from engine.tuning.report import write_tuning
 from engine.tuning.result import tries_of
@@ -25,6 +25,7 @@ from engine.tuning.store import load_tuning, save_tuning
 from engine.tuning.summary import summarize
 from engine.tuning.trials import Trial
 from tests.distributed import run_ranks
+from tests.monitors import read_tensorboard
 
 
 def make_data(size: int = 128) -> tuple[Tensor, Tensor]:
@@ -269,13 +270,10 @@ def test_the_momentum_of_a_heavy_ball_is_recorded(tmp_path: Path, optimizer: dic
 
 def test_tensorboard_has_the_curves_of_tests_tries_and_trials(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     engine = make_engine(tensorboard={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
     tuning = run(engine)
     engine.observers[0].close()  # type: ignore[union-attr]
-    events = EventAccumulator(str(tmp_path / "job"))
-    events.Reload()
+    events = read_tensorboard(tmp_path / "job")
     groups = [("RangeTest", curve) for curve in tuning.test.curves]
     groups += [("Search", trial.curve) for trial in tuning.search]
     groups += [("Trials", trial.curve) for trial in tuning.trials]

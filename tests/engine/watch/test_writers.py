@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from engine.config import load_config
 from engine.config.sections.records import CometConfig, CsvMonitorConfig, TensorBoardConfig, WandbConfig
 from engine.watch.monitor import Point
 from engine.watch.writers import CometWriter, CsvWriter, TensorBoardWriter, WandbWriter, wants_writers
+from tests.monitors import offline_comet, offline_wandb, read_comet, read_tensorboard
 
 POINTS = [
     Point("Train/Samples/train_loss", 0.5, 4),
@@ -50,13 +49,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_training(tmp_path: Path
 
 def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     writer = TensorBoardWriter(TensorBoardConfig(enabled=True, output_path=str(tmp_path), job_name="job"))
     writer.write(POINTS)
     writer.close()
-    events = EventAccumulator(str(tmp_path / "job"))
-    events.Reload()
+    events = read_tensorboard(tmp_path / "job")
     tags = events.Tags()["scalars"]
     assert {tag: [(each.step, round(each.value, 6)) for each in events.Scalars(tag)] for tag in tags} == {
         "Train/Samples/train_loss": [(4, 0.5), (8, 0.25)],
@@ -66,12 +62,7 @@ def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_a_run_of_wandb_has_the_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_SERVICE", "")  # wandb sets it, and leaves it
-    monkeypatch.delenv("WANDB_SERVICE")
+    wandb = offline_wandb(tmp_path, monkeypatch)
     writer = WandbWriter(WandbConfig(enabled=True, project="ours", group="first"))
     run = wandb.run
     assert (run.project, run.group) == ("ours", "first")
@@ -92,18 +83,13 @@ def test_a_run_of_wandb_has_the_points(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_offline_experiment_of_comet_has_the_points_thinned_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("comet_ml", reason="the extra `comet` is not installed")
-    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
-    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    offline_comet(tmp_path, monkeypatch)
     config = CometConfig(enabled=True, online=False, project="ours", experiment_name="first", samples_log_interval=8)
     writer = CometWriter(config)
     writer.write([*POINTS, Point("Train/Samples/lr", 0.03, 12)])
     writer.close()
-    (archive,) = tmp_path.glob("*.zip")
-    with zipfile.ZipFile(archive) as opened:
-        messages = [json.loads(line) for line in opened.read("messages.json").splitlines()]
-    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
-    ours = [(m["metricName"], float(m["metricValue"]), m["step"]) for m in metrics if "Train" in m["metricName"]]
+    metrics = [metric for metric in read_comet(tmp_path) if "Train" in metric["metricName"]]
+    ours = [(metric["metricName"], float(metric["metricValue"]), metric["step"]) for metric in metrics]
     assert ours == [
         ("Train/Samples/train_loss", 0.5, 4),
         ("Train/Samples/lr", 0.01, 4),

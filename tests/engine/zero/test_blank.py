@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import EngineError, initialize
+from engine import Engine, EngineError, initialize
 from engine.zero.blank import fill, is_blank
 from tests.distributed import run_ranks
 
@@ -95,6 +95,17 @@ def test_a_model_of_hugging_face_begins_with_its_own_rule() -> None:
     assert torch.equal(model.layers[0].linear.weight, torch.full((64, 64), 0.25))
 
 
+def train(engine: Engine) -> list[float]:
+    """The losses of three updates, over all processes."""
+    tokens = torch.arange(4)
+    losses = []
+    for _ in range(3):
+        engine.backward(nn.functional.cross_entropy(engine(tokens), tokens))
+        engine.step()
+        losses.append(float(engine.world.mean(engine.loss)))
+    return losses
+
+
 def test_one_process_trains_a_model_from_the_meta_device() -> None:
     torch.manual_seed(7)
     model = blank()
@@ -103,13 +114,7 @@ def test_one_process_trains_a_model_from_the_meta_device() -> None:
     own = {id(parameter) for parameter in model.parameters()}
     assert all(id(each) in own for group in engine.optimizer.param_groups for each in group["params"])
     assert engine.get_lr() == [0.02, 0.1]
-    tokens = torch.arange(4)
-    losses = []
-    for _ in range(3):
-        loss = nn.functional.cross_entropy(engine(tokens), tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
+    losses = train(engine)
     assert losses[2] < losses[0]
 
 
@@ -136,14 +141,7 @@ def work(stage: int) -> tuple[list[float], int, int]:
         engine = initialize(model, {**CONFIG, "zero_optimization": {"stage": stage}}, device="cpu")
     finally:
         torch.full_like = original
-    tokens = torch.arange(4)
-    losses = []
-    for _ in range(3):
-        loss = nn.functional.cross_entropy(engine(tokens), tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(engine.world.mean(engine.loss)))
-    return losses, alive[0], size
+    return train(engine), alive[0], size
 
 
 def test_a_model_that_is_shared_out_is_never_whole_anywhere() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.range_test.analysis import smooth
 from engine.range_test.contents import contents_of
 from engine.range_test.page import write_page
+from engine.range_test.smoothing import smooth
 from tests.browser import Browser, find_browser
 from tests.records import KINDS, make_result, make_run
 
