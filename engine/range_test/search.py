@@ -27,6 +27,7 @@ FACTOR = 4.0  # between neighbouring tries, at first
 CLOSE = 0.985  # a peak is as good as the best one for a short training that comes down by this share of the best
 HELD = 1.75  # a schedule that comes down at the end bears so many times the rate of tries that hold theirs
 GIVEN_BACK = 0.5  # a try that holds its rate was thrown off if it came down by less than this share of the best ...
+CLEAR = 10.0  # ... where the best came down by so many times the batch noise, so that a share of it is no chance ...
 CLIFF_MARGIN = 4.0  # ... and the answer stays this factor below
 REACH = 130.0  # the answer holds for trainings of up to so many times the updates of a try ...
 LONGER = 0.3  # ... and falls by this power of how much longer they are: 0.32 in https://arxiv.org/abs/2409.19913
@@ -40,10 +41,12 @@ class Try:
     Attributes:
         lr: its highest rate.
         loss: what it came to, counted from where it began, lower is better; inf where it diverged.
+        noise: how far the loss of a batch is off by chance.
     """
 
     lr: float
     loss: float
+    noise: float = 0.0
 
 
 def next_peak(tries: Sequence[Try], first: float) -> float:
@@ -120,7 +123,8 @@ def for_long_training(peak: float, tries: Sequence[Try], updates: int, momentum:
         steps: updates of the long training.
     """
     best = min(tries, key=lambda one: one.loss)
-    thrown_off = GIVEN_BACK * best.loss if momentum else 0.0
+    is_clear = -best.loss > CLEAR * min(one.noise for one in tries)
+    thrown_off = GIVEN_BACK * best.loss if momentum and is_clear else 0.0
     cliff = min((one.lr for one in tries if one.loss > thrown_off and one.lr > best.lr), default=math.inf)
     highest = cliff * warmth(updates, momentum) / CLIFF_MARGIN
     longer = max(1.0, steps / (REACH * updates))

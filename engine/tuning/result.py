@@ -18,7 +18,7 @@ from engine.range_test.smoothing import smooth
 from engine.range_test.suggestion import Refusal, Suggestion, cycle_at
 from engine.tuning.batch import Scaled, lr_at_batch, share_out_batch, steps_at_batch
 from engine.tuning.candidates import PREFERENCE, Candidate, candidates_of
-from engine.tuning.trials import Trial, Verdict, judge
+from engine.tuning.trials import Trial, Verdict, judge, noise_of
 
 __all__ = ["Setting", "Tuning", "tries_of"]
 
@@ -294,7 +294,10 @@ def tries_of(trials: Sequence[Trial]) -> list[Try]:
         return []
     sound = [trial for trial in trials if not trial.diverged]
     still = min(sound or trials, key=lambda trial: trial.lr)  # one that broke off has no later losses
-    return [Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve, still.curve)) for trial in trials]
+    return [
+        Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve, still.curve), noise_of(trial.curve.losses))
+        for trial in trials
+    ]
 
 
 def _came_to(curve: Curve, still: Curve) -> float:

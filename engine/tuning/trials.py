@@ -10,7 +10,7 @@ from engine.range_test.curve import Curve
 from engine.range_test.smoothing import smooth
 from engine.tuning.candidates import PREFERENCE, Schedule
 
-__all__ = ["Trial", "Verdict", "judge", "trial_of"]
+__all__ = ["Trial", "Verdict", "judge", "noise_of", "trial_of"]
 
 TAIL = 0.2  # share of a trial whose training losses are its end
 LATE = 0.4  # share of a trial whose validation losses tell their noise
@@ -69,11 +69,11 @@ def trial_of(curve: Curve, schedule: Schedule, lr: float, why: str, *, updates: 
     """
     validation = [loss for _, loss in curve.validation]
     if validation:
-        loss, noise = validation[-1], _noise_of(validation[math.floor((1 - LATE) * len(validation)) :])
+        loss, noise = validation[-1], noise_of(validation[math.floor((1 - LATE) * len(validation)) :])
     else:
         last = curve.taken().losses[-max(5, math.ceil(TAIL * len(curve.losses))) :]
         loss = sum(last) / len(last) if last else math.nan
-        noise = _noise_of(last) / math.sqrt(max(1, len(last)))
+        noise = noise_of(last) / math.sqrt(max(1, len(last)))
     diverged = len(curve.losses) < updates or not math.isfinite(loss)
     return Trial(curve, schedule, lr, loss, diverged, 0.0 if diverged else noise, why)
 
@@ -121,7 +121,15 @@ def _margin(best: Trial, other: Trial) -> float:
     return max(NOISES * math.hypot(best.noise, other.noise), TIED_SHARE * drop)
 
 
-def _noise_of(losses: Sequence[float]) -> float:
-    """How far one of these losses is off by chance: what is left when its fall and its bend are taken out."""
+def noise_of(losses: Sequence[float]) -> float:
+    """How far one of these losses is off by chance: what is left when its fall and its bend are taken out.
+
+    Args:
+        losses: one after the other, four at least; values that are not finite tell nothing.
+
+    >>> noise_of([4.0, 3.0, 2.0, 1.0]), round(noise_of([0.1, -0.1] * 50), 2)
+    (0.0, 0.18)
+    """
     rests = [a - 3 * b + 3 * c - d for a, b, c, d in zip(losses, losses[1:], losses[2:], losses[3:])]
+    rests = [rest for rest in rests if math.isfinite(rest)]
     return math.sqrt(sum(rest * rest for rest in rests) / len(rests) / 20) if rests else 0.0

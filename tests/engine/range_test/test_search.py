@@ -90,6 +90,13 @@ def test_a_held_rate_that_gives_half_back_was_thrown_off_and_a_decay_that_does_w
     assert for_long_training(1.0, tries, 10, 0.0, 1000) == 1.0
 
 
+def test_what_is_given_back_of_a_fall_within_the_noise_is_chance() -> None:
+    tries = [Try(0.5, -0.2, 0.1), Try(1.0, -0.9, 0.3), Try(2.0, -0.4, 5.0)]
+    assert for_long_training(1.0, tries, 10, 0.9, 1000) == 1.75
+    tries = [Try(one.lr, one.loss, 0.8 * one.noise) for one in tries]
+    assert for_long_training(1.0, tries, 10, 0.9, 1000) < 0.5
+
+
 def test_a_rate_below_the_best_is_no_cliff() -> None:
     assert for_long_training(1.0, [Try(0.1, -0.1), Try(1.0, -0.9), Try(4.0, -0.8)], 10, 0.9, 1000) == 1.75
 
