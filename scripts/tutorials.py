@@ -109,7 +109,7 @@ def train_schedules(work: Study, result: RangeTestResult) -> list[Method]:
     if not isinstance(answer, Suggestion):
         return []
     cycle = write_config(result.to_config(), work.out / "configs" / "one_cycle.json")
-    peak = getattr(answer, "decay_max_lr", answer.cycle_max_lr)  # an analysis without a peak for it: the cycle's
+    peak = answer.cycle_max_lr
     params = decay_params(peak, result.train_steps)
     config = {**result.to_config(), "scheduler": {"type": "WarmupDecayLR", "params": params}}
     decay = write_config(config, work.out / "configs" / "linear_decay.json")

@@ -23,7 +23,7 @@ from engine.range_test.divergence import DivergenceDetector, divergence
 from engine.range_test.smoothing import SMOOTHING, ema, smooth
 from engine.range_test.suggestion import CYCLE_RATIO, RISING_SHARE, Refusal, Suggestion, round_down
 
-__all__ = ["rough_maximum", "suggest"]
+__all__ = ["LEAST_SWEEP", "MIN_UPDATES", "rough_maximum", "suggest"]
 
 # The shares were fitted on twelve small tasks, each with Adam and SGD. The optimum is wide: with the bracket at 80% or
 # at 95% of the drop, the runs that followed ended within 10% of each other in validation loss.

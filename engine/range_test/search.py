@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LEAST_UPDATES", "SURE", "Try", "find_peak", "for_long_training", "next_peak", "warmth"]
+__all__ = ["LEAST_UPDATES", "SURE", "Try", "find_peak", "for_long_training", "is_chance", "next_peak", "warmth"]
 
 LEAST_UPDATES = 4  # of a try
 FACTOR = 4.0  # between neighbouring tries, at first
@@ -29,6 +29,8 @@ HELD = 1.75  # a schedule that comes down at the end bears so many times the rat
 GIVEN_BACK = 0.5  # a try that holds its rate was thrown off if it came down by less than this share of the best ...
 CLEAR = 10.0  # ... where the best came down by so many times the batch noise, so that a share of it is no chance ...
 CLIFF_MARGIN = 4.0  # ... and the answer stays this factor below
+TOLD = 8  # updates of a try from which its own losses tell the batch noise
+NEXT_TO_NOTHING = 0.5  # of the batch noise: less is no descent, where the tests saw none
 REACH = 130.0  # the answer holds for trainings of up to so many times the updates of a try ...
 LONGER = 0.3  # ... and falls by this power of how much longer they are: 0.32 in https://arxiv.org/abs/2409.19913
 SURE = 2.0  # the best peak of a long training lies within this factor, most often
@@ -99,6 +101,17 @@ def find_peak(tries: Sequence[Try]) -> float | None:
         return ordered[0].lr
     share = (goal - losses[last - 1]) / (losses[last] - losses[last - 1])
     return math.exp((1 - share) * math.log(ordered[last - 1].lr) + share * math.log(ordered[last].lr))
+
+
+def is_chance(tries: Sequence[Try], updates: int) -> bool:
+    """Whether the best try came down by next to nothing, as trainings of a finished model do.
+
+    Args:
+        tries: at least one.
+        updates: of each of them; those of short ones do not tell.
+    """
+    fall = -min(one.loss for one in tries)
+    return updates >= TOLD and fall < NEXT_TO_NOTHING * min(one.noise for one in tries)
 
 
 def warmth(updates: int, momentum: float) -> float:

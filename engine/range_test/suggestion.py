@@ -38,11 +38,6 @@ class Suggestion:
     diverged_at_lr: float | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def decay_max_lr(self) -> float:
-        """Peak of a linear decay: as high as a cycle's, on all tasks that were measured."""
-        return self.cycle_max_lr
-
     def params(self) -> dict[str, float | int]:
         """The ``params`` of the config's ``OneCycle`` block."""
         return {

@@ -122,7 +122,7 @@ def candidates_of(suggestion: Suggestion, own_lr: float | None) -> list[Candidat
         own_lr: the rate that the config names; None if it names none.
     """
     cycle = Candidate("OneCycle", suggestion.cycle_max_lr, suggestion.reasons.get("cycle_max_lr", ""), suggestion)
-    found = [Candidate("WarmupDecayLR", suggestion.decay_max_lr, cycle.why, suggestion), cycle]
+    found = [Candidate("WarmupDecayLR", suggestion.cycle_max_lr, cycle.why, suggestion), cycle]
     if own_lr is not None:
         found.append(Candidate("fixed", own_lr, "The rate that the config names.", suggestion))
     for share in FIXED_SHARES:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import RangeTestError
+from engine.range_test.analysis import LEAST_SWEEP, MIN_UPDATES
 from engine.range_test.search import LEAST_UPDATES
 
 __all__ = ["MAX_UPDATES", "Plan", "Request", "cost_of", "make_plan", "share_out_trials", "total_of"]
@@ -26,7 +27,6 @@ SEARCH_SHARE = 0.38  # ... the search for the peak, in `TRIES` short trainings; 
 SEARCH_ALONE = 0.75  # ... or this, where there is no room for trials either
 TRIES = 5
 ROOM_FOR_ALL = 300  # updates from which all stages have room
-LEAST_SWEEP = 12  # a sweep shorter than this cannot be read
 LEAST_SLOW = 40  # likewise, and the analysis wants at least 20 of each linear test
 LEAST_FAST = 20
 LEAST_TRIAL = 20  # a shorter trial says nothing of a schedule
@@ -46,7 +46,6 @@ class Request:
         budget: share of them that the tuning may take.
         max_updates: the tuning's updates, at most.
         named_start: whether the config names the rate at which a range test starts; then there is no sweep.
-        named_lr: whether it names a rate that can be tried as it is.
         seeds: repetitions of the tests under other random numbers, the first one included.
         batch_sizes: others to test at.
         settings: (name, value) of settings to test with.
@@ -58,7 +57,6 @@ class Request:
     budget: float = 0.1
     max_updates: int = MAX_UPDATES
     named_start: bool = False
-    named_lr: bool = True
     seeds: int = 1
     batch_sizes: tuple[int, ...] = ()
     settings: tuple[tuple[str, float], ...] = ()
@@ -117,7 +115,8 @@ def make_plan(request: Request) -> Plan:
     Raises:
         RangeTestError: it does not hold even one test; the message says what would.
     """
-    total = total_of(request.steps, request.budget, request.max_updates)
+    least = MIN_UPDATES if request.named_start else LEAST_SWEEP
+    total = total_of(request.steps, request.budget, request.max_updates, least)
     length, asked, left_out = _share_out_asked(request, total)
     spent = sum(cost_of(length, part.size or request.batch_size, request.batch_size) for part in asked)
     plan = _share_out_tests(request, total - spent)
@@ -151,8 +150,14 @@ def share_out_trials(left: int, candidates: int, steps: int) -> tuple[int, int]:
     return count, min(longest, left // count // TRIAL_MULTIPLE * TRIAL_MULTIPLE)
 
 
-def total_of(steps: int, budget: float, max_updates: int) -> int:
+def total_of(steps: int, budget: float, max_updates: int, least: int = LEAST_SWEEP) -> int:
     """The updates that a tuning may take.
+
+    Args:
+        steps: updates of the planned training.
+        budget: share of them.
+        max_updates: the most.
+        least: updates of the shortest test that can be read.
 
     Raises:
         RangeTestError: too few for any test.
@@ -161,15 +166,15 @@ def total_of(steps: int, budget: float, max_updates: int) -> int:
     (18, 1000)
     """
     total = min(math.floor(budget * steps), max_updates)
-    if total >= LEAST_SWEEP:
+    if total >= least:
         return total
-    if max_updates < LEAST_SWEEP:
-        raise RangeTestError(f"max_updates: got {max_updates}; the shortest test takes {LEAST_SWEEP} updates")
-    share = math.ceil(1000 * LEAST_SWEEP / steps) / 1000
+    if max_updates < least:
+        raise RangeTestError(f"max_updates: got {max_updates}; the shortest test takes {least} updates")
+    share = math.ceil(1000 * least / steps) / 1000
     larger = f", or a budget of {share:g}," if share <= 1 else ""
     raise RangeTestError(
-        f"budget: {budget:g} of {steps} updates is {total}, and the shortest test takes {LEAST_SWEEP}; plan at least "
-        f"{math.ceil(LEAST_SWEEP / budget)} updates{larger} or train at two or three learning rates in full, which "
+        f"budget: {budget:g} of {steps} updates is {total}, and the shortest test takes {least}; plan at least "
+        f"{math.ceil(least / budget)} updates{larger} or train at two or three learning rates in full, which "
         "costs little in so short a training"
     )
 

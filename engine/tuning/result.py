@@ -13,7 +13,7 @@ from engine.errors import RangeTestError
 from engine.range_test.analysis import suggest
 from engine.range_test.curve import Curve
 from engine.range_test.result import RangeTestResult
-from engine.range_test.search import SURE, Try, find_peak, for_long_training
+from engine.range_test.search import SURE, Try, find_peak, for_long_training, is_chance
 from engine.range_test.smoothing import smooth
 from engine.range_test.suggestion import Refusal, Suggestion, cycle_at
 from engine.tuning.batch import Scaled, lr_at_batch, share_out_batch, steps_at_batch
@@ -97,8 +97,16 @@ class Tuning:
                 "Check that gradients reach the parameters, and that the model is not trained already; or give the "
                 "search longer trainings: a larger budget.",
             )
+        if isinstance(answer, Refusal) and is_chance(tries, updates):
+            fall = -min(one.loss for one in tries)
+            return Refusal(
+                f"{answer.reason} Nor does the search find more: of {told}, the best came down by {fall:.2g}, which is "
+                "within the batch noise.",
+                answer.remedy,
+                answer.notes,
+            )
         peak = float(f"{for_long_training(best, tries, updates, self.momentum, self.steps):.2g}")
-        return cycle_at(
+        found = cycle_at(
             peak,
             f"Of {told}, {best:.2g} is the lowest peak that comes close to the best" + _moved(best, peak),
             train_steps=self.steps,
@@ -107,6 +115,9 @@ class Tuning:
             curve="search",
             diverged_at_lr=None if isinstance(answer, Refusal) else answer.diverged_at_lr,
         )
+        if isinstance(answer, Refusal):
+            return replace(found, notes=(f"The tests gave no answer, which is the search's alone. {answer.reason}",))
+        return found
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -179,9 +190,16 @@ class Tuning:
         if target is None or target == own or not isinstance(self.answer, Suggestion):
             return None
         measured = {size: answer.cycle_max_lr for size, answer in self.batches if isinstance(answer, Suggestion)}
-        factor = self.answer.cycle_max_lr / measured[own] if own in measured else 1.0
-        rates = {size: lr * factor for size, lr in measured.items()} if own in measured else {}
-        return lr_at_batch({**rates, own: self.answer.cycle_max_lr}, target)
+        if own in measured:
+            factor = self.answer.cycle_max_lr / measured[own]
+            measured = {size: lr * factor for size, lr in measured.items()}
+            return lr_at_batch({**measured, own: self.answer.cycle_max_lr}, target)
+        scaled = lr_at_batch({own: self.answer.cycle_max_lr}, target)
+        if not measured:
+            return scaled
+        others = ", ".join(map(str, measured))
+        why = f"{scaled.why} (The test at {own} gave no answer, with which those at {others} would be compared.)"
+        return replace(scaled, why=why)
 
     def to_config(self) -> dict[str, Any]:
         """The config to train with: the base with the winner's schedule, for the planned updates.
@@ -254,7 +272,11 @@ class Tuning:
         }
         if self.stopped is not None:
             how["stopped"] = self.stopped
-        if choice.schedule == "fixed" and "optimizer" not in self.test.config:
+        ratios = self.test.group_ratios
+        if choice.schedule == "fixed" and any(ratio != 1 for ratio in ratios):
+            rates = ", ".join(f"{choice.lr * ratio:.6g}" for ratio in ratios)
+            how["to_do"] = f"Give your script's parameter groups the learning rates {rates}, in this order."
+        elif choice.schedule == "fixed" and "optimizer" not in self.test.config:
             how["to_do"] = f"Give your script's own optimizer the learning rate {choice.lr:g}."
         return how
 
@@ -287,21 +309,18 @@ def _plain(curve: Curve) -> Curve:
 def tries_of(trials: Sequence[Trial]) -> list[Try]:
     """How far short trainings have come: by their validation loss, or without such by their later training losses.
 
-    All begin at the same weights and see the same batches, so that a difference between them is not chance. What a
-    validation loss was at the start is known; training losses are counted from those of the lowest peak.
+    All begin at the same weights and see the same batches, so that a difference between them is not chance. They are
+    counted from the loss before the first update.
     """
-    if not trials:
-        return []
-    sound = [trial for trial in trials if not trial.diverged]
-    still = min(sound or trials, key=lambda trial: trial.lr)  # one that broke off has no later losses
     return [
-        Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve, still.curve), noise_of(trial.curve.losses))
+        Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve), noise_of(trial.curve.losses))
         for trial in trials
     ]
 
 
-def _came_to(curve: Curve, still: Curve) -> float:
-    came = curve.validation[-1][1] - curve.validation[0][1] if curve.validation else _later(curve) - _later(still)
+def _came_to(curve: Curve) -> float:
+    before = curve.validation[0][1] if curve.validation else curve.losses[0]
+    came = (curve.validation[-1][1] if curve.validation else _later(curve)) - before
     return came if math.isfinite(came) else math.inf
 
 

@@ -50,7 +50,7 @@ def _search(tuning: Tuning) -> Iterator[str]:
         return
     length = max(len(trial.curve.losses) for trial in tuning.search)
     validates = any(trial.curve.validation for trial in tuning.search)
-    what = "validation loss, from where it began" if validates else "later training loss, from that of the lowest peak"
+    what = f"{'validation' if validates else 'later training'} loss, from where it began"
     yield f"Search by short trainings of {length} updates each, by {what}:"
     tries = sorted(tries_of(tuning.search), key=lambda one: one.lr)
     lowest = min(one.loss for one in tries)

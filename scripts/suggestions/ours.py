@@ -66,4 +66,4 @@ def suggest(name: str, seed: int) -> dict[str, Any]:
     answer, updates = tuning.answer, tuning.spent
     if not isinstance(answer, Suggestion):
         return {"OneCycle": None, "WarmupDecayLR": None, "updates": updates, "why": answer.reason}
-    return {"OneCycle": answer.cycle_max_lr, "WarmupDecayLR": answer.decay_max_lr, "updates": updates}
+    return {"OneCycle": answer.cycle_max_lr, "WarmupDecayLR": answer.cycle_max_lr, "updates": updates}

@@ -53,7 +53,7 @@ def _beside(found: Suggestion) -> str:
     """What else is known of the maximum."""
     return (
         f". The best maximum lies probably between {_short(found.low_lr)} and {_short(found.high_lr)}. "
-        f"As a linear decay: start at <b>{_short(found.decay_max_lr)}</b>."
+        f"As a linear decay: start at <b>{_short(found.cycle_max_lr)}</b>."
     )
 
 
@@ -133,7 +133,7 @@ def _search(contents: Contents) -> str:
         told = "diverged" if trial.diverged else f"{came:+.4g}"
         best = came == lowest and came < 0
         rows.append((_short(trial.lr), f"{len(trial.curve.steps):,}", f"<b>{told}</b>" if best else told))
-    last = "validation loss, from the start" if validated else "later training loss, from the lowest peak's"
+    last = f"{'validation' if validated else 'later training'} loss, from the start"
     head = ("peak LR", "updates", last)
     return _section("search", "Search for the peak", _table(head, rows, "Short trainings, by their peak"))
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.range_test.search import Try, find_peak, for_long_training, next_peak
+from engine.range_test.search import Try, find_peak, for_long_training, is_chance, next_peak
 
 
 def bowl(lr: float, best: float) -> float:
@@ -95,6 +95,12 @@ def test_what_is_given_back_of_a_fall_within_the_noise_is_chance() -> None:
     assert for_long_training(1.0, tries, 10, 0.9, 1000) == 1.75
     tries = [Try(one.lr, one.loss, 0.8 * one.noise) for one in tries]
     assert for_long_training(1.0, tries, 10, 0.9, 1000) < 0.5
+
+
+def test_a_fall_of_less_than_half_the_noise_is_chance_where_tries_are_long_enough_to_tell() -> None:
+    tries = [Try(0.1, 0.1, 0.3), Try(0.2, -0.1, 0.25)]
+    assert is_chance(tries, 8) and not is_chance(tries, 7)
+    assert not is_chance([Try(one.lr, one.loss, one.noise / 2) for one in tries], 8)
 
 
 def test_a_rate_below_the_best_is_no_cliff() -> None:

@@ -128,6 +128,10 @@ def test_a_larger_batch_costs_what_it_takes_and_a_smaller_one_an_update() -> Non
         ),
         (Request(steps=100, batch_size=8), "or a budget of 0.12, or train at two or three learning rates in full"),
         (Request(steps=10, batch_size=8), "plan at least 120 updates or train"),
+        (
+            Request(steps=190, batch_size=8, named_start=True),
+            "is 19, and the shortest test takes 20; plan at least 200",
+        ),
         (Request(steps=10_000, batch_size=8, max_updates=10), "max_updates: got 10; the shortest test takes 12"),
     ],
 )

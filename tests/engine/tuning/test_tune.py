@@ -219,15 +219,41 @@ def test_tries_that_diverge_early_give_their_updates_to_the_trials() -> None:
     assert tuning.answer != tuning.test.suggestion
 
 
-def test_a_first_try_that_diverged_is_nothing_to_compare_training_losses_with() -> None:
+def test_without_validation_data_tries_are_counted_from_the_loss_before_their_first_update() -> None:
     tuning = run(validation=None)
+    (first,) = {trial.curve.losses[0] for trial in tuning.search}
+    for trial, came in zip(tuning.search, tries_of(tuning.search)):
+        later = trial.curve.losses[len(trial.curve.losses) // 2 :]
+        assert came.loss == pytest.approx(sum(later) / len(later) - first)
+    # The only sound one is an answer, the lowest peak though it be.
     lowest = min(tuning.search, key=lambda trial: trial.lr)
-    steps, lrs, losses = (part[:3] for part in (lowest.curve.steps, lowest.curve.lrs, lowest.curve.losses))
-    curve = replace(lowest.curve, steps=steps, lrs=lrs, losses=losses)
-    broken = tuple(replace(t, curve=curve, diverged=True) if t is lowest else t for t in tuning.search)
-    assert [came.loss for came in tries_of(broken)].count(math.inf) == 1
-    assert isinstance(replace(tuning, search=broken).answer, Suggestion | Refusal)
-    assert all(math.isinf(came.loss) for came in tries_of([replace(trial, diverged=True) for trial in broken]))
+    broken = tuple(trial if trial is lowest else replace(trial, diverged=True) for trial in tuning.search)
+    assert [came.loss for came in tries_of(broken)].count(math.inf) == TRIES - 1
+    assert isinstance(replace(tuning, search=broken).answer, Suggestion)
+
+
+@pytest.mark.parametrize("steps", [1000, 4000])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_a_finished_model_gets_no_config(optimizer: str, steps: int) -> None:
+    x, y = make_data(600)
+    model = nn.Linear(4, 1)
+    solution = torch.linalg.lstsq(torch.cat([x[:500], torch.ones(500, 1)], 1), y[:500]).solution
+    with torch.no_grad():
+        model.weight.copy_(solution[:4].T)
+        model.bias.copy_(solution[4])
+    momentum = {"momentum": 0.9} if optimizer == "SGD" else {}
+    engine = make_engine(model, optimizer={"type": optimizer, "params": {"lr": 0.001, **momentum}})
+    tuning = run(engine, data=(x[:500], y[:500]), validation=(x[500:], y[500:]), steps=steps)
+    assert isinstance(tuning.answer, Refusal), tries_of(tuning.search)
+    assert tuning.choice is None
+
+
+def test_an_answer_of_the_search_alone_says_so() -> None:
+    tuning = run(steps=1000)
+    curves = tuple(replace(curve, losses=(1.0,) * len(curve.losses)) for curve in tuning.test.curves)
+    alone = replace(tuning, test=replace(tuning.test, curves=curves))
+    assert isinstance(alone.answer, Suggestion)
+    assert "The tests gave no answer, which is the search's alone. The loss does not fall" in " ".join(alone.notes())
 
 
 def test_updates_that_the_loss_scaler_skipped_do_not_count_in_a_try() -> None:
@@ -329,6 +355,27 @@ def test_a_config_beyond_what_was_measured_warns_where_it_is_made_and_where_it_t
     initialize(nn.Linear(4, 1), tuning.to_config(), device="cpu")
     (record,) = (record for record in caplog.records if record.name == "engine" and "_range_test" in record.message)
     assert "were found at batch size 8, and train_batch_size is 64" in record.message
+
+
+def test_without_a_test_at_the_own_batch_those_at_others_are_said_to_be_of_no_use() -> None:
+    tuning = run(batch_sizes=[16], target_batch_size=16)
+    lost = tuple(
+        replace(curve, losses=(1.0,) * len(curve.losses)) if curve.train_batch_size == 8 else curve
+        for curve in tuning.comparisons
+    )
+    scaled = replace(tuning, comparisons=lost).scaled
+    assert scaled is not None and scaled.how == "extrapolated"
+    assert "The test at 8 gave no answer, with which those at 16 would be compared" in scaled.why
+
+
+def test_a_fixed_rate_for_groups_of_the_script_says_what_to_do_with_it() -> None:
+    tuning = run()
+    groups = replace(tuning.test, group_ratios=(1.0, 0.1))
+    fixed = next(trial for trial in tuning.trials if trial.schedule == "fixed")
+    config = replace(tuning, test=groups, trials=(fixed,)).to_config()
+    assert config["_tune"]["schedule"] == "fixed"
+    rates = f"{fixed.lr:g}, {0.1 * fixed.lr:.6g}"
+    assert config["_tune"]["to_do"] == f"Give your script's parameter groups the learning rates {rates}, in this order."
 
 
 def test_a_config_at_the_batch_size_that_was_measured_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
