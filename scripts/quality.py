@@ -4,7 +4,7 @@ For each task, schedule (a cycle, and a warm-up with a linear decay) and seed, a
 a training by the engine, whose last validation loss is compared with that of the best of 18 rates. Methods: Redline's
 own, and torch-lr-finder's, Lightning's and fastai's by their packages. Run by scripts/quality, which installs those.
 
-    scripts/quality --out out                        all tasks, all seeds: half an hour or more
+    scripts/quality --out out                        all tasks, all seeds: an hour or two of two cores
     scripts/quality --out out --tasks digits         a few tasks
     scripts/quality --out out --docs                 and the results into docs/quality.md
 
