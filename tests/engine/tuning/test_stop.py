@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -87,6 +88,20 @@ def test_a_signal_at_any_moment_leaves_a_report_of_what_is_known(
     assert len(tuning.search) == {"search": 1, "trials": 5}.get(stage, 0), "a try that is broken off is none"
     assert (folder / "out" / "report.html").exists()
     assert "This is what is known so far" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["SIGINT", "raise"])
+def test_what_the_sweep_suggests_is_kept_when_a_linear_test_is_broken_off(
+    what: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv("AT", "70")
+    monkeypatch.setenv("WHAT", what)
+    with contextlib.suppress(ValueError):
+        main([*COMMAND, "--quiet"])
+    tuning = load_tuning("out")
+    assert [curve.name for curve in tuning.test.curves] == ["sweep", "slow (broken off)"]
+    assert tuning.refusal is None
+    assert (folder / "out" / "tuned.json").exists()
 
 
 def test_a_loss_that_raises_leaves_a_report_and_its_own_traceback(
