@@ -243,15 +243,20 @@ def _intent(plan: Plan, wishes: Wishes) -> str:
 def _saver(out: str | Path | None) -> Callable[[Tuning], None]:
     """Keeps what is known so far; a full disk is no reason to stop measuring."""
 
+    reported = False
+
     def save(tuning: Tuning) -> None:
+        nonlocal reported
         if out is None:
             return
         try:
-            if tuning.stopped is None:
+            if tuning.stopped is None and not reported:
                 save_tuning(tuning, out)
             elif tuning.test.curves:
                 write_tuning(tuning, out, picture=False)  # there may be little time
-                log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
+                if not reported:
+                    log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
+                reported = True
         except OSError as error:
             log.warning("tune: what is known so far could not be written to %s: %s", out, error.strerror or error)
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from engine import Engine, initialize, tune
 from engine.cli import main
 from engine.tuning import Interrupted
+from engine.tuning.api import Wishes, run_tuning
+from engine.tuning.stand import OneEngine
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
 from tests.tasks import task_folder
@@ -50,6 +52,10 @@ def task():
     return nn.Linear(4, 1), (x, y), loss, (x[:32], y[:32])
 """
 CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+WISHES = Wishes(
+    steps=2000, budget=0.1, max_updates=None, seeds=1, batch_sizes=None, sweep=None, target_batch_size=None,
+    target_processes=None,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -163,10 +169,38 @@ def test_where_the_next_update_does_not_come_the_report_is_made_without_it() -> 
     with Stop(patience=0.2) as stop:
         stop.report = reported.append
         os.kill(os.getpid(), signal.SIGINT)
-        begin = time.monotonic()
-        while not reported and time.monotonic() - begin < 10:
-            time.sleep(0.02)
+        wait_until(lambda: bool(reported))
     assert reported == [signal.SIGINT]
+
+
+def test_an_update_that_comes_after_the_report_was_made_without_it_is_reported_once(tmp_path: Path) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+    late: list[bool] = []
+    calls = 0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            late.append(wait_until(lambda: (tmp_path / "report.html").exists()))
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    with Stop(patience=0.2) as stop, pytest.raises(Interrupted) as caught:
+        stand = OneEngine(engine, (x, x.sum(1, keepdim=True)), loss, None)
+        run_tuning(stand, WISHES, stop, out=tmp_path, progress=False)
+    assert late == [True]
+    tuning = caught.value.tuning
+    assert [(curve.name, len(curve.losses)) for curve in tuning.test.curves] == [("sweep (broken off)", 5)]
+    assert load_tuning(tmp_path).test.curves == tuning.test.curves
+
+
+def wait_until(done: Callable[[], bool]) -> bool:
+    begin = time.monotonic()
+    while not done() and time.monotonic() - begin < 10:
+        time.sleep(0.02)
+    return done()
 
 
 def launch(*command: str, **environment: str) -> subprocess.Popen[str]:
