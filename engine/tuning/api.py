@@ -34,12 +34,12 @@ class Interrupted(KeyboardInterrupt):
     """A tuning was ended by Ctrl-C or SIGTERM.
 
     Attributes:
-        tuning: what was known by then.
+        tuning: what was known by then; whole, and not `stopped`, where the signal came after the last update.
         signal: the number of the signal.
     """
 
     def __init__(self, tuning: Tuning, number: int) -> None:
-        super().__init__(tuning.stopped)
+        super().__init__(tuning.stopped or f"by {signal.Signals(number).name} after the last update")
         self.tuning, self.signal = tuning, number
 
 
@@ -194,10 +194,15 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
                 tuning = tuner.run()
             except Stopped as stopped:
                 raise Interrupted(tuner.result(), stopped.signal) from None
+        stop.report = None  # all is saved
     finally:
         last = stand.close()
     if last is not None:
         publish(last, contents_of(tuning))
+    try:
+        meter.look()  # a signal may have come since the last update
+    except Stopped as stopped:
+        raise Interrupted(tuning, stopped.signal) from None
     return tuning
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import Engine, initialize, tune
+from engine import Engine, Tuning, initialize, tune
 from engine.cli import main
 from engine.tuning import Interrupted
 from engine.tuning.api import Wishes, run_tuning
@@ -171,6 +172,47 @@ def test_where_the_next_update_does_not_come_the_report_is_made_without_it() -> 
         os.kill(os.getpid(), signal.SIGINT)
         wait_until(lambda: bool(reported))
     assert reported == [signal.SIGINT]
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["short", "longer than its report waits"])
+def test_a_signal_during_the_last_validation_is_raised_with_the_whole_tuning(lasts: bool, tmp_path: Path) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    data = (x, x.sum(1, keepdim=True))
+    calls, last = 0, -1
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if lasts:
+                wait_until(lambda: (tmp_path / "report.html").exists())
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    def run() -> Tuning:
+        engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+        with Stop(patience=0.2) as stop:
+            return run_tuning(OneEngine(engine, data, loss, data), WISHES, stop, out=tmp_path, progress=False)
+
+    torch.manual_seed(0)
+    whole = run()
+    torch.manual_seed(0)
+    calls, last = 0, calls
+    with pytest.raises(Interrupted) as caught:
+        run()
+    assert caught.value.signal == signal.SIGTERM and "after the last update" in str(caught.value)
+    assert replace(caught.value.tuning, seconds=whole.seconds) == whole
+    assert load_tuning(tmp_path).stopped is None
+    if lasts:
+        assert "interrupted" not in (tmp_path / "report.html").read_text().lower()
+
+
+def test_a_signal_while_monitors_are_told_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.tuning.api.publish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+    with pytest.raises(Interrupted) as caught:
+        python_tune(engine, -1, lambda: None)
+    assert caught.value.tuning.stopped is None
 
 
 def test_an_update_that_comes_after_the_report_was_made_without_it_is_reported_once(tmp_path: Path) -> None:
