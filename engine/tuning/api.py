@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.distributed import World
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.log import log
@@ -17,7 +18,7 @@ from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
 from engine.tuning.meter import Meter
 from engine.tuning.plan import MAX_UPDATES, TRIES, Plan, Request, make_plan, total_of
-from engine.tuning.report import contents_of, write_tuning
+from engine.tuning.report import contents_of, prepare_folder, write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
 from engine.tuning.stop import Stop, Stopped
@@ -155,7 +156,8 @@ def tune(
         Tests, trials and the config of the winner, the same on every process.
 
     Raises:
-        RangeTestError: an argument that cannot be; a budget too small for any test.
+        RangeTestError: an argument that cannot be, such as a folder that cannot be written to; a budget too small for
+            any test.
         Interrupted: a signal ended it; it is a KeyboardInterrupt, and has the tuning so far.
     """
     wishes = Wishes(
@@ -180,9 +182,10 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
         facts = facts_of(engine, wishes.steps)
         plan = wishes.plan(facts, validates=stand.validates)
         is_first = engine.global_rank == 0
+        if out is not None:
+            _look_at(out, engine.world)
         del engine  # a stand that builds engines has one at a time
         if is_first and out is not None:
-            _look_at(out)
             log.info("%s", _intent(plan, wishes))
         save = _saver(out if is_first else None)
         show = progress if is_first else False
@@ -223,11 +226,18 @@ def _frame(facts: Facts, wishes: Wishes) -> Tuning:
     )
 
 
-def _look_at(out: str | Path) -> None:
-    """Find out before the tests whether the folder can be, and say what becomes of an earlier tuning in it."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if is_tuning(out):
-        log.info("%s holds an earlier tuning; this one begins anew and replaces it", out)
+def _look_at(out: str | Path, world: World) -> None:
+    """Find out before the tests whether rank zero can write to the folder; all processes leave if it cannot."""
+    problem = None
+    if world.rank == 0:
+        if is_tuning(out):
+            log.info("%s holds an earlier tuning; this one begins anew and replaces it", out)
+        try:
+            prepare_folder(out)
+        except RangeTestError as error:
+            problem = str(error)
+    if problem := world.gather(problem)[0]:
+        raise RangeTestError(problem)
 
 
 def _intent(plan: Plan, wishes: Wishes) -> str:
