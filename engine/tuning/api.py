@@ -22,7 +22,7 @@ from engine.tuning.report import contents_of, prepare_folder, write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
 from engine.tuning.stop import Stop, Stopped
-from engine.tuning.store import is_tuning, save_tuning
+from engine.tuning.store import save_tuning
 from engine.tuning.tuner import Facts, Tuner, facts_of
 
 __all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]
@@ -230,8 +230,6 @@ def _look_at(out: str | Path, world: World) -> None:
     """Find out before the tests whether rank zero can write to the folder; all processes leave if it cannot."""
     problem = None
     if world.rank == 0:
-        if is_tuning(out):
-            log.info("%s holds an earlier tuning; this one begins anew and replaces it", out)
         try:
             prepare_folder(out)
         except RangeTestError as error:

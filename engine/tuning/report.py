@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 from engine.errors import RangeTestError
+from engine.log import log
 from engine.range_test.chart import chart_of
 from engine.range_test.contents import Contents, marks_of
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
 from engine.range_test.smoothing import SMOOTHING
 from engine.tuning.result import Tuning, tries_of
-from engine.tuning.store import CONFIG_NAME, save_tuning
+from engine.tuning.store import CONFIG_NAME, CSV_NAME, JSON_NAME, is_tuning, save_tuning
 from engine.tuning.summary import next_steps, summarize
 
 __all__ = ["PICTURE_NAME", "contents_of", "prepare_folder", "show_tuning", "write_tuning"]
@@ -22,7 +23,7 @@ PICTURE_NAME = "tune.png"
 
 
 def prepare_folder(directory: str | Path) -> None:
-    """Make a tuning's folder.
+    """Make a tuning's folder, or clear it of an earlier tuning, which a new one that fails early would not replace.
 
     Raises:
         RangeTestError: nothing can be written there.
@@ -31,6 +32,10 @@ def prepare_folder(directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"\n")
+        if is_tuning(directory):
+            log.info("%s holds an earlier tuning; this one begins anew and replaces it", directory)
+            for name in (CONFIG_NAME, PAGE_NAME, PICTURE_NAME, CSV_NAME, JSON_NAME):
+                (Path(directory) / name).unlink(missing_ok=True)
     except OSError as error:
         raise RangeTestError(
             f"out: {directory}: {error.strerror or error}; give a folder that can be written to"

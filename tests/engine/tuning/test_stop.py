@@ -124,6 +124,19 @@ def test_a_loss_that_raises_leaves_a_report_and_its_own_traceback(
     assert (folder / "out" / "report.html").exists()
 
 
+def test_a_loss_that_raises_at_once_leaves_nothing_of_an_earlier_tuning(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "out").mkdir()
+    for name in ("tune.json", "tune.csv", "tuned.json", "tune.png", "report.html", "mine.txt"):
+        (folder / "out" / name).write_text("{}")
+    monkeypatch.setenv("AT", "1")
+    monkeypatch.setenv("WHAT", "raise")
+    with pytest.raises(ValueError, match="the loss is at fault"):
+        main([*COMMAND, "--quiet"])
+    assert [path.name for path in (folder / "out").iterdir()] == ["mine.txt"]
+
+
 def python_tune(engine: Engine, at: int, act: Callable[[], None], **arguments: Any) -> None:
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     calls = 0
