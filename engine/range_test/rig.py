@@ -28,7 +28,7 @@ from engine.range_test.interrupt import Interrupt
 from engine.range_test.progress import Progress
 from engine.range_test.recorder import Recorder
 from engine.range_test.snapshot import Snapshot
-from engine.range_test.task import LossFn, batches, loss_of, training_batches, validation_batches
+from engine.range_test.task import LossFn, batches, loss_of, scalar_of, training_batches, validation_batches
 from schedulers.schedule import Schedule
 
 __all__ = ["Rig", "Run"]
@@ -210,7 +210,8 @@ class _Validation:
             for batch in self._data:
                 batch = to_device(batch, engine.device)
                 size = _samples(batch)
-                total += torch.stack([self._loss(engine, batch).double() * size, total.new_tensor(size)])
+                loss = scalar_of(self._loss(engine, batch)).to(total)
+                total += torch.stack([loss * size, total.new_tensor(size)])
         for module, flag in training:
             module.training = flag
         loss_sum, samples = engine.world.sum(total)

@@ -28,7 +28,7 @@ from engine.device import to_device
 from engine.distributed import World
 from engine.errors import RangeTestError
 
-__all__ = ["Task", "batches", "load_task", "loss_of", "training_batches", "validation_batches"]
+__all__ = ["Task", "batches", "load_task", "loss_of", "scalar_of", "training_batches", "validation_batches"]
 
 LossFn = Callable[..., Tensor]
 
@@ -125,6 +125,18 @@ def loss_of(loss: LossFn) -> Callable[[nn.Module, Any], Tensor]:
         return loss(model(inputs), targets)
 
     return apply
+
+
+def scalar_of(loss: Any) -> Tensor:
+    """What a loss returned, as a tensor without dimensions; what training takes is taken, and nothing else.
+
+    Raises:
+        RangeTestError: it is no tensor with one element.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else _described(loss)
+        raise RangeTestError(f"loss: returned {given}; expected a scalar tensor, such as loss.mean()")
+    return loss.reshape(())
 
 
 def training_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:

@@ -495,6 +495,35 @@ def test_batches_of_dicts_are_weighed_by_their_samples_too() -> None:
     assert curve.validation[0][1] == pytest.approx(expected, rel=1e-6)
 
 
+ODD = {
+    "tuple": lambda loss, out: (loss, out),
+    "float": lambda loss, out: loss.item(),
+    r"a tensor of shape \(8, 1\)": lambda loss, out: loss * torch.ones_like(out),
+}
+
+
+@pytest.mark.parametrize("given", ODD)
+def test_a_validation_loss_that_is_no_scalar_tensor_is_refused_as_a_training_loss_is(given: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        out = model(batch[0])
+        return ODD[given](mse(out, batch[1]), out)
+
+    with pytest.raises(
+        RangeTestError, match=rf"loss: returned {given}.*; expected a scalar tensor, such as loss\.mean"
+    ):
+        run(loss=loss, validation=make_data(8))
+    with pytest.raises(EngineError, match="expected a scalar tensor"):
+        run(loss=loss)
+
+
+def test_a_loss_of_one_element_is_one_in_training_and_in_validation() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return mse(model(batch[0]), batch[1]).reshape(1)
+
+    curve, plain = only(run(loss=loss, validation=make_data(8))), only(run(validation=make_data(8)))
+    assert (curve.losses, curve.validation) == (plain.losses, plain.validation)
+
+
 def test_without_validation_data_there_are_no_validation_losses() -> None:
     assert only(run()).validation == ()
 
