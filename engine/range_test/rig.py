@@ -215,6 +215,11 @@ class _Validation:
         for module, flag in training:
             module.training = flag
         loss_sum, samples = engine.world.sum(total)
+        if not samples:
+            raise RangeTestError(
+                "validation: it yields no sample; is it empty, smaller than a batch with drop_last, or readable only "
+                "once? Give a dataset or a loader with samples, or leave it out"
+            )
         engine.record_validation(loss_sum / samples)
 
 

@@ -139,8 +139,14 @@ def scalar_of(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def training_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:
+def training_batches(data: Any, world: World, *, micro_batch: int, name: str = "data") -> Iterable[Any]:
     """Something that yields this process's micro-batches, on its device, each time it is iterated.
+
+    Args:
+        data: in any of the forms people have it.
+        world: the processes.
+        micro_batch: samples of a forward on one process.
+        name: of the argument, for messages.
 
     Raises:
         RangeTestError: data that can be read only once, or is no data at all.
@@ -148,17 +154,17 @@ def training_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[A
     data = _as_dataset(data)
     if _is_dataset(data):
         if not isinstance(data, IterableDataset) and len(data) == 0:
-            raise RangeTestError("data: the dataset is empty")
+            raise RangeTestError(f"{name}: the dataset is empty")
         return build_loader(data, world, micro_batch=micro_batch)
-    return _as_batches(data, "data")
+    return _as_batches(data, name)
 
 
 def validation_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:
     """As `training_batches`, in order, each sample on exactly one process."""
     data = _as_dataset(data)
-    if _is_dataset(data) and not isinstance(data, IterableDataset):
+    if _is_dataset(data) and not isinstance(data, IterableDataset) and len(data) > 0:
         return build_loader(data, world, micro_batch=micro_batch, shuffle=False, even=False)
-    return training_batches(data, world, micro_batch=micro_batch)
+    return training_batches(data, world, micro_batch=micro_batch, name="validation")
 
 
 def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:

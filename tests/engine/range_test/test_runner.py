@@ -524,6 +524,12 @@ def test_a_loss_of_one_element_is_one_in_training_and_in_validation() -> None:
     assert (curve.losses, curve.validation) == (plain.losses, plain.validation)
 
 
+@pytest.mark.parametrize("validation", [[], DataLoader(TensorDataset(*make_data(8)), 9, drop_last=True)])
+def test_validation_data_without_a_sample_is_refused(validation: Any) -> None:
+    with pytest.raises(RangeTestError, match="validation: it yields no sample; is it empty"):
+        run(validation=validation)
+
+
 def test_without_validation_data_there_are_no_validation_losses() -> None:
     assert only(run()).validation == ()
 
