@@ -13,6 +13,7 @@ from engine.distributed import World
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.log import log
+from engine.range_test.conditions import SETTINGS, check
 from engine.range_test.publish import publish
 from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
@@ -28,7 +29,6 @@ from engine.tuning.tuner import Facts, Tuner, facts_of
 __all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]
 
 COUNTS = ("steps", "seeds", "max_updates", "target_batch_size", "target_processes")
-SETTINGS = ("weight_decay", "momentum")  # what `sweep` may vary
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,6 +79,11 @@ class Wishes:
         # Too few updates are found out before anything is built.
         total_of(self.steps, self.budget, self.max_updates or MAX_UPDATES)
 
+    @property
+    def settings(self) -> tuple[tuple[str, float], ...]:
+        """What `sweep` asks for, one by one."""
+        return tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values)
+
     def plan(self, facts: Facts, *, validates: bool) -> Plan:
         """The plan for an engine.
 
@@ -107,7 +112,7 @@ class Wishes:
                 named_start=facts.named_start is not None,
                 seeds=self.seeds,
                 batch_sizes=batch_sizes,
-                settings=tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values),
+                settings=self.settings,
                 validates=validates,
             )
         )
@@ -181,6 +186,8 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
         engine = stand.rig(0).engine
         facts = facts_of(engine, wishes.steps)
         plan = wishes.plan(facts, validates=stand.validates)
+        for name, value in wishes.settings:
+            check(engine, None, {name: value})
         is_first = engine.global_rank == 0
         if out is not None:
             _look_at(out, engine.world)

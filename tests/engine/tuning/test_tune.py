@@ -352,6 +352,7 @@ def test_a_config_at_the_batch_size_that_was_measured_warns_of_nothing(caplog: p
         ({"batch_sizes": [12]}, "12 is no multiple of 8 (micro-batch 8 x 1 processes)"),
         ({"sweep": {"lr": [1]}}, 'sweep: got "lr"; expected weight_decay or momentum'),
         ({"sweep": {"momentum": [-1]}}, "sweep: got momentum -1; expected numbers >= 0"),
+        ({"sweep": {"momentum": [0.9, 1.0]}}, "momentum: got 1.0; expected a number from 0 to below 1"),
         ({"target_batch_size": 9, "target_processes": 2}, "9 samples cannot be shared evenly among 2 processes"),
     ],
 )
@@ -366,6 +367,12 @@ def test_arguments_that_cannot_be_are_refused_before_anything_is_run(arguments: 
         run(loss=loss, **arguments)
     assert message in str(caught.value)
     assert calls == []
+
+
+def test_a_setting_that_the_optimizer_has_not_is_refused_before_anything_is_run() -> None:
+    engine = make_engine(optimizer={"type": "Adagrad", "params": {"lr": 0.01}})
+    with pytest.raises(RangeTestError, match="momentum: the optimizer, Adagrad, has none; leave it out"):
+        run(engine, loss=lambda model, batch: pytest.fail("it was run"), sweep={"momentum": [0.9]})
 
 
 def test_a_flat_loss_gets_no_config_and_takes_that_of_an_earlier_tuning_away(tmp_path: Path) -> None:
