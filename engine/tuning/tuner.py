@@ -17,6 +17,7 @@ from engine.config import load_config
 from engine.engine import Engine
 from engine.range_test.analysis import rough_maximum
 from engine.range_test.curve import Curve
+from engine.range_test.rates import own_rates, ratios_of
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Run
 from engine.range_test.search import next_peak
@@ -54,11 +55,14 @@ class Facts:
 
 
 def facts_of(engine: Engine, steps: int) -> Facts:
-    """The facts of an engine that is to train for so many updates."""
-    lrs = [float(lr) for lr in getattr(engine.lr_scheduler, "base_lrs", None) or engine.get_lr()]
-    ratios = [lr / lrs[0] if lrs[0] else 1.0 for lr in lrs]
+    """The facts of an engine that is to train for so many updates.
+
+    Raises:
+        RangeTestError: the first parameter group's rate is 0, and another one's is not.
+    """
+    lrs = own_rates(engine)
     return Facts(
-        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios),
+        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios_of(lrs)),
         _named_start(engine),
         lrs[0] if _names_lr(engine) and lrs[0] > 0 else None,
         engine.train_micro_batch_size_per_gpu(),
@@ -230,6 +234,11 @@ class Tuner:
         if not isinstance(answer, Suggestion) or not self._plan.trials:
             return
         candidates = candidates_of(answer, self._facts.own_lr)
+        if 0 in self._ratios:
+            candidates = [candidate for candidate in candidates if candidate.schedule != "OneCycle"]
+            self._left_out.append(
+                "1Cycle is left out: a parameter group has the rate 0, and a cycle's rates are above it."
+            )
         left = self._plan.total - self._meter.spent
         count, updates = share_out_trials(left, len(candidates), self._frame.steps)
         if not count:

@@ -144,14 +144,32 @@ def test_without_validation_data_trials_are_judged_by_their_training_loss() -> N
 
 
 def test_parameter_groups_keep_their_ratios() -> None:
-    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}]
-    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
-    engine = initialize(model, config, device="cpu", model_parameters=groups)
-    tuning = run(engine, steps=8000)
+    tuning = run(make_engine_of_groups(0.1, 0.05), steps=8000)
     high = next(value for key, value in tuning.to_config()["scheduler"]["params"].items() if key.endswith("max_lr"))
     assert high[0] == pytest.approx(2 * high[1])
     assert tuning.own_lr == 0.1
+
+
+def make_engine_of_groups(*lrs: float) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip((model[0], model[2]), lrs)]
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    return initialize(model, config, device="cpu", model_parameters=groups)
+
+
+def test_a_parameter_group_whose_rate_is_0_keeps_it_and_has_no_1cycle(tmp_path: Path) -> None:
+    tuning = run(make_engine_of_groups(0.1, 0.0), out=tmp_path)
+    assert {trial.schedule for trial in tuning.trials} == {"WarmupDecayLR", "fixed"}
+    assert any(sentence.startswith("1Cycle is left out: a parameter group") for sentence in tuning.left_out)
+    config = tuning.to_config()
+    assert config["scheduler"]["params"]["warmup_max_lr"][1] == 0.0
+    assert validate(tmp_path / "tuned.json").exit_code == 0
+
+
+def test_an_engine_whose_first_parameter_group_alone_has_the_rate_0_is_refused() -> None:
+    with pytest.raises(RangeTestError, match=r"rates of the parameter groups are 0, 0\.1; expected the first one's"):
+        run(make_engine_of_groups(0.0, 0.1), loss=lambda model, batch: pytest.fail("it was run"))
 
 
 # -- the search ----------------------------------------------------------------------------------------------
