@@ -316,6 +316,29 @@ def test_updates_that_are_skipped_are_marked_and_do_not_count_as_divergence() ->
     assert len(set(curve.lrs)) == 30 - len(curve.skipped)
 
 
+def test_later_runs_begin_with_the_scale_that_earlier_ones_have_settled_on() -> None:
+    engine = make_engine(fp16=FP16)
+    first, *others = run(engine, loss=steep, min_lr=1e-6, steps=30, rates=[5, 50], baseline=1e-6).curves
+    assert first.skipped[:10] == tuple(range(10))
+    assert [curve.skipped for curve in others] == [(), ()]
+    assert engine.loss_scale == 2**20, "the engine has its own back"
+
+
+def test_a_run_that_diverges_leaves_the_scale_of_its_lowest_loss() -> None:
+    scales = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        scales.append(model.loss_scale)
+        return steep(model, batch)
+
+    diverged, after = run(make_engine(fp16=FP16), loss=loss, rates=[1e5, 1], min_lr=1e-6, steps=60).curves
+    assert (len(diverged.steps) < 60, len(after.steps)) == (True, 60)
+    lowest = min((loss, step) for step, loss in enumerate(diverged.losses) if step not in diverged.skipped)[1]
+    last = len(diverged.steps) - 1
+    assert scales[last] < scales[lowest]
+    assert scales[last + 1] == scales[lowest]
+
+
 def test_what_the_device_skips_by_itself_is_marked_alike() -> None:
     curves = []
     for reads in (True, False):

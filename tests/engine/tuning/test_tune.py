@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from engine import Engine, RangeTestError, Tuning, initialize, tune
 from engine.config import validate
 from engine.range_test.suggestion import Refusal, Suggestion
+from engine.range_test.task import Task
 from engine.tuning.plan import TRIES, Request, make_plan
 from engine.tuning.report import write_tuning
 from engine.tuning.result import tries_of
+from engine.tuning.stand import FreshEngines
 from engine.tuning.store import load_tuning, save_tuning
 from engine.tuning.summary import summarize
 from engine.tuning.trials import Trial
@@ -261,6 +263,46 @@ def test_updates_that_the_loss_scaler_skipped_do_not_count_in_a_try() -> None:
 
     assert came(spoilt) > 1000
     assert came(skipped) == pytest.approx(came(first), abs=1.0)
+
+
+def test_in_fp16_the_scale_is_looked_for_once_and_tries_lose_no_updates() -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 32}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+
+    engine = make_engine(fp16=fp16, optimizer={"type": "Adam", "params": {"lr": 0.01}})
+    tuning = run(engine, loss=loss, steps=1000)
+    assert len(tuning.test.curves[0].skipped) >= 10
+    assert len(tuning.search) == TRIES
+    assert all(tried.curve.skipped == () for tried in tuning.search if not tried.diverged)
+    assert engine.loss_scale == 2**32
+
+
+def test_an_engine_that_is_built_for_another_seed_goes_on_with_the_scale() -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 32}
+    stand = FreshEngines(
+        lambda: Task(nn.Linear(4, 1), make_data(), nn.MSELoss()), lambda task: make_engine(task.model, fp16=fp16), 0
+    )
+    scaler = stand.rig(0).engine.scaler
+    assert scaler is not None
+    settled = {**scaler.state_dict(), "value": 8.0}
+    stand.rig(0).scale = settled
+    assert stand.rig(1).scale == settled
+    stand.close()
+
+
+def test_updates_that_were_skipped_do_not_count_in_the_length_of_a_try() -> None:
+    tuning = run()
+
+    def with_skipped(trial: Trial) -> Trial:
+        curve = trial.curve
+        return replace(trial, curve=replace(curve, skipped=curve.steps[:10]))
+
+    updates = max(len(trial.curve.losses) for trial in tuning.search)
+    answer = replace(tuning, search=tuple(map(with_skipped, tuning.search))).answer
+    assert isinstance(answer, Suggestion)
+    assert f"of {updates - 10} updates each" in answer.reasons["cycle_max_lr"]
 
 
 @pytest.mark.parametrize("steps", [120, 320, 1000, 2990, 4000])
