@@ -189,8 +189,7 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
         for name, value in wishes.settings:
             check(engine, None, {name: value})
         is_first = engine.global_rank == 0
-        if out is not None:
-            _look_at(out, engine.world)
+        _look_at(out, engine.world)
         del engine  # a stand that builds engines has one at a time
         if is_first and out is not None:
             log.info("%s", _intent(plan, wishes))
@@ -233,10 +232,10 @@ def _frame(facts: Facts, wishes: Wishes) -> Tuning:
     )
 
 
-def _look_at(out: str | Path, world: World) -> None:
+def _look_at(out: str | Path | None, world: World) -> None:
     """Find out before the tests whether rank zero can write to the folder; all processes leave if it cannot."""
     problem = None
-    if world.rank == 0:
+    if world.rank == 0 and out is not None:
         try:
             prepare_folder(out)
         except RangeTestError as error:
