@@ -86,7 +86,8 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
     instead of 95, and 50% in a test that diverged. It never lies above a third of the LR at which a test diverged.
     The minimum is where descent is under way (10% of the drop), and at most a thirtieth of the maximum. The LR rises
     for 20% of the planned updates, or for as long as the test took to climb there if that is longer, up to a half.
-    Of exponential tests alone, the maximum is an eighth of the LR at which the smoothed loss is lowest.
+    Of exponential tests alone, the maximum is an eighth of the LR at which the smoothed loss is lowest; beside linear
+    ones they are read only where all of these are too short or stay flat, as one that was broken off does.
 
     Args:
         curves: range tests, and runs at a fixed LR beside them, which are for the eye only.
@@ -95,11 +96,10 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
             record, and does not depend on it.
     """
     tests = [curve.taken() for curve in curves if curve.is_test]
-    # An exponential test tells the order of magnitude; it is read where there is no linear one.
-    tests = [curve for curve in tests if curve.kind == "linear"] or tests
+    tests, passed_over = _choose(tests)
     if refusal := _refuse_unread(curves, tests, train_steps):
         return refusal
-    unread = tuple(f"{curve.name} is not read: {why}." for curve in tests if (why := _unreadable(curve)))
+    unread = tuple(f"{curve.name} is not read: {why}." for curve in tests if (why := _unreadable(curve))) + passed_over
     readings = [_read(curve, beta) for curve in tests if not _unreadable(curve)]
     if not readings:
         longest = max(len(curve.losses) for curve in tests)
@@ -178,6 +178,26 @@ def _unreadable(curve: Curve) -> str | None:
     if len(curve.losses) < least and divergence(curve.losses) is None:
         return f"{len(curve.losses)} updates are too few"
     return None
+
+
+def _choose(tests: list[Curve]) -> tuple[list[Curve], tuple[str, ...]]:
+    """The tests to read, all of one kind where there are linear ones; and a sentence on each one passed over for them.
+
+    An exponential test tells the order of magnitude only: it is read where no linear one tells anything.
+    """
+    linear = [curve for curve in tests if curve.kind == "linear"]
+    sweeps = [curve for curve in tests if curve.kind == "exponential" and not _unreadable(curve)]
+    if not linear or not sweeps or any(_tells(curve) for curve in linear):
+        return linear or tests, ()
+    return sweeps, tuple(f"{curve.name} is not read: {_unreadable(curve) or 'it stays flat'}." for curve in linear)
+
+
+def _tells(curve: Curve) -> bool:
+    """Whether a test can be read, and either falls or diverges."""
+    if _unreadable(curve):
+        return False
+    reading = _read(curve, SMOOTHING)
+    return reading.descended or reading.end is not None
 
 
 def _refuse_no_descent(readings: Sequence[_Reading], notes: tuple[str, ...]) -> Refusal:

@@ -15,9 +15,9 @@ from engine.errors import EngineError, RangeTestError
 from engine.randomness import random_state, reseed
 from engine.range_test.sources import generators_in, numbers_in, parts_of
 
-__all__ = ["check", "reorder", "set_batch_size", "set_settings", "settings_of"]
+__all__ = ["SETTINGS", "check", "reorder", "set_batch_size", "set_settings", "settings_of"]
 
-SETTINGS = ("weight_decay", "momentum")
+SETTINGS = ("weight_decay", "momentum")  # what a test may vary
 
 
 def reorder(seed: int, data: Any) -> None:

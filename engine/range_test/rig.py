@@ -1,8 +1,9 @@
 """The rig: a live engine on which short runs are made, each from the same start, and which is then as it was before.
 
 Every run starts from the same weights, optimizer state, random numbers and batches, and goes through the engine's own
-step; what a run is to have of its own, `conditions` sets. One that diverges stops: on all processes at the same update,
-since they decide on the mean of their losses.
+step; what a run is to have of its own, `conditions` sets. Only fp16's loss scale goes on from where earlier runs have
+settled: a short run would skip most of its updates while it looks for it anew. One that diverges stops: on all
+processes at the same update, since they decide on the mean of their losses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from engine.range_test.interrupt import Interrupt
 from engine.range_test.progress import Progress
 from engine.range_test.recorder import Recorder
 from engine.range_test.snapshot import Snapshot
-from engine.range_test.task import LossFn, batches, loss_of, training_batches, validation_batches
+from engine.range_test.task import LossFn, batches, loss_of, scalar_of, training_batches, validation_batches
 from schedulers.schedule import Schedule
 
 __all__ = ["Rig", "Run"]
@@ -76,6 +77,9 @@ class Rig:
         loss: ``loss(model, batch)`` to a scalar, or a criterion ``loss(output, target)``.
         validation: data for a validation loss; None for none.
 
+    Attributes:
+        scale: state of the loss scaler that the next run begins with; None for the engine's own.
+
     Raises:
         RangeTestError: the engine stands inside an update or has no optimizer; data or loss cannot be used.
     """
@@ -89,6 +93,7 @@ class Rig:
             None if validation is None else validation_batches(validation, engine.world, micro_batch=micro_batch)
         )
         self._given_loss, self._loss = loss, loss_of(loss)
+        self.scale: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
         self._interrupt: Interrupt
 
@@ -121,6 +126,8 @@ class Rig:
         engine = self.engine
         assert engine.optimizer is not None
         check(engine, run.train_batch_size, run.settings)
+        if engine.scaler is not None and self.scale is not None:
+            engine.scaler.load_state_dict(self.scale)
         reorder(run.seed, self._data)
         set_batch_size(engine, run.train_batch_size)
         set_settings(engine, run.settings)
@@ -139,7 +146,7 @@ class Rig:
     def _run(self, run: Run, recorder: Recorder, validate: _Validation, bar: Progress) -> Curve:
         """One run, from the weights as they are."""
         engine, data = self.engine, batches(self._data, self.engine.device)
-        end = _End()
+        end, settled = _End(), _Settled(engine)
         validate(0)
         for step in range(run.steps):
             lr = float(engine.get_lr()[0])
@@ -149,11 +156,13 @@ class Rig:
             self._interrupt.look()
             validate(step + 1)
             diverged = end.reached(value, skipped=skipped)
+            settled.see(value, skipped=skipped, diverged=diverged or hopeless)
             if hopeless or (diverged and run.stops):
                 recorder.count_last()
                 bar.say(f"{run.name}: diverged at step {step}, learning rate {lr:.3g}")
                 bar.skip(run.steps - step - 1)
                 break
+        self.scale = settled.scale or self.scale
         return recorder.curve(run.name, run.rate, kind=run.kind)
 
 
@@ -191,6 +200,33 @@ class _End:
         return self._bad >= MOST_BAD or self._skipped >= MOST_SKIPPED or self._detector.diverged
 
 
+class _Settled:
+    """What a run leaves of the loss scale to later ones: that of its end, or, where it diverged, of its lowest loss.
+
+    What halves the scale on the way to a divergence are the gradients of a broken model, not of the one that all runs
+    start from.
+
+    Attributes:
+        scale: the scaler's state; None where there is no scaler, or where all updates were skipped before a divergence.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.scale: dict[str, Any] | None = None
+        self._scaler = engine.scaler
+        self._best: dict[str, Any] | None = None  # at the lowest loss
+        self._lowest = math.inf
+        self._diverged = False
+
+    def see(self, loss: float, *, skipped: bool, diverged: bool) -> None:
+        """Take the next update."""
+        if self._scaler is None:
+            return
+        if loss < self._lowest and not skipped:
+            self._lowest, self._best = loss, self._scaler.state_dict()
+        self._diverged = self._diverged or diverged
+        self.scale = self._best if self._diverged else self._scaler.state_dict()
+
+
 class _Validation:
     """The mean loss over the held-out data, measured every so many updates."""
 
@@ -210,10 +246,16 @@ class _Validation:
             for batch in self._data:
                 batch = to_device(batch, engine.device)
                 size = _samples(batch)
-                total += torch.stack([self._loss(engine, batch).double() * size, total.new_tensor(size)])
+                loss = scalar_of(self._loss(engine, batch)).to(total)
+                total += torch.stack([loss * size, total.new_tensor(size)])
         for module, flag in training:
             module.training = flag
         loss_sum, samples = engine.world.sum(total)
+        if not samples:
+            raise RangeTestError(
+                "validation: it yields no sample; is it empty, smaller than a batch with drop_last, or readable only "
+                "once? Give a dataset or a loader with samples, or leave it out"
+            )
         engine.record_validation(loss_sum / samples)
 
 

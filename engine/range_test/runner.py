@@ -14,6 +14,7 @@ from engine.range_test.conditions import check, settings_of
 from engine.range_test.contents import contents_of
 from engine.range_test.progress import Progress
 from engine.range_test.publish import publish
+from engine.range_test.rates import own_rates, ratios_of
 from engine.range_test.recorder import name_test
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Rig, Run
@@ -94,12 +95,13 @@ def run_range_test(
     runs = [
         replace(run, validations=validations) for run in _all_runs(engine, tests, baseline, seeds, batch_sizes, sweep)
     ]
+    ratios = ratios_of(tests.min_lrs)
     for run in runs:
         check(engine, run.train_batch_size, run.settings)
     with rig, Progress(sum(run.steps for run in runs), progress if engine.global_rank == 0 else False) as bar:
         curves = [rig.make(run, bar) for run in runs]
     planned = 10 * steps if train_steps is None else train_steps
-    result = RangeTestResult.of(engine, curves, train_steps=planned, group_ratios=_ratios(tests.min_lrs))
+    result = RangeTestResult.of(engine, curves, train_steps=planned, group_ratios=ratios)
     publish(engine, contents_of(result))
     return result
 
@@ -154,7 +156,7 @@ def _plan(
         staircase = given is not None and given.staircase
     for name, value in (("steps", steps), ("step_size", step_size)):
         _check_count(name, value)
-    min_lrs = _per_group(min_lr, _base_lrs(engine), "min_lr")
+    min_lrs = _per_group(min_lr, own_rates(engine), "min_lr")
     rates = default_rates if rates is None else rates
     if bad := [rate for rate in rates if not 0 < rate < float("inf")]:
         raise RangeTestError(f"rates: got {bad[0]!r}; expected numbers > 0")
@@ -171,7 +173,7 @@ def _all_runs(
 ) -> Iterator[Run]:
     """The baseline, the tests as the engine is, then those with one thing changed; each with every seed."""
     if baseline is not False:
-        base_lrs = _base_lrs(engine)
+        base_lrs = own_rates(engine)
         yield tests.fixed(base_lrs if baseline is True else _per_group(float(baseline), base_lrs, "baseline"))
     elif not tests.rates:
         raise RangeTestError("rates: got none; give at least one")
@@ -205,12 +207,6 @@ def _check_count(name: str, value: int) -> None:
         raise RangeTestError(f"{name}: got {value!r}; expected an integer >= 1")
 
 
-def _base_lrs(engine: Engine) -> list[float]:
-    """The optimizer's own rate of each group, before a schedule wrote over it."""
-    lrs = getattr(engine.lr_scheduler, "base_lrs", None) or engine.get_lr()
-    return [float(lr) for lr in lrs]
-
-
 def _per_group(lr: float | Sequence[float], base_lrs: list[float], name: str) -> list[float]:
     """One rate as a rate for each group, in the ratios of the groups' own."""
     if isinstance(lr, Sequence):
@@ -219,10 +215,4 @@ def _per_group(lr: float | Sequence[float], base_lrs: list[float], name: str) ->
         return [float(value) for value in lr]
     if not 0 < lr < float("inf"):
         raise RangeTestError(f"{name}: got {lr!r}; expected a number > 0")
-    first = base_lrs[0]
-    return [lr * (base / first) if first else lr for base in base_lrs]
-
-
-def _ratios(lrs: list[float]) -> list[float]:
-    """Each group's rate as a multiple of the first one's."""
-    return [lr / lrs[0] if lrs[0] else 1.0 for lr in lrs]
+    return [lr * ratio for ratio in ratios_of(base_lrs)]

@@ -28,7 +28,7 @@ from engine.device import to_device
 from engine.distributed import World
 from engine.errors import RangeTestError
 
-__all__ = ["Task", "batches", "load_task", "loss_of", "training_batches", "validation_batches"]
+__all__ = ["Task", "batches", "load_task", "loss_of", "scalar_of", "training_batches", "validation_batches"]
 
 LossFn = Callable[..., Tensor]
 
@@ -127,8 +127,26 @@ def loss_of(loss: LossFn) -> Callable[[nn.Module, Any], Tensor]:
     return apply
 
 
-def training_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:
+def scalar_of(loss: Any) -> Tensor:
+    """What a loss returned, as a tensor without dimensions; what training takes is taken, and nothing else.
+
+    Raises:
+        RangeTestError: it is no tensor with one element.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else _described(loss)
+        raise RangeTestError(f"loss: returned {given}; expected a scalar tensor, such as loss.mean()")
+    return loss.reshape(())
+
+
+def training_batches(data: Any, world: World, *, micro_batch: int, name: str = "data") -> Iterable[Any]:
     """Something that yields this process's micro-batches, on its device, each time it is iterated.
+
+    Args:
+        data: in any of the forms people have it.
+        world: the processes.
+        micro_batch: samples of a forward on one process.
+        name: of the argument, for messages.
 
     Raises:
         RangeTestError: data that can be read only once, or is no data at all.
@@ -136,17 +154,17 @@ def training_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[A
     data = _as_dataset(data)
     if _is_dataset(data):
         if not isinstance(data, IterableDataset) and len(data) == 0:
-            raise RangeTestError("data: the dataset is empty")
+            raise RangeTestError(f"{name}: the dataset is empty")
         return build_loader(data, world, micro_batch=micro_batch)
-    return _as_batches(data, "data")
+    return _as_batches(data, name)
 
 
 def validation_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:
     """As `training_batches`, in order, each sample on exactly one process."""
     data = _as_dataset(data)
-    if _is_dataset(data) and not isinstance(data, IterableDataset):
+    if _is_dataset(data) and not isinstance(data, IterableDataset) and len(data) > 0:
         return build_loader(data, world, micro_batch=micro_batch, shuffle=False, even=False)
-    return training_batches(data, world, micro_batch=micro_batch)
+    return training_batches(data, world, micro_batch=micro_batch, name="validation")
 
 
 def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:

@@ -9,37 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.distributed import World
 from engine.engine import Engine
 from engine.errors import RangeTestError
 from engine.log import log
+from engine.range_test.conditions import SETTINGS, check
 from engine.range_test.publish import publish
 from engine.range_test.task import LossFn
 from engine.tuning.batch import share_out_batch
 from engine.tuning.meter import Meter
 from engine.tuning.plan import MAX_UPDATES, TRIES, Plan, Request, make_plan, total_of
-from engine.tuning.report import contents_of, write_tuning
+from engine.tuning.report import contents_of, prepare_folder, write_tuning
 from engine.tuning.result import Tuning
 from engine.tuning.stand import OneEngine, Stand
 from engine.tuning.stop import Stop, Stopped
-from engine.tuning.store import is_tuning, save_tuning
+from engine.tuning.store import save_tuning
 from engine.tuning.tuner import Facts, Tuner, facts_of
 
 __all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]
 
 COUNTS = ("steps", "seeds", "max_updates", "target_batch_size", "target_processes")
-SETTINGS = ("weight_decay", "momentum")  # what `sweep` may vary
 
 
 class Interrupted(KeyboardInterrupt):
     """A tuning was ended by Ctrl-C or SIGTERM.
 
     Attributes:
-        tuning: what was known by then.
+        tuning: what was known by then; whole, and not `stopped`, where the signal came after the last update.
         signal: the number of the signal.
     """
 
     def __init__(self, tuning: Tuning, number: int) -> None:
-        super().__init__(tuning.stopped)
+        super().__init__(tuning.stopped or f"by {signal.Signals(number).name} after the last update")
         self.tuning, self.signal = tuning, number
 
 
@@ -78,6 +79,11 @@ class Wishes:
         # Too few updates are found out before anything is built.
         total_of(self.steps, self.budget, self.max_updates or MAX_UPDATES)
 
+    @property
+    def settings(self) -> tuple[tuple[str, float], ...]:
+        """What `sweep` asks for, one by one."""
+        return tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values)
+
     def plan(self, facts: Facts, *, validates: bool) -> Plan:
         """The plan for an engine.
 
@@ -106,7 +112,7 @@ class Wishes:
                 named_start=facts.named_start is not None,
                 seeds=self.seeds,
                 batch_sizes=batch_sizes,
-                settings=tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values),
+                settings=self.settings,
                 validates=validates,
             )
         )
@@ -155,7 +161,8 @@ def tune(
         Tests, trials and the config of the winner, the same on every process.
 
     Raises:
-        RangeTestError: an argument that cannot be; a budget too small for any test.
+        RangeTestError: an argument that cannot be, such as a folder that cannot be written to; a budget too small for
+            any test.
         Interrupted: a signal ended it; it is a KeyboardInterrupt, and has the tuning so far.
     """
     wishes = Wishes(
@@ -179,10 +186,12 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
         engine = stand.rig(0).engine
         facts = facts_of(engine, wishes.steps)
         plan = wishes.plan(facts, validates=stand.validates)
+        for name, value in wishes.settings:
+            check(engine, None, {name: value})
         is_first = engine.global_rank == 0
+        _look_at(out, engine.world)
         del engine  # a stand that builds engines has one at a time
         if is_first and out is not None:
-            _look_at(out)
             log.info("%s", _intent(plan, wishes))
         save = _saver(out if is_first else None)
         show = progress if is_first else False
@@ -194,10 +203,15 @@ def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | No
                 tuning = tuner.run()
             except Stopped as stopped:
                 raise Interrupted(tuner.result(), stopped.signal) from None
+        stop.report = None  # all is saved
     finally:
         last = stand.close()
     if last is not None:
         publish(last, contents_of(tuning))
+    try:
+        meter.look()  # a signal may have come since the last update
+    except Stopped as stopped:
+        raise Interrupted(tuning, stopped.signal) from None
     return tuning
 
 
@@ -218,11 +232,16 @@ def _frame(facts: Facts, wishes: Wishes) -> Tuning:
     )
 
 
-def _look_at(out: str | Path) -> None:
-    """Find out before the tests whether the folder can be, and say what becomes of an earlier tuning in it."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if is_tuning(out):
-        log.info("%s holds an earlier tuning; this one begins anew and replaces it", out)
+def _look_at(out: str | Path | None, world: World) -> None:
+    """Find out before the tests whether rank zero can write to the folder; all processes leave if it cannot."""
+    problem = None
+    if world.rank == 0 and out is not None:
+        try:
+            prepare_folder(out)
+        except RangeTestError as error:
+            problem = str(error)
+    if problem := world.gather(problem)[0]:
+        raise RangeTestError(problem)
 
 
 def _intent(plan: Plan, wishes: Wishes) -> str:
@@ -243,15 +262,20 @@ def _intent(plan: Plan, wishes: Wishes) -> str:
 def _saver(out: str | Path | None) -> Callable[[Tuning], None]:
     """Keeps what is known so far; a full disk is no reason to stop measuring."""
 
+    reported = False
+
     def save(tuning: Tuning) -> None:
+        nonlocal reported
         if out is None:
             return
         try:
-            if tuning.stopped is None:
+            if tuning.stopped is None and not reported:
                 save_tuning(tuning, out)
             elif tuning.test.curves:
                 write_tuning(tuning, out, picture=False)  # there may be little time
-                log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
+                if not reported:
+                    log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
+                reported = True
         except OSError as error:
             log.warning("tune: what is known so far could not be written to %s: %s", out, error.strerror or error)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from engine.config import load_config
 from engine.engine import Engine
+from engine.errors import RangeTestError
+from engine.range_test.smoothing import SMOOTHING
 from engine.range_test.task import Task, load_task
 from engine.start import initialize
 from engine.tuning.api import Interrupted, Wishes, run_tuning
-from engine.tuning.report import show_tuning
+from engine.tuning.report import show_tuning, write_tuning
+from engine.tuning.result import Tuning
 from engine.tuning.stand import FreshEngines
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
@@ -54,7 +57,7 @@ def run_command(options: argparse.Namespace) -> int:
         except Interrupted as interrupted:
             tuning, code = interrupted.tuning, 128 + interrupted.signal
         if is_first:
-            print(show_tuning(tuning, options.out), flush=True)
+            _tell(tuning, options.out)
     return code or int(tuning.refusal is not None)
 
 
@@ -64,5 +67,17 @@ def report_tuning(directory: Path, out: str | Path, steps: int | None, beta: flo
     if steps is not None:
         tuning = tuning.planned_for(steps)
     tuning = replace(tuning, test=tuning.test.smoothed_by(beta))
-    print(show_tuning(tuning, out, beta=beta))
+    _tell(tuning, out, beta=beta)
     return int(tuning.refusal is not None)
+
+
+def _tell(tuning: Tuning, out: str | Path, *, beta: float = SMOOTHING) -> None:
+    """Write the files and print what they say; where they cannot be written, what was found is printed all the same."""
+    try:
+        said = write_tuning(tuning, out, beta=beta)
+    except OSError as error:
+        print(show_tuning(tuning, beta=beta), flush=True)
+        raise RangeTestError(
+            f"out: {out}: {error.strerror or error}; what was found is printed: keep it from there"
+        ) from None
+    print(show_tuning(tuning, said, beta=beta), flush=True)

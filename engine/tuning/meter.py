@@ -62,6 +62,10 @@ class Meter(Progress):
         self.updates += 1
         self._notes.append((lr, loss))
         self._show(f"{self._stage} {run}", self.spent - before, step, lr, loss)
+        self.look()
+
+    def look(self) -> None:
+        """End the tuning if a signal has asked for it."""
         assert self._world is not None
         self._stop.look(self._world)
 

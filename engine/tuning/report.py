@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 from engine.errors import RangeTestError
+from engine.log import log
 from engine.range_test.chart import chart_of
 from engine.range_test.contents import Contents, marks_of
 from engine.range_test.page import PAGE_NAME, write_page
 from engine.range_test.picture import draw_range_test
 from engine.range_test.smoothing import SMOOTHING
 from engine.tuning.result import Tuning, tries_of
-from engine.tuning.store import CONFIG_NAME, save_tuning
+from engine.tuning.store import CONFIG_NAME, CSV_NAME, JSON_NAME, is_tuning, save_tuning
 from engine.tuning.summary import next_steps, summarize
 
-__all__ = ["PICTURE_NAME", "contents_of", "show_tuning", "write_tuning"]
+__all__ = ["PICTURE_NAME", "contents_of", "prepare_folder", "show_tuning", "write_tuning"]
 
 PICTURE_NAME = "tune.png"
+
+
+def prepare_folder(directory: str | Path) -> None:
+    """Make a tuning's folder, or clear it of an earlier tuning, which a new one that fails early would not replace.
+
+    Raises:
+        RangeTestError: nothing can be written there.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\n")
+        if is_tuning(directory):
+            log.info("%s holds an earlier tuning; this one begins anew and replaces it", directory)
+            for name in (CONFIG_NAME, PAGE_NAME, PICTURE_NAME, CSV_NAME, JSON_NAME):
+                (Path(directory) / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RangeTestError(
+            f"out: {directory}: {error.strerror or error}; give a folder that can be written to"
+        ) from None
 
 
 def write_tuning(tuning: Tuning, directory: str | Path, *, beta: float = SMOOTHING, picture: bool = True) -> str:
@@ -49,9 +72,17 @@ def write_tuning(tuning: Tuning, directory: str | Path, *, beta: float = SMOOTHI
     return "\n".join(lines)
 
 
-def show_tuning(tuning: Tuning, directory: str | Path, *, beta: float = SMOOTHING) -> str:
-    """Write the report; its lines below a chart for the terminal."""
-    said = write_tuning(tuning, directory, beta=beta)
+def show_tuning(tuning: Tuning, said: str | None = None, *, beta: float = SMOOTHING) -> str:
+    """Lines for a person below a chart for the terminal.
+
+    Args:
+        tuning: what to show.
+        said: what `write_tuning` returned; None where nothing could be written: then the config is shown, too.
+        beta: as in `write_tuning`.
+    """
+    if said is None:
+        config = [] if tuning.refusal is not None else ["", json.dumps(tuning.to_config(), indent=2)]
+        said = "\n".join([summarize(tuning), *config])
     if not any(curve.losses for curve in tuning.test.curves):
         return said
     return f"{chart_of(contents_of(tuning, beta=beta))}\n\n{said}"

@@ -87,7 +87,7 @@ class Tuning:
         if len(self.search) < 3 or self.steps < 2:
             return answer
         tries = tries_of(self.search)
-        peaks, updates = [one.lr for one in tries], max(len(trial.curve.losses) for trial in self.search)
+        peaks, updates = [one.lr for one in tries], max(len(trial.curve.taken().losses) for trial in self.search)
         told = f"{len(peaks)} short trainings, of {updates} updates each and with peaks from {min(peaks):.2g} to "
         told += f"{max(peaks):.2g}"
         best = find_peak(tries)

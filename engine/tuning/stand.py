@@ -61,6 +61,7 @@ class FreshEngines:
         self._seed: int | None = None
         self._rig: Rig | None = None
         self._built = False
+        self._scale: dict[str, Any] | None = None  # where the last rig's runs have settled
         self.validates = False
 
     def rig(self, seed: int) -> Rig:
@@ -74,7 +75,7 @@ class FreshEngines:
         """Let the engine go: one at a time is in memory. Who wants its monitors for a last word gets it."""
         if self._rig is None:
             return None
-        engine = self._rig.engine
+        engine, self._scale = self._rig.engine, self._rig.scale
         self._rig.__exit__(None, None, None)
         self._rig = None
         return engine
@@ -93,4 +94,5 @@ class FreshEngines:
         self._built = True
         self.validates = task.validation is not None
         rig = Rig(engine, task.data, task.loss, validation=task.validation)
+        rig.scale = self._scale
         return rig.__enter__()

@@ -139,7 +139,8 @@ class Stop:
         """The next update has not come."""
         if self._acted:
             return
-        if self.report is not None:
-            self.report(number)
+        report = self.report  # the main thread may take it away
+        if report is not None:
+            report(number)
         if self._ends:
             os._exit(128 + number)

@@ -12,7 +12,7 @@ from engine.range_test.result import RangeTestResult, curve_from_json, curve_to_
 from engine.tuning.result import Tuning
 from engine.tuning.trials import Trial
 
-__all__ = ["CONFIG_NAME", "JSON_NAME", "is_tuning", "load_tuning", "save_tuning"]
+__all__ = ["CONFIG_NAME", "CSV_NAME", "JSON_NAME", "is_tuning", "load_tuning", "save_tuning"]
 
 JSON_NAME = "tune.json"
 CSV_NAME = "tune.csv"

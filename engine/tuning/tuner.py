@@ -6,6 +6,7 @@ known when it is broken off (a signal, a loss that raises) is kept all the same;
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from engine.config import load_config
 from engine.engine import Engine
 from engine.range_test.analysis import rough_maximum
 from engine.range_test.curve import Curve
+from engine.range_test.rates import own_rates, ratios_of
 from engine.range_test.result import RangeTestResult
 from engine.range_test.rig import Run
 from engine.range_test.search import next_peak
@@ -53,11 +55,14 @@ class Facts:
 
 
 def facts_of(engine: Engine, steps: int) -> Facts:
-    """The facts of an engine that is to train for so many updates."""
-    lrs = [float(lr) for lr in getattr(engine.lr_scheduler, "base_lrs", None) or engine.get_lr()]
-    ratios = [lr / lrs[0] if lrs[0] else 1.0 for lr in lrs]
+    """The facts of an engine that is to train for so many updates.
+
+    Raises:
+        RangeTestError: the first parameter group's rate is 0, and another one's is not.
+    """
+    lrs = own_rates(engine)
     return Facts(
-        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios),
+        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios_of(lrs)),
         _named_start(engine),
         lrs[0] if _names_lr(engine) and lrs[0] > 0 else None,
         engine.train_micro_batch_size_per_gpu(),
@@ -109,12 +114,15 @@ class Tuner:
         self._trials: list[Trial] = []
         self._stage, self._number = "start", ""
         self._stopped: str | None = None
+        self._partial: Curve | None = None  # of the run under way, where it was broken off
+        self._whole = False
+        self._lock = threading.Lock()  # a thread breaks off, too, where an update takes too long
 
     def run(self) -> Tuning:
         """Make all stages.
 
         Returns:
-            What was found; with `stopped` set if a signal ended it.
+            What was found.
 
         Raises:
             Stopped: after what is known has been saved; `result` has it.
@@ -130,24 +138,38 @@ class Tuner:
             for number, (name, stage) in enumerate(stages.items(), start=1):
                 self._stage, self._number = name, f"{number}/{len(stages)}"
                 stage()
-                self._save(self.result())
+                with self._lock:
+                    self._whole = number == len(stages)
+                    self._save(self.result())
         except BaseException as error:
             self.break_off(error.args[0] if isinstance(error, Stopped) else type(error).__name__)
             raise
         return self.result()
 
     def break_off(self, how: str) -> None:
-        """Save what is known at this moment, the run under way included."""
-        self._stopped = f'by {how} in the stage "{self._stage}"'
-        self._keep_partial()
-        self._save(self.result())
+        """Save what is known at this moment, the run under way included.
+
+        May be called in a thread, and again: the last call counts. A tuning that is whole is not broken off.
+        """
+        with self._lock:
+            if self._whole:
+                return
+            self._stopped = f'by {how} in the stage "{self._stage}"'
+            partial = self._meter.partial()
+            # A trial that is broken off cannot be compared with others.
+            self._partial = partial if partial is not None and partial.is_test else None
+            self._save(self.result())
 
     def result(self) -> Tuning:
         """What is known so far."""
+        curves, comparisons = list(self._curves), list(self._comparisons)
+        if (partial := self._partial) is not None:
+            compares = partial.train_batch_size is not None or partial.settings
+            (comparisons if compares else curves).append(partial)
         return replace(
             self._frame,
-            test=replace(self._facts.test, curves=tuple(self._curves)),
-            comparisons=tuple(self._comparisons),
+            test=replace(self._facts.test, curves=tuple(curves)),
+            comparisons=tuple(comparisons),
             search=tuple(self._tries),
             trials=tuple(self._trials),
             spent=self._meter.spent,
@@ -212,6 +234,11 @@ class Tuner:
         if not isinstance(answer, Suggestion) or not self._plan.trials:
             return
         candidates = candidates_of(answer, self._facts.own_lr)
+        if 0 in self._ratios:
+            candidates = [candidate for candidate in candidates if candidate.schedule != "OneCycle"]
+            self._left_out.append(
+                "1Cycle is left out: a parameter group has the rate 0, and a cycle's rates are above it."
+            )
         left = self._plan.total - self._meter.spent
         count, updates = share_out_trials(left, len(candidates), self._frame.steps)
         if not count:
@@ -245,16 +272,10 @@ class Tuner:
         rig = self._stand.rig(run.seed)
         self._meter.begin(self._number, run, rig.engine.world)
         curve = rig.make(run, self._meter)
-        self._meter.end()
+        with self._lock:
+            self._meter.end()
+            self._partial = self._stopped = None  # a thread may have broken off a run that came to its end after all
         return curve
-
-    def _keep_partial(self) -> None:
-        """The run under way, if it is a test; a trial that is broken off cannot be compared with others."""
-        curve = self._meter.partial()
-        if curve is None or not curve.is_test:
-            return
-        compares = curve.train_batch_size is not None or curve.settings
-        (self._comparisons if compares else self._curves).append(curve)
 
     @property
     def _ratios(self) -> tuple[float, ...]:

@@ -363,6 +363,15 @@ def test_linear_tests_overrule_a_sweep() -> None:
     assert suggestion(linear, make_sweep(0.8)) == suggestion(linear)
 
 
+@pytest.mark.parametrize(("updates", "why"), [(3, "3 updates are too few"), (30, "it stays flat")])
+def test_a_sweep_is_read_where_a_linear_test_was_broken_off_before_it_told_anything(updates: int, why: str) -> None:
+    broken_off = make_curve(flat(noise=0.001), rate=5.0, n=updates, name="slow (broken off)")
+    answer, alone = suggestion(make_sweep(0.8), broken_off), suggestion(make_sweep(0.8))
+    assert answer.params() == alone.params()
+    assert answer.notes == (*alone.notes, f"slow (broken off) is not read: {why}.")
+    assert "too short" in refusal(make_curve(flat(), n=15), make_sweep(0.8, updates=5)).reason
+
+
 def test_a_sweep_of_eighteen_updates_can_be_read() -> None:
     assert 0.05 < suggestion(make_sweep(0.8, updates=18)).cycle_max_lr < 0.4
 

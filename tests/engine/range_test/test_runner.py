@@ -316,6 +316,29 @@ def test_updates_that_are_skipped_are_marked_and_do_not_count_as_divergence() ->
     assert len(set(curve.lrs)) == 30 - len(curve.skipped)
 
 
+def test_later_runs_begin_with_the_scale_that_earlier_ones_have_settled_on() -> None:
+    engine = make_engine(fp16=FP16)
+    first, *others = run(engine, loss=steep, min_lr=1e-6, steps=30, rates=[5, 50], baseline=1e-6).curves
+    assert first.skipped[:10] == tuple(range(10))
+    assert [curve.skipped for curve in others] == [(), ()]
+    assert engine.loss_scale == 2**20, "the engine has its own back"
+
+
+def test_a_run_that_diverges_leaves_the_scale_of_its_lowest_loss() -> None:
+    scales = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        scales.append(model.loss_scale)
+        return steep(model, batch)
+
+    diverged, after = run(make_engine(fp16=FP16), loss=loss, rates=[1e5, 1], min_lr=1e-6, steps=60).curves
+    assert (len(diverged.steps) < 60, len(after.steps)) == (True, 60)
+    lowest = min((loss, step) for step, loss in enumerate(diverged.losses) if step not in diverged.skipped)[1]
+    last = len(diverged.steps) - 1
+    assert scales[last] < scales[lowest]
+    assert scales[last + 1] == scales[lowest]
+
+
 def test_what_the_device_skips_by_itself_is_marked_alike() -> None:
     curves = []
     for reads in (True, False):
@@ -493,6 +516,41 @@ def test_batches_of_dicts_are_weighed_by_their_samples_too() -> None:
         expected = mse(engine(x), y).item()
     curve = only(run(engine, batches, lambda model, batch: mse(model(batch["x"]), batch["y"]), validation=batches))
     assert curve.validation[0][1] == pytest.approx(expected, rel=1e-6)
+
+
+ODD = {
+    "tuple": lambda loss, out: (loss, out),
+    "float": lambda loss, out: loss.item(),
+    r"a tensor of shape \(8, 1\)": lambda loss, out: loss * torch.ones_like(out),
+}
+
+
+@pytest.mark.parametrize("given", ODD)
+def test_a_validation_loss_that_is_no_scalar_tensor_is_refused_as_a_training_loss_is(given: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        out = model(batch[0])
+        return ODD[given](mse(out, batch[1]), out)
+
+    with pytest.raises(
+        RangeTestError, match=rf"loss: returned {given}.*; expected a scalar tensor, such as loss\.mean"
+    ):
+        run(loss=loss, validation=make_data(8))
+    with pytest.raises(EngineError, match="expected a scalar tensor"):
+        run(loss=loss)
+
+
+def test_a_loss_of_one_element_is_one_in_training_and_in_validation() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return mse(model(batch[0]), batch[1]).reshape(1)
+
+    curve, plain = only(run(loss=loss, validation=make_data(8))), only(run(validation=make_data(8)))
+    assert (curve.losses, curve.validation) == (plain.losses, plain.validation)
+
+
+@pytest.mark.parametrize("validation", [[], DataLoader(TensorDataset(*make_data(8)), 9, drop_last=True)])
+def test_validation_data_without_a_sample_is_refused(validation: Any) -> None:
+    with pytest.raises(RangeTestError, match="validation: it yields no sample; is it empty"):
+        run(validation=validation)
 
 
 def test_without_validation_data_there_are_no_validation_losses() -> None:

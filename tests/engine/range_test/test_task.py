@@ -217,3 +217,16 @@ def test_an_iterator_is_refused() -> None:
     for data in (iter([1]), (x for x in [1]), zip([1])):
         with pytest.raises(RangeTestError, match=r"which can be read only once; give a dataset or a loader"):
             training_batches(data, ALONE, micro_batch=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (iter([1]), "validation: got list_iterator, which can be read only once"),
+        (TensorDataset(torch.ones(0, 1)), "validation: the dataset is empty"),
+        (3, "validation: got int; expected a dataset"),
+    ],
+)
+def test_validation_data_that_cannot_be_used_is_called_by_its_name(data: Any, message: str) -> None:
+    with pytest.raises(RangeTestError, match=message):
+        validation_batches(data, ALONE, micro_batch=1)

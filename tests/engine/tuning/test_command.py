@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ def linear():
 def flat():
     x = torch.zeros(64, 4)
     return nn.Linear(4, 1, bias=False), (x, x[:, :1]), nn.MSELoss()
+
+def never():
+    def loss(model, batch):
+        raise ValueError("it was run")
+    return nn.Linear(4, 1), torch.zeros(64, 4), loss
 """
 CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 
@@ -92,6 +98,28 @@ def test_the_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "redline tune task.py:digits --config config.json --steps 4000" in said
     assert "Ctrl-C" in said and "Exit code" in said
+
+
+def test_a_full_disk_costs_the_files_but_not_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("engine.tuning.store.write_text", write)
+    assert tune("--steps", "400") == 1
+    said = capsys.readouterr()
+    assert "Tuned for 400 updates" in said.out and '"scheduler": {' in said.out
+    assert "out: tune: No space left on device; what was found is printed" in said.err
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that even root cannot write to")
+def test_a_folder_that_cannot_be_written_to_is_found_out_before_anything_is_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--steps", "4000", "--out", "/proc/self", task="never") == 1
+    assert "out: /proc/self: " in (said := capsys.readouterr().err)
+    assert "give a folder that can be written to" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import Engine, initialize, tune
+from engine import Engine, Tuning, initialize, tune
 from engine.cli import main
 from engine.tuning import Interrupted
+from engine.tuning.api import Wishes, run_tuning
+from engine.tuning.stand import OneEngine
 from engine.tuning.stop import Stop
 from engine.tuning.store import load_tuning
 from tests.tasks import task_folder
@@ -49,6 +53,10 @@ def task():
     return nn.Linear(4, 1), (x, y), loss, (x[:32], y[:32])
 """
 CONFIG = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+WISHES = Wishes(
+    steps=2000, budget=0.1, max_updates=None, seeds=1, batch_sizes=None, sweep=None, target_batch_size=None,
+    target_processes=None,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +97,20 @@ def test_a_signal_at_any_moment_leaves_a_report_of_what_is_known(
     assert "This is what is known so far" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["SIGINT", "raise"])
+def test_what_the_sweep_suggests_is_kept_when_a_linear_test_is_broken_off(
+    what: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv("AT", "70")
+    monkeypatch.setenv("WHAT", what)
+    with contextlib.suppress(ValueError):
+        main([*COMMAND, "--quiet"])
+    tuning = load_tuning("out")
+    assert [curve.name for curve in tuning.test.curves] == ["sweep", "slow (broken off)"]
+    assert tuning.refusal is None
+    assert (folder / "out" / "tuned.json").exists()
+
+
 def test_a_loss_that_raises_leaves_a_report_and_its_own_traceback(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -100,6 +122,19 @@ def test_a_loss_that_raises_leaves_a_report_and_its_own_traceback(
     assert tuning.stopped == 'by ValueError in the stage "linear tests"'
     assert [curve.name for curve in tuning.test.curves] == ["sweep", "slow (broken off)"]
     assert (folder / "out" / "report.html").exists()
+
+
+def test_a_loss_that_raises_at_once_leaves_nothing_of_an_earlier_tuning(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "out").mkdir()
+    for name in ("tune.json", "tune.csv", "tuned.json", "tune.png", "report.html", "mine.txt"):
+        (folder / "out" / name).write_text("{}")
+    monkeypatch.setenv("AT", "1")
+    monkeypatch.setenv("WHAT", "raise")
+    with pytest.raises(ValueError, match="the loss is at fault"):
+        main([*COMMAND, "--quiet"])
+    assert [path.name for path in (folder / "out").iterdir()] == ["mine.txt"]
 
 
 def python_tune(engine: Engine, at: int, act: Callable[[], None], **arguments: Any) -> None:
@@ -148,10 +183,79 @@ def test_where_the_next_update_does_not_come_the_report_is_made_without_it() -> 
     with Stop(patience=0.2) as stop:
         stop.report = reported.append
         os.kill(os.getpid(), signal.SIGINT)
-        begin = time.monotonic()
-        while not reported and time.monotonic() - begin < 10:
-            time.sleep(0.02)
+        wait_until(lambda: bool(reported))
     assert reported == [signal.SIGINT]
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["short", "longer than its report waits"])
+def test_a_signal_during_the_last_validation_is_raised_with_the_whole_tuning(lasts: bool, tmp_path: Path) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    data = (x, x.sum(1, keepdim=True))
+    calls, last = 0, -1
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if lasts:
+                wait_until(lambda: (tmp_path / "report.html").exists())
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    def run() -> Tuning:
+        engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+        with Stop(patience=0.2) as stop:
+            return run_tuning(OneEngine(engine, data, loss, data), WISHES, stop, out=tmp_path, progress=False)
+
+    torch.manual_seed(0)
+    whole = run()
+    torch.manual_seed(0)
+    calls, last = 0, calls
+    with pytest.raises(Interrupted) as caught:
+        run()
+    assert caught.value.signal == signal.SIGTERM and "after the last update" in str(caught.value)
+    assert replace(caught.value.tuning, seconds=whole.seconds) == whole
+    assert load_tuning(tmp_path).stopped is None
+    if lasts:
+        assert "interrupted" not in (tmp_path / "report.html").read_text().lower()
+
+
+def test_a_signal_while_monitors_are_told_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.tuning.api.publish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+    with pytest.raises(Interrupted) as caught:
+        python_tune(engine, -1, lambda: None)
+    assert caught.value.tuning.stopped is None
+
+
+def test_an_update_that_comes_after_the_report_was_made_without_it_is_reported_once(tmp_path: Path) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    engine = initialize(nn.Linear(4, 1), CONFIG, device="cpu")
+    late: list[bool] = []
+    calls = 0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            late.append(wait_until(lambda: (tmp_path / "report.html").exists()))
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    with Stop(patience=0.2) as stop, pytest.raises(Interrupted) as caught:
+        stand = OneEngine(engine, (x, x.sum(1, keepdim=True)), loss, None)
+        run_tuning(stand, WISHES, stop, out=tmp_path, progress=False)
+    assert late == [True]
+    tuning = caught.value.tuning
+    assert [(curve.name, len(curve.losses)) for curve in tuning.test.curves] == [("sweep (broken off)", 5)]
+    assert load_tuning(tmp_path).test.curves == tuning.test.curves
+
+
+def wait_until(done: Callable[[], bool]) -> bool:
+    begin = time.monotonic()
+    while not done() and time.monotonic() - begin < 10:
+        time.sleep(0.02)
+    return done()
 
 
 def launch(*command: str, **environment: str) -> subprocess.Popen[str]:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from engine import Engine, RangeTestError, Tuning, initialize, tune
 from engine.config import validate
 from engine.range_test.suggestion import Refusal, Suggestion
+from engine.range_test.task import Task
 from engine.tuning.plan import TRIES, Request, make_plan
 from engine.tuning.report import write_tuning
 from engine.tuning.result import tries_of
+from engine.tuning.stand import FreshEngines
 from engine.tuning.store import load_tuning, save_tuning
 from engine.tuning.summary import summarize
 from engine.tuning.trials import Trial
@@ -144,14 +146,32 @@ def test_without_validation_data_trials_are_judged_by_their_training_loss() -> N
 
 
 def test_parameter_groups_keep_their_ratios() -> None:
-    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.05}]
-    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
-    engine = initialize(model, config, device="cpu", model_parameters=groups)
-    tuning = run(engine, steps=8000)
+    tuning = run(make_engine_of_groups(0.1, 0.05), steps=8000)
     high = next(value for key, value in tuning.to_config()["scheduler"]["params"].items() if key.endswith("max_lr"))
     assert high[0] == pytest.approx(2 * high[1])
     assert tuning.own_lr == 0.1
+
+
+def make_engine_of_groups(*lrs: float) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip((model[0], model[2]), lrs)]
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    return initialize(model, config, device="cpu", model_parameters=groups)
+
+
+def test_a_parameter_group_whose_rate_is_0_keeps_it_and_has_no_1cycle(tmp_path: Path) -> None:
+    tuning = run(make_engine_of_groups(0.1, 0.0), out=tmp_path)
+    assert {trial.schedule for trial in tuning.trials} == {"WarmupDecayLR", "fixed"}
+    assert any(sentence.startswith("1Cycle is left out: a parameter group") for sentence in tuning.left_out)
+    config = tuning.to_config()
+    assert config["scheduler"]["params"]["warmup_max_lr"][1] == 0.0
+    assert validate(tmp_path / "tuned.json").exit_code == 0
+
+
+def test_an_engine_whose_first_parameter_group_alone_has_the_rate_0_is_refused() -> None:
+    with pytest.raises(RangeTestError, match=r"rates of the parameter groups are 0, 0\.1; expected the first one's"):
+        run(make_engine_of_groups(0.0, 0.1), loss=lambda model, batch: pytest.fail("it was run"))
 
 
 # -- the search ----------------------------------------------------------------------------------------------
@@ -269,6 +289,46 @@ def test_updates_that_the_loss_scaler_skipped_do_not_count_in_a_try() -> None:
 
     assert came(spoilt) > 1000
     assert came(skipped) == pytest.approx(came(first), abs=1.0)
+
+
+def test_in_fp16_the_scale_is_looked_for_once_and_tries_lose_no_updates() -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 32}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+
+    engine = make_engine(fp16=fp16, optimizer={"type": "Adam", "params": {"lr": 0.01}})
+    tuning = run(engine, loss=loss, steps=1000)
+    assert len(tuning.test.curves[0].skipped) >= 10
+    assert len(tuning.search) == TRIES
+    assert all(tried.curve.skipped == () for tried in tuning.search if not tried.diverged)
+    assert engine.loss_scale == 2**32
+
+
+def test_an_engine_that_is_built_for_another_seed_goes_on_with_the_scale() -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 32}
+    stand = FreshEngines(
+        lambda: Task(nn.Linear(4, 1), make_data(), nn.MSELoss()), lambda task: make_engine(task.model, fp16=fp16), 0
+    )
+    scaler = stand.rig(0).engine.scaler
+    assert scaler is not None
+    settled = {**scaler.state_dict(), "value": 8.0}
+    stand.rig(0).scale = settled
+    assert stand.rig(1).scale == settled
+    stand.close()
+
+
+def test_updates_that_were_skipped_do_not_count_in_the_length_of_a_try() -> None:
+    tuning = run()
+
+    def with_skipped(trial: Trial) -> Trial:
+        curve = trial.curve
+        return replace(trial, curve=replace(curve, skipped=curve.steps[:10]))
+
+    updates = max(len(trial.curve.losses) for trial in tuning.search)
+    answer = replace(tuning, search=tuple(map(with_skipped, tuning.search))).answer
+    assert isinstance(answer, Suggestion)
+    assert f"of {updates - 10} updates each" in answer.reasons["cycle_max_lr"]
 
 
 @pytest.mark.parametrize("steps", [120, 320, 1000, 2990, 4000])
@@ -399,6 +459,7 @@ def test_a_config_at_the_batch_size_that_was_measured_warns_of_nothing(caplog: p
         ({"batch_sizes": [12]}, "12 is no multiple of 8 (micro-batch 8 x 1 processes)"),
         ({"sweep": {"lr": [1]}}, 'sweep: got "lr"; expected weight_decay or momentum'),
         ({"sweep": {"momentum": [-1]}}, "sweep: got momentum -1; expected numbers >= 0"),
+        ({"sweep": {"momentum": [0.9, 1.0]}}, "momentum: got 1.0; expected a number from 0 to below 1"),
         ({"target_batch_size": 9, "target_processes": 2}, "9 samples cannot be shared evenly among 2 processes"),
     ],
 )
@@ -413,6 +474,12 @@ def test_arguments_that_cannot_be_are_refused_before_anything_is_run(arguments: 
         run(loss=loss, **arguments)
     assert message in str(caught.value)
     assert calls == []
+
+
+def test_a_setting_that_the_optimizer_has_not_is_refused_before_anything_is_run() -> None:
+    engine = make_engine(optimizer={"type": "Adagrad", "params": {"lr": 0.01}})
+    with pytest.raises(RangeTestError, match="momentum: the optimizer, Adagrad, has none; leave it out"):
+        run(engine, loss=lambda model, batch: pytest.fail("it was run"), sweep={"momentum": [0.9]})
 
 
 def test_a_flat_loss_gets_no_config_and_takes_that_of_an_earlier_tuning_away(tmp_path: Path) -> None:
