@@ -42,7 +42,8 @@ class Facts:
     Attributes:
         test: an empty record, to be filled with curves.
         named_start: the rate at which the config's LRRangeTest starts; None where it names none.
-        own_lr: the rate that the config or the script's optimizer names; None for a default.
+        own_lr: the rate that the config or the script's optimizer names, the highest one of a schedule; None for a
+            default.
         micro_batch: samples of a forward on one process.
         momentum: SGD's; 0 for other optimizers, which correct for its start.
     """
@@ -64,10 +65,18 @@ def facts_of(engine: Engine, steps: int) -> Facts:
     return Facts(
         RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios_of(lrs)),
         _named_start(engine),
-        lrs[0] if _names_lr(engine) and lrs[0] > 0 else None,
+        _own_lr(engine, lrs[0]),
         engine.train_micro_batch_size_per_gpu(),
         _heavy_ball(engine.optimizer),
     )
+
+
+def _own_lr(engine: Engine, lr: float) -> float | None:
+    if peaks := getattr(engine.lr_scheduler, "max_lrs", None):  # of a warm-up or a cycle
+        lr = float(peaks[0])
+    elif not _names_lr(engine):
+        return None
+    return lr if lr > 0 else None
 
 
 def _heavy_ball(optimizer: Optimizer | None) -> float:

@@ -26,6 +26,7 @@ from engine.tuning.stand import FreshEngines
 from engine.tuning.store import load_tuning, save_tuning
 from engine.tuning.summary import summarize
 from engine.tuning.trials import Trial
+from engine.tuning.tuner import facts_of
 from tests.distributed import run_ranks
 from tests.monitors import read_tensorboard
 
@@ -175,6 +176,18 @@ def test_an_engine_whose_first_parameter_group_alone_has_the_rate_0_is_refused()
 
 
 # -- the search ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "own"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": 0.05}}, 0.05),
+        ({"type": "OneCycle", "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.3, "cycle_momentum": False}}, 0.3),
+        ({"type": "LRRangeTest", "params": {}}, 0.01),
+    ],
+)
+def test_the_configs_own_rate_is_the_highest_of_its_schedule(scheduler: dict[str, Any], own: float) -> None:
+    assert facts_of(make_engine(scheduler=scheduler), 100).own_lr == own
 
 
 def test_with_heavy_ball_momentum_the_search_holds_its_rates() -> None:
