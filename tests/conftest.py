@@ -19,6 +19,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Scripts first: their whole runs take longest, and none is to be left for the end, when other workers are done."""
+    items.sort(key=lambda item: "scripts" not in item.path.parts[len(ROOT.parts) :])  # keeps the order otherwise
+
+
 def _environment() -> dict[str, str]:
     # pytest's own, and what torch's compiler notes for its workers when an optimizer first touches it.
     return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not k.startswith("TORCHINDUCTOR_")}
