@@ -17,6 +17,7 @@ take each of them seconds.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -98,6 +99,7 @@ def _rank_main(work: bytes, environment: dict[str, str], folder: str, answers: A
         answers.put((rank, pickle.dumps(target(*args)), None))
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
+    atexit._run_exitfuncs()  # as at the end of a script, which a forked child does not come to
 
 
 def _collect(children: Sequence[BaseProcess], answers: Any, deadline: float) -> tuple[dict[int, bytes], dict[int, str]]:
