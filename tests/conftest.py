@@ -30,8 +30,7 @@ def _environment() -> dict[str, str]:
 
 
 def _files() -> set[str]:
-    # A process that trained with LRRangeTest writes range_test as it ends: another worker's child may do so meanwhile.
-    return {name for name in os.listdir(ROOT) if not name.startswith((".", "__pycache__")) and name != "range_test"}
+    return {name for name in os.listdir(ROOT) if not name.startswith((".", "__pycache__"))}
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,5 @@ def test_groups_keep_their_proportion_under_a_schedule(
         first, second = engine.get_lr()
         assert first == pytest.approx(ratio * second)
     assert first > 0
+    if engine.recorder is not None:
+        atexit.unregister(engine.recorder.close)  # nobody reads this one's report
