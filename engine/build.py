@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 
@@ -20,18 +21,20 @@ from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
 from engine.optimizers import build_optimizer
-from engine.parallel import Alone, Parallel, Replicas
+from engine.master_params import broadcast_from_rank_0
+from engine.parallel import DataParallel, Parallel
 from engine.parts import Parts, Schedule
 from engine.precision import Formats, set_precision, to_dtype
 from engine.range_test.passive import PassiveRecorder
 from engine.recompute import recompute
+from engine.sharding import Sharding, make_mesh, unfuse_on_shards
 from engine.zero.blank import fill
 from engine.zero.blocks import find_blocks
 from engine.zero.carry import carry_optimizer_over, carry_over
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
-    from engine.zero.shards import Shards
+    from engine.zero.shards import FullyShard
 
 __all__ = ["build_parts", "build_schedule"]
 
@@ -52,7 +55,7 @@ def build_parts(
 ) -> Parts:
     """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
     reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
-    shards, moved = _place(config, world, module, reduction)
+    shards, sharding, moved = _place(config, world, module, reduction)
     if isinstance(optimizer, Optimizer):
         carry_optimizer_over(optimizer, moved) if shards is None else shards.carry_optimizer_over(optimizer)
     if model_parameters is not None:
@@ -60,6 +63,8 @@ def build_parts(
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
     if chosen is not None:
         _check_parameters(chosen, module)
+    if chosen is not None and sharding is not None:
+        unfuse_on_shards(chosen)
     schedule = _choose_schedule(config, chosen, lr_scheduler)
     recorder = None
     if isinstance(schedule, schedulers.LRRangeTest):
@@ -86,25 +91,33 @@ def build_parts(
             survives_sigterm=config.redline.checkpoint.save_on_sigterm is not None,
             **config.redline.data.arguments(),
         )
-    precision = set_precision(config, module, chosen, shared=shards is not None)
+    precision = set_precision(
+        config, module, chosen, fully_sharded=shards is not None, sharding=sharding, world_size=world.size
+    )
     parallel: Parallel
     if shards is not None:
+        shards.params = precision.params
         parallel = shards
-    elif world.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
-        parallel = Alone(module, reduction)
     else:
-        unused = config.redline.find_unused_parameters
-        parallel = Replicas(module, world, reduction, precision.masters, find_unused_parameters=unused)
+        apart = precision.master_params is not None and precision.accumulate is not precision.compute
+        parallel = DataParallel(
+            module,
+            reduction,
+            precision.params,
+            accumulate=precision.accumulate if apart else None,
+            keeps_sparse=isinstance(chosen, SparseAdam),
+        )
     return Parts(config, world, module, precision, parallel, chosen, schedule, loader, recorder)
 
 
 def _place(
     config: EngineConfig, world: World, module: nn.Module, reduction: Reduction
-) -> tuple[Shards | None, dict[Tensor, Tensor]]:
-    """Bring the model to the device, in place: whole, or shared out as the config's ZeRO stage says.
+) -> tuple[FullyShard | None, Sharding | None, dict[Tensor, Tensor]]:
+    """Bring the model to the device, in place, with rank 0's weights: full, or sharded as ZeRO stage 3 says.
 
     Returns:
-        What shares it out, None where it is whole; and the new parameters in the place of those that had to go.
+        What shards it at stage 3; how stages 1 and 2 shard the rest; the new parameters in the place of those that had to
+        go.
     """
     own = config.redline
     blocks = find_blocks(module, own.zero.blocks, own.zero.smallest_block)
@@ -116,30 +129,46 @@ def _place(
             )
         for block in blocks.values():
             recompute(block)
-    if not _shares_out(config, world):
+    stage = _sharded_stage(config, world)
+    if stage < 3:
         moved = fill(module, module.named_modules(), world.device)
         module.to(world.device)
-        return None, moved
+        # Buffers start as rank 0's and then stay each rank's own, as in DeepSpeed.
+        broadcast_from_rank_0([*module.parameters(), *module.buffers()], world.size)
+        return None, _sharding(config, world) if stage else None, moved
     from engine.zero.shards import shard_model  # see engine/zero/__init__.py
 
     if world.size == 1:
         join_alone(world)
 
     shards = shard_model(module, world, config, blocks, Formats.of(config), reduction)
-    return shards, shards.moved
+    return shards, None, shards.moved
 
 
-def _shares_out(config: EngineConfig, world: World) -> bool:
+def _sharding(config: EngineConfig, world: World) -> Sharding:
+    """How stages 1 and 2 divide master params and optimizer state."""
+    zero = config.zero_optimization
+    assert zero is not None
+    if world.size == 1:
+        join_alone(world)
+    offloads = zero.offloads and world.device.type == "cuda"
+    device = torch.device("cpu") if offloads else world.device
+    log.info("zero stage %d: %d ranks share master params, gradients and optimizer state", zero.stage, world.size)
+    return Sharding(make_mesh(world.device, world.size, zero.mics_shard_size), device, pinned=zero.pins_memory)
+
+
+def _sharded_stage(config: EngineConfig, world: World) -> int:
+    """The stage of ZeRO in force; 0 where there is nothing to shard."""
     zero = config.zero_optimization
     if zero is None or zero.stage == 0:
-        return False
+        return 0
     offloads = zero.offloads and world.device.type == "cuda"
     if zero.offloads and not offloads:
-        log.info("zero_optimization: weights and optimizer are in the CPU's memory as it is; offloading does nothing")
+        log.info("zero_optimization: weights and optimizer are in the CPU's memory already; offloading does nothing")
     if world.size == 1 and not offloads:
-        log.info("zero_optimization.stage %d: one process has all there is; nothing is shared out", zero.stage)
-        return False
-    return True
+        log.info("zero_optimization.stage %d: there is one rank, which has everything; nothing is sharded", zero.stage)
+        return 0
+    return zero.stage
 
 
 def _choose_optimizer(

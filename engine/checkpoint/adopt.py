@@ -182,8 +182,8 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
                 local_of(target).copy_(plan.parts.pop(name))
     else:
         _load_by(wanted.custom_load, engine, checkpoint)
-    if engine._publish is not None:
-        engine._publish()
+    if engine._precision.publish is not None:
+        engine._precision.publish()
     if wanted.module_only:
         return
     if plan.moments is not None and engine.optimizer is not None:
@@ -198,7 +198,7 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine._skipped = int(state["skipped_steps"])
-    engine._last_loss = engine._grad_norm = None
+    engine._last_loss = engine._optimizer_step.grad_norm = None
 
 
 def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSpeedCheckpoint) -> None:
@@ -206,8 +206,8 @@ def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSp
     tensors = {name: read_whole(stored) for name, stored in checkpoint.tensors().items()}
     tensors |= {alias: tensors[name] for alias, name in checkpoint.aliases.items() if name in tensors}
     custom_load(src=tensors, dst=engine.module)
-    if engine._masters is not None:
-        torch._foreach_copy_(list(engine._masters.of.values()), list(engine._masters.of))
+    if engine._precision.master_params is not None:
+        engine._precision.master_params.copy_from_model()
 
 
 def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], moments: Moments) -> None:

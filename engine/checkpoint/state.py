@@ -87,7 +87,6 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
         "left_out": left_out,
         "buffers": list(buffers),
         "aliases": aliases_of(module),
-        "order": engine._parallel.order(),
         "extra_state": {
             name: pack(each.get_extra_state(), f"{name or type(each).__name__}.get_extra_state()", tensors,
                        key=f"extra_state.{name}")
@@ -109,7 +108,7 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
     """What the optimizer updates, by the names of the model's parameters; of others the parameters themselves."""
-    masters = {} if engine._masters is None else engine._masters.of
+    masters = {} if engine._precision.master_params is None else engine._precision.master_params.of
     return {name: masters.get(parameter, parameter) for name, parameter in engine.module.named_parameters()}
 
 
@@ -150,7 +149,7 @@ def _counters(engine: Engine) -> dict[str, int]:
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
-        "micro_steps": engine.micro_steps - engine._unfinished.micro_batches,
+        "micro_steps": engine.micro_steps - engine._accumulation.micro_batches,
         "skipped_steps": engine.skipped_steps,
     }
 
@@ -161,7 +160,7 @@ def _data(engine: Engine) -> dict[str, Any] | None:
     if loader is None:
         return None
     state = loader.state_dict()
-    if engine._unfinished.backwards and engine._settled_position is not None:
+    if engine._accumulation.backwards and engine._settled_position is not None:
         # A dataset with a state of its own cannot be turned back; of its state these micro-batches are missing.
         state["epoch"], state["samples"], _ = engine._settled_position
     return state
