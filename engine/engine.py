@@ -103,6 +103,7 @@ class Engine(nn.Module):
         self.__dict__["_module"] = parts.module
         self._parallel = parts.parallel
         self._precision = parts.precision
+        self._masters = parts.precision.master_params
         self.scaler = parts.precision.loss_scale
         self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
         self._accumulation = AccumulationState(
@@ -121,6 +122,8 @@ class Engine(nn.Module):
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
+        if self._masters is not None and parts.optimizer is not None:
+            self._masters.attach(parts.optimizer, parts.module.zero_grad)
         weakref.finalize(self, _report_unfinished, self._accumulation)
 
     # -- the step loop ---------------------------------------------------------------------------
@@ -442,16 +445,15 @@ class Engine(nn.Module):
         What a script has written into the model's weights goes into the master params first.
         """
         self._parallel.reshard()
-        masters = self._precision.master_params
-        if masters is not None:
-            masters.compare_values()
-            masters.adopt_writes()
+        if self._masters is not None:
+            self._masters.compare_values()
+            self._masters.adopt_writes()
 
     def train(self, mode: bool = True) -> Engine:
         """Set the training mode, as of any module."""
-        if self._precision.master_params is not None:
+        if self._masters is not None:
             # Weights are swapped (for their average, say) around an evaluation, by writes that leave no trace.
-            self._precision.master_params.compare_values()
+            self._masters.compare_values()
         return super().train(mode)
 
     def _why_no_backward(self, loss: Any) -> str:

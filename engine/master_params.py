@@ -7,6 +7,7 @@ whatever a script does to the optimizer's groups, to `requires_grad` and to the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,23 @@ class MasterParams:
         self._masters: list[Tensor] = []
         self._versions: list[int] = []
         self._compare_values = False
+
+    def attach(self, optimizer: Optimizer, clear: Callable[[], None]) -> None:
+        """Let the optimizer answer for the model's parameters, which a script knows, as well as for the master params.
+
+        Args:
+            optimizer: its `state` is found under either, and its `zero_grad` clears both.
+            clear: clears the gradients of the model's parameters.
+        """
+        optimizer.state = _StateByParam(self.of, optimizer.state)
+        zero_grad = optimizer.zero_grad
+
+        def zero_both(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none)
+            clear()
+
+        # An attribute of this optimizer alone: torch has no hook for it.
+        optimizer.zero_grad = zero_both  # type: ignore[method-assign]
 
     def add(self, param: Tensor) -> Tensor:
         """Make the master param of a model parameter, from its value."""
@@ -126,6 +144,18 @@ class MasterParams:
 
     def _note_versions(self) -> None:
         self._versions = [param._version for param in self._model]
+
+
+class _StateByParam(defaultdict[Tensor, Any]):
+    """An optimizer's state, found under a master param or under the model parameter behind it."""
+
+    def __init__(self, masters: dict[Tensor, Tensor], state: Any) -> None:
+        super().__init__(dict, state)
+        self._masters = masters
+
+    def __missing__(self, key: Tensor) -> Any:
+        master = self._masters.get(key)
+        return super().__missing__(key) if master is None or master not in self else self[master]
 
 
 class TrainedParams:

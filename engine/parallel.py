@@ -310,7 +310,11 @@ class DataParallel:
         numbers = torch.tensor(status, device=params[0].device) if params else torch.tensor(status)
         sums: Tensor | None = None
         if sharded:
-            grads = [local[index] if local[index] is not None else torch.zeros_like(params[index]) for index in sharded]
+            dtype = self._accumulate  # what is sent together does not depend on what a loss has reached
+            grads = [
+                torch.zeros_like(params[index], dtype=dtype) if local[index] is None else local[index]
+                for index in sharded
+            ]
             sums = self._scatter([targets[index] for index in sharded], grads, numbers, gradients)
             for index in sharded:
                 params[index].grad = None
@@ -337,11 +341,13 @@ class DataParallel:
         dtype = self.reduction.dtype
         waits: list[tuple[Callable[[], None], list[Any], list[Tensor]]] = []
         sums = numbers[:0]
-        buckets = list(buckets_of(list(zip(masters, grads)), lambda pair: (pair[1].dtype, pair[1].nbytes)))
+        pairs = [(master, grad.to_dense() if grad.is_sparse else grad) for master, grad in zip(masters, grads)]
+        buckets = list(buckets_of(pairs, lambda pair: (pair[1].dtype, pair[1].nbytes)))
         for number, bucket in enumerate(buckets):
             extra = numbers if number == len(buckets) - 1 else numbers[:0]
-            dense = [grad.to_dense() if grad.is_sparse else grad for _, grad in bucket]
-            wait, rows, sums = self._sharding.reduce_scatter(dense, extra, self.reduction, dtype)
+            wait, rows, sums = self._sharding.reduce_scatter(
+                [grad for _, grad in bucket], extra, self.reduction, dtype
+            )
             waits.append((wait, [master for master, _ in bucket], rows))
         for wait, owners, rows in waits:
             wait()

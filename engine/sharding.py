@@ -96,7 +96,8 @@ class Sharding:
             A function that waits, the rows of each gradient (valid afterwards), and the sum of `extra`.
         """
         dense = [each.contiguous() for each in gradients]
-        dense.append(extra.to(dense[0].dtype).repeat(self.size))  # each rank's rows of it are all of it
+        if len(extra):
+            dense.append(extra.to(dense[0].dtype).repeat(self.size))  # each rank's rows of it are all of it
         sizes = [self._chunk(each) * (each.numel() // each.shape[0]) for each in dense]
         whole = torch.empty(self.size, sum(sizes), dtype=dtype, device=dense[0].device)
         torch._chunk_cat(dense, dim=0, num_chunks=self.size, out=whole)
@@ -118,7 +119,7 @@ class Sharding:
 
         flat = torch.split(mine, sizes)
         rows = [part[: own.numel()].view(own.shape) for part, own in zip(flat, map(self.rows_of, gradients))]
-        return wait, rows, flat[-1]
+        return wait, rows, flat[-1] if len(extra) else extra
 
     def gather(self, model: Sequence[Tensor], masters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Write sharded master params into the model; the others, which are whole, are returned in pairs."""

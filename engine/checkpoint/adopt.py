@@ -206,8 +206,8 @@ def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSp
     tensors = {name: read_whole(stored) for name, stored in checkpoint.tensors().items()}
     tensors |= {alias: tensors[name] for alias, name in checkpoint.aliases.items() if name in tensors}
     custom_load(src=tensors, dst=engine.module)
-    if engine._precision.master_params is not None:
-        engine._precision.master_params.copy_from_model()
+    if engine._masters is not None:
+        engine._masters.copy_from_model()
 
 
 def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], moments: Moments) -> None:

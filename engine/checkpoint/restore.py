@@ -192,8 +192,8 @@ class Restore:
         if self._wanted.custom_load is not None:
             source = {name: self._targets.pop(f"model.{name}") for name in self._saved}
             self._wanted.custom_load(src=source, dst=engine.module)
-            if engine._precision.master_params is not None:
-                engine._precision.master_params.copy_from_model()
+            if engine._masters is not None:
+                engine._masters.copy_from_model()
         else:
             tensors = model_tensors(engine)
             for name, source_name in self._sources.items():

@@ -108,7 +108,7 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
     """What the optimizer updates, by the names of the model's parameters; of others the parameters themselves."""
-    masters = {} if engine._precision.master_params is None else engine._precision.master_params.of
+    masters = {} if engine._masters is None else engine._masters.of
     return {name: masters.get(parameter, parameter) for name, parameter in engine.module.named_parameters()}
 
 

@@ -33,6 +33,7 @@ from engine.zero.torchs import (
     follow_flags,
     forget,
     held_versions,
+    let_methods_compute,
     replaced_params,
     send_held,
     show_collectives,
@@ -106,6 +107,12 @@ def shard_model(
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
     sum_unused(units)
+    for unit in units:
+        # Memory for gathered parameters is allocated once: here, since tensors that are made in inference mode can't be
+        # written to outside of it.
+        unit.unshard()
+        unit.reshard()
+    let_methods_compute(model)
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     local = _add_up_whole(model, world, zero.stage, accumulate)
@@ -173,7 +180,10 @@ class FullyShard:
             self._synced = sync
         if sync and self._held:
             # FSDP2 wants one dtype for all gradients of a block: also for those that this backward is the first to make.
+            untouched = held_versions(self._units) == self._held_expected
             fill_held(self._units)
+            if untouched:
+                self._held_expected = held_versions(self._units)
 
     def untouched(self) -> bool:
         return self._expected.hold() and held_versions(self._units) == self._held_expected

@@ -5,14 +5,19 @@ In one place, since it may move between versions of torch; read in 2.6 to 2.13 (
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "fill_held", "follow_flags", "forget", "held_versions", "replaced_params", "send_held", "show_collectives",
+    "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
     "sum_unused",
 ]  # fmt: skip
 
@@ -33,6 +38,41 @@ def sum_unused(units: Iterable[Any]) -> None:
     for unit in units:
         if hasattr(unit, "set_reduce_scatter_unused_params"):
             unit.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def let_methods_compute(model: Any) -> None:
+    """Gather the model for its own methods, too, as FSDP2 does for `forward`: in place, on this model alone.
+
+    A method gathers when it is given a tensor; others (`get_input_embeddings()`, say) may be called on one rank alone.
+    """
+    names = {
+        name
+        for cls in type(model).__mro__[: type(model).__mro__.index(nn.Module)]
+        if cls is not FSDPModule
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name != "forward" and not hasattr(FSDPModule, name)
+    }
+    for name in names:
+        setattr(model, name, functools.partial(_compute, model, getattr(model, name)))
+
+
+def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    state = model._get_fsdp_state()
+    tensors = any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs)))
+    if not tensors or state._training_state is not TrainingState.IDLE:  # it is called within a forward
+        return method(*args, **kwargs)
+    # The method may call the model itself, whose forward would free what the rest of the method needs.
+    groups = list(_groups([model]))
+    after = [group.post_forward_mesh_info for group in groups]
+    args, kwargs = state._pre_forward(model, args, kwargs)
+    for group in groups:
+        group.post_forward_mesh_info = None
+    try:
+        output = method(*args, **kwargs)
+    finally:
+        for group, info in zip(groups, after):
+            group.post_forward_mesh_info = info
+    return state._post_forward(model, args, output)
 
 
 def follow_flags(units: Iterable[Any]) -> None:
