@@ -180,6 +180,7 @@ class Engine(nn.Module):
         try:
             if not loss.requires_grad:
                 raise EngineError(_NO_GRAPH)
+            self._parallel.prepare()
             scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self._parallel.collect()
             share = loss.detach()

@@ -58,6 +58,9 @@ class Parallel(Protocol):
     def follow(self) -> None:
         """Take up which parameters train now; gradients of those that no longer do are dropped."""
 
+    def prepare(self) -> None:
+        """Make room for the gradients of a backward."""
+
     def collect(self) -> None:
         """Take up the gradients of a backward."""
 
@@ -156,8 +159,10 @@ class DataParallel:
         self._sharding = None if params.masters is None else params.masters.sharding
         self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
         self._summed: list[Tensor] = []  # params.model when they were
-        self._token: Tensor | None = None  # a parameter whose .grad shows that gradients add up elsewhere
-        self._master_token: tuple[Tensor, Tensor] | None = None  # the same for the optimizer's zero_grad()
+        self._collected = False  # whether there was a backward since the last clear()
+        self._apart = False  # whether gradients of earlier backwards are in `_sums`
+        # A gradient that only shows whether the optimizer's zero_grad() was called, where it has master params.
+        self._master_token: tuple[Tensor, Tensor] | None = None
         self._shards: dict[Tensor, Any] = {}  # the DTensor that is the gradient of each sharded master param
         self._expected = Expected()
         self._slots: list[tuple[dict[str, Any], str, Tensor, nn.Module]] = []
@@ -200,29 +205,26 @@ class DataParallel:
             if param is not None and id(param) in grouped
         ]
         masters = self.params.masters
-        self._token = min(model, key=Tensor.numel, default=None) if self._accumulate is not None else None
         self._master_token = None
         if masters is not None and model:
             master = min(self.params.updated, key=Tensor.numel)
             self._master_token = master, torch.zeros_like(master, requires_grad=False)
         self._shards = {}
-        if self.reached():
-            self._note()
+        if self._collected:
+            self.collect()
 
     @property
     def _reduced_params(self) -> list[Tensor]:
         """The parameters whose gradients are reduced; without master params all that require one, as in DeepSpeed."""
         return self.params.model if self.params.masters is not None else self.params.model + self.params.others
 
-    def collect(self) -> None:
-        if self._accumulate is not None:
+    def prepare(self) -> None:
+        if self._accumulate is not None and self._collected:
             self._add_up(self._accumulate)
-        self._note()
 
-    def _note(self) -> None:
+    def collect(self) -> None:
+        self._collected = True
         holders = list(self._reduced_params)
-        if self._token is not None:
-            self._token.grad = torch.zeros_like(self._token)
         if self._master_token is not None:
             master, token = self._master_token
             master.grad = token
@@ -231,6 +233,7 @@ class DataParallel:
 
     def _add_up(self, dtype: torch.dtype) -> None:
         """Add the model's gradients to the sums, and free them."""
+        self._apart = True
         sums = self._sums
         first: tuple[list[Tensor], list[Tensor]] = [], []  # all at once: one kernel where torch has it
         later: tuple[list[Tensor], list[Tensor]] = [], []
@@ -259,15 +262,13 @@ class DataParallel:
             torch._foreach_add_(*later)
 
     def reached(self) -> bool:
-        if self._accumulate is not None:
-            return any(total is not None for total in self._sums)
-        return any(param.grad is not None for param in self.params.model)
+        return any(total is not None for total in self._sums) or any(p.grad is not None for p in self.params.model)
 
     def reduce(self, status: Sequence[float]) -> Reduced:
         params = self._reduced_params
-        local = self._sums if self._accumulate is not None else [param.grad for param in params]
-        if self._token is not None:
-            self._token.grad = None
+        if self._apart:
+            self.prepare()
+        local = self._sums if self._apart else [param.grad for param in params]
         if self.reduction.size == 1 and self._sharding is None:
             return Reduced(self._give_alone(params, local), torch.tensor(status))
         return self._give_reduced(params, local, status)
@@ -286,9 +287,10 @@ class DataParallel:
         for param, master, grad in zip(params, self.params.updated, local):
             if grad is None:
                 grad = self._zeros(master)
-            elif grad.dtype != master.dtype:
+            else:
+                if grad.is_sparse and not self._keeps_sparse:
+                    grad = grad.to_dense()
                 grad = grad.to(master.dtype)
-            elif grad.is_sparse is False and self._accumulate is None:
                 param.grad = None
             master.grad = grad
             gradients.append(grad)
@@ -310,14 +312,7 @@ class DataParallel:
         numbers = torch.tensor(status, device=params[0].device) if params else torch.tensor(status)
         sums: Tensor | None = None
         if sharded:
-            dtype = self._accumulate  # what is sent together does not depend on what a loss has reached
-            grads = [
-                torch.zeros_like(params[index], dtype=dtype) if local[index] is None else local[index]
-                for index in sharded
-            ]
-            sums = self._scatter([targets[index] for index in sharded], grads, numbers, gradients)
-            for index in sharded:
-                params[index].grad = None
+            sums = self._scatter(params, targets, [(index, local[index]) for index in sharded], numbers, gradients)
         if whole or not sharded:
             shapes = [params[index] for index in whole]
             sparse = self._sparse if masters is None or self._keeps_sparse else set()
@@ -335,30 +330,44 @@ class DataParallel:
 
     _num_sharded = 0
 
-    def _scatter(self, masters: list[Any], grads: list[Any], numbers: Tensor, gradients: list[Tensor]) -> Tensor:
-        """Reduce-scatter gradients into the sharded master params' own."""
+    def _scatter(
+        self,
+        params: list[Any],
+        masters: list[Any],
+        local: list[tuple[int, Tensor | None]],
+        numbers: Tensor,
+        gradients: list[Tensor],
+    ) -> Tensor:
+        """Reduce-scatter gradients into the sharded master params' own, and free them; the sums of `numbers`."""
         assert self._sharding is not None
-        dtype = self.reduction.dtype
         waits: list[tuple[Callable[[], None], list[Any], list[Tensor]]] = []
-        sums = numbers[:0]
-        pairs = [(master, grad.to_dense() if grad.is_sparse else grad) for master, grad in zip(masters, grads)]
-        buckets = list(buckets_of(pairs, lambda pair: (pair[1].dtype, pair[1].nbytes)))
+        size = self.reduction.dtype.itemsize
+        # What is sent together depends on the parameters alone, and not on what a loss has reached.
+        buckets = list(buckets_of(local, lambda pair: (params[pair[0]].dtype, params[pair[0]].numel() * size)))
+        local.clear()
+        sums = numbers
         for number, bucket in enumerate(buckets):
+            dense: list[Tensor] = []
+            for index, grad in bucket:
+                if grad is None:
+                    grad = torch.zeros_like(params[index], dtype=self._accumulate if self._apart else None)
+                dense.append(grad.to_dense() if grad.is_sparse else grad)
             extra = numbers if number == len(buckets) - 1 else numbers[:0]
-            wait, rows, sums = self._sharding.reduce_scatter(
-                [grad for _, grad in bucket], extra, self.reduction, dtype
-            )
-            waits.append((wait, [master for master, _ in bucket], rows))
+            wait, rows, sums = self._sharding.reduce_scatter(dense, extra, self.reduction)
+            for index, _ in bucket:
+                params[index].grad = None
+            waits.append((wait, [masters[index] for index, _ in bucket], rows))
+            bucket.clear()
         for wait, owners, rows in waits:
             wait()
             for master, own in zip(owners, rows):
-                local = own.to(self._sharding.device, master.dtype)
+                local_grad = own.to(self._sharding.device, master.dtype)
                 shard = self._shards.get(master)
                 if shard is None:
-                    shard = self._shards[master] = self._sharding.as_dtensor(local, master)
-                shard._local_tensor = local
+                    shard = self._shards[master] = self._sharding.as_dtensor(local_grad, master)
+                shard._local_tensor = local_grad
                 master.grad = shard
-                gradients.append(local)
+                gradients.append(local_grad)
         return sums / (self.reduction.before * self.reduction.after)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -388,8 +397,9 @@ class DataParallel:
     def clear(self) -> None:
         for param in self.params.all:
             param.grad = None
-        if self._accumulate is not None:
-            self._sums = [None] * len(self._sums)
+        self._collected = False
+        if self._apart:
+            self._apart, self._sums = False, [None] * len(self._sums)
         for master, shard in self._shards.items():
             shard._local_tensor = master._local_tensor  # type: ignore[attr-defined]  # frees the gradient
         self._expected.note_none(self._reduced_params)

@@ -82,7 +82,7 @@ class Sharding:
         return -(-tensor.shape[0] // self.size)
 
     def reduce_scatter(
-        self, gradients: Sequence[Tensor], extra: Tensor, reduction: Reduction, dtype: torch.dtype
+        self, gradients: Sequence[Tensor], extra: Tensor, reduction: Reduction
     ) -> tuple[Callable[[], None], list[Tensor], Tensor]:
         """Start to sum gradients over the ranks, for each rank its rows.
 
@@ -90,7 +90,6 @@ class Sharding:
             gradients: full ones, on the model's device.
             extra: numbers of this rank that are summed in the same collective, shape (n,).
             reduction: how the ranks' gradients become one.
-            dtype: of the collective.
 
         Returns:
             A function that waits, the rows of each gradient (valid afterwards), and the sum of `extra`.
@@ -99,11 +98,12 @@ class Sharding:
         if len(extra):
             dense.append(extra.to(dense[0].dtype).repeat(self.size))  # each rank's rows of it are all of it
         sizes = [self._chunk(each) * (each.numel() // each.shape[0]) for each in dense]
-        whole = torch.empty(self.size, sum(sizes), dtype=dtype, device=dense[0].device)
+        whole = torch.empty(self.size, sum(sizes), dtype=reduction.dtype, device=dense[0].device)
         torch._chunk_cat(dense, dim=0, num_chunks=self.size, out=whole)
+        del dense
         if reduction.before != 1.0:
             whole.mul_(reduction.before)
-        mine = torch.empty(sum(sizes), dtype=dtype, device=whole.device)
+        mine = torch.empty(sum(sizes), dtype=whole.dtype, device=whole.device)
         work = self.show(
             "reduce_scatter",
             whole.nbytes,

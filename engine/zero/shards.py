@@ -201,6 +201,8 @@ class FullyShard:
                 param.grad = None
         follow_flags(self._units)
 
+    def prepare(self) -> None: ...
+
     def collect(self) -> None:
         self._held = self._held or not self._synced
         self._expected.note(self.params.model)
