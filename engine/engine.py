@@ -323,10 +323,11 @@ class Engine(nn.Module):
             EngineError: on all ranks: a loss had no graph, or none has reached a parameter.
         """
         reached, no_graph = self._parallel.reached(), self._no_graph
-        reduced = self._parallel.reduce((float(reached), float(no_graph)))
+        reduced = self._parallel.reduce((reached, no_graph))
+        status = reduced.status
         # What this rank knows without asking the device is enough while all is well.
-        if reduced.status.device.type == "cpu" or no_graph or not reached:
-            ranks_reached, ranks_without_graph = reduced.status.tolist()
+        if not reached or no_graph or (status is not None and status.device.type == "cpu"):
+            ranks_reached, ranks_without_graph = (reached, no_graph) if status is None else status.tolist()
             if ranks_without_graph > 0.5:
                 self.drop_update()
                 raise EngineError(_NO_GRAPH if no_graph else f"step: on another rank, {_NO_GRAPH}")

@@ -29,11 +29,11 @@ class Reduced(NamedTuple):
 
     Attributes:
         gradients: plain tensors, whole ones or this rank's rows; they count in the norm and are clipped.
-        status: the sums over the ranks of what each rank gave, on the device.
+        status: the sums over the ranks of what each rank gave, on the device; None where there is one rank.
     """
 
     gradients: list[Tensor]
-    status: Tensor
+    status: Tensor | None
 
 
 class Parallel(Protocol):
@@ -104,29 +104,35 @@ class Expected:
     def __init__(self) -> None:
         self._holders: list[Any] = []
         self._grads: list[Tensor | None] = []
-        self._versions: list[int] = []
+        self._versions: list[int] | None = None  # None: no gradient is expected
 
-    def note(self, holders: list[Any]) -> None:
-        """Take the gradients of these tensors, as they are now, for right."""
+    def note(self, holders: list[Any]) -> bool:
+        """Take the gradients of these tensors, as they are now, for right; whether there are any."""
         self._holders = holders
         self._grads = grads = [holder.grad for holder in holders]
-        self._versions = [_local(grad)._version for grad in grads if grad is not None]
+        self._versions = _versions_of(grads)
+        return bool(self._versions)
 
     def note_none(self, holders: list[Any]) -> None:
         """Expect no gradient on any of these tensors."""
-        self._holders, self._grads, self._versions = holders, [None] * len(holders), []
+        self._holders, self._versions = holders, None
 
     def hold(self) -> bool:
         """Whether they still are what was noted."""
+        if self._versions is None:
+            for holder in self._holders:  # noqa: SIM110  any() takes twice as long
+                if holder.grad is not None:
+                    return False
+            return True
         grads = [holder.grad for holder in self._holders]
-        if not all(map(operator.is_, grads, self._grads)):
-            return False
-        return not self._versions or [_local(grad)._version for grad in grads if grad is not None] == self._versions
+        return all(map(operator.is_, grads, self._grads)) and _versions_of(grads) == self._versions
 
 
-def _local(tensor: Any) -> Any:
-    """The tensor that is written to: of a DTensor its shard, since its own version stays 0."""
-    return getattr(tensor, "_local_tensor", tensor)
+def _versions_of(grads: list[Tensor | None]) -> list[int]:
+    """How often each gradient was written to; of a DTensor its shard tells, since its own version stays 0."""
+    if grads and hasattr(grads[0], "_local_tensor"):
+        return [getattr(grad, "_local_tensor", grad)._version for grad in grads if grad is not None]
+    return [grad._version for grad in grads if grad is not None]
 
 
 class DataParallel:
@@ -160,6 +166,7 @@ class DataParallel:
         self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
         self._summed: list[Tensor] = []  # params.model when they were
         self._collected = False  # whether there was a backward since the last clear()
+        self._reached = False  # whether one of them left a gradient
         self._apart = False  # whether gradients of earlier backwards are in `_sums`
         # A gradient that only shows whether the optimizer's zero_grad() was called, where it has master params.
         self._master_token: tuple[Tensor, Tensor] | None = None
@@ -186,10 +193,14 @@ class DataParallel:
         )
 
     def untouched(self) -> bool:
+        if self._collected and self._master_token is not None and self._master_token[0].grad is not self._master_token[1]:
+            return False
         return self._expected.hold()
 
     def follow(self) -> None:
         model = self.params.model
+        # Without master params all that requires a gradient is reduced and clipped, as in DeepSpeed.
+        self._reduced_params = model if self.params.masters is not None else model + self.params.others
         kept = {id(param): total for param, total in zip(self._summed, self._sums)}
         self._sums = [kept.get(id(param)) for param in model]
         self._summed = model
@@ -213,23 +224,16 @@ class DataParallel:
         if self._collected:
             self.collect()
 
-    @property
-    def _reduced_params(self) -> list[Tensor]:
-        """The parameters whose gradients are reduced; without master params all that require one, as in DeepSpeed."""
-        return self.params.model if self.params.masters is not None else self.params.model + self.params.others
-
     def prepare(self) -> None:
         if self._accumulate is not None and self._collected:
             self._add_up(self._accumulate)
 
     def collect(self) -> None:
         self._collected = True
-        holders = list(self._reduced_params)
         if self._master_token is not None:
             master, token = self._master_token
             master.grad = token
-            holders.append(master)
-        self._expected.note(holders)
+        self._reached = self._expected.note(self._reduced_params) or self._reached
 
     def _add_up(self, dtype: torch.dtype) -> None:
         """Add the model's gradients to the sums, and free them."""
@@ -262,6 +266,8 @@ class DataParallel:
             torch._foreach_add_(*later)
 
     def reached(self) -> bool:
+        if not self._reached or not self.params.others:
+            return self._reached
         return any(total is not None for total in self._sums) or any(p.grad is not None for p in self.params.model)
 
     def reduce(self, status: Sequence[float]) -> Reduced:
@@ -270,30 +276,38 @@ class DataParallel:
             self.prepare()
         local = self._sums if self._apart else [param.grad for param in params]
         if self.reduction.size == 1 and self._sharding is None:
-            return Reduced(self._give_alone(params, local), torch.tensor(status))
+            return Reduced(self._give_alone(params, local), None)
         return self._give_reduced(params, local, status)
 
-    def _give_alone(self, params: list[Tensor], local: list[Tensor | None]) -> list[Tensor]:
-        trained = len(self.params.model)
+    def _give_alone(self, params: list[Tensor], local: Sequence[Tensor | None]) -> list[Tensor]:
+        if self.params.masters is not None:
+            return self._give_masters(params, local)
         gradients: list[Tensor] = []
-        if self.params.masters is None:
-            for index, (param, grad) in enumerate(zip(params, local)):
-                if grad is None:
-                    if index >= trained:
-                        continue  # the optimizer does not have it
-                    param.grad = grad = self._zeros(param)
-                gradients.append(grad)
-            return gradients
+        for index, (param, grad) in enumerate(zip(params, local)):
+            if grad is None:
+                if index >= len(self.params.model):
+                    continue  # the optimizer does not have it
+                param.grad = grad = self._zeros(param)
+            gradients.append(grad)
+        return gradients
+
+    def _give_masters(self, params: list[Tensor], local: Sequence[Tensor | None]) -> list[Tensor]:
+        gradients: list[Tensor] = []
+        cast: tuple[list[Tensor], list[Tensor]] = [], []  # all at once: one kernel where torch has it
         for param, master, grad in zip(params, self.params.updated, local):
             if grad is None:
-                grad = self._zeros(master)
+                given = self._zeros(master)
+            elif grad.dtype == master.dtype or grad.is_sparse:
+                given = grad.to(master.dtype) if self._keeps_sparse or not grad.is_sparse else grad.to_dense().to(master)
             else:
-                if grad.is_sparse and not self._keeps_sparse:
-                    grad = grad.to_dense()
-                grad = grad.to(master.dtype)
-                param.grad = None
-            master.grad = grad
-            gradients.append(grad)
+                given = torch.empty_like(master, requires_grad=False)
+                cast[0].append(given)
+                cast[1].append(grad)
+            param.grad = None
+            master.grad = given
+            gradients.append(given)
+        if cast[0]:
+            torch._foreach_copy_(*cast)
         return gradients
 
     def _zeros(self, param: Tensor) -> Tensor:
@@ -309,7 +323,7 @@ class DataParallel:
         divided = set(sharded)
         whole = [index for index in range(len(params)) if index not in divided]
         gradients: list[Tensor] = []
-        numbers = torch.tensor(status, device=params[0].device) if params else torch.tensor(status)
+        numbers = torch.tensor(status, dtype=torch.float32, device=params[0].device if params else None)
         sums: Tensor | None = None
         if sharded:
             sums = self._scatter(params, targets, [(index, local[index]) for index in sharded], numbers, gradients)
@@ -397,7 +411,7 @@ class DataParallel:
     def clear(self) -> None:
         for param in self.params.all:
             param.grad = None
-        self._collected = False
+        self._collected = self._reached = False
         if self._apart:
             self._apart, self._sums = False, [None] * len(self._sums)
         for master, shard in self._shards.items():

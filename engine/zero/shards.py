@@ -227,7 +227,7 @@ class FullyShard:
         if self._factor != 1.0:
             scale_by(gradients, self._factor)
         self._num_sharded = len(gradients)
-        numbers = torch.tensor(status, device=self.params.model[0].device if self.params.model else None)
+        numbers = torch.tensor(status, dtype=torch.float32, device=self.params.model[0].device if self.params.model else None)
         totals, sums = all_reduce([param.grad for param in whole], whole, self.reduction, numbers)
         for param, total in zip(whole, totals):
             param.grad = total.to(param.dtype)
