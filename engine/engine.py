@@ -115,7 +115,9 @@ class Engine(nn.Module):
         self._skipped = 0
         self._doubt: Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
-        self._no_graph = False  # a loss on this rank had no graph, which the ranks find out together in step()
+        self._no_graph = False  # a loss on this rank had no graph, which the ranks find out when they reduce
+        self._reduces_at_boundary = parts.world.size > 1 and not parts.parallel.reduces_in_backward
+        self._ranks_reached = False  # whether a gradient was reduced, of whatever rank
         self._last_exception: Any = None  # that Python had shown to the user when the micro-batch under way began
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
@@ -170,18 +172,17 @@ class Engine(nn.Module):
         self._check_gradients("backward")
         self._follow_params()
         self._know()
-        if not loss.requires_grad and self._waits_for_others:
-            self._no_graph = True
-            accumulation.add_backward(divided=scale_wrt_gas)
-            return loss
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
         try:
-            if not loss.requires_grad:
-                raise EngineError(_NO_GRAPH)
             self._parallel.prepare()
-            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            if loss.requires_grad:
+                scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            elif self._reduces_at_boundary:
+                self._no_graph = True  # the ranks find out together, when they reduce
+            else:
+                raise EngineError(_NO_GRAPH)
             self._parallel.collect()
             share = loss.detach()
             if share.element_size() < 4:  # what it is added to, and averaged with, should not be rounded again
@@ -189,6 +190,8 @@ class Engine(nn.Module):
             self._loss = share if self._loss is None else self._loss + share
             accumulation.add_backward(divided=scale_wrt_gas)
             self._last_exception = _shown_exception()
+            if self._reduces_at_boundary and accumulation.is_boundary() and not accumulation.in_no_sync:
+                self._reduce()  # as DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks
         except BaseException as error:
             self._drop(f"backward was broken off by {type(error).__name__}")
             raise
@@ -218,7 +221,7 @@ class Engine(nn.Module):
             self.micro_steps += 1
             if ends:
                 self._follow_params()
-                self._update(self._reduce())
+                self._update(self._reduce_for_step())
         except BaseException as error:
             if accumulation.backwards:
                 self._drop(f"step was broken off by {type(error).__name__}")
@@ -255,14 +258,14 @@ class Engine(nn.Module):
                 "(scale_wrt_gas=False), so that their mean is not known; scale all of them in one way"
             )
         self._follow_params()
-        reduced = self._reduce()
+        gradients = self._reduce_for_step()
         if engine_scaled:
-            scale_by(reduced, accumulation.steps * self.world_size / total)
+            scale_by(gradients, accumulation.steps * self.world_size / total)
         if self._loss is None:
             self._loss = torch.zeros((), device=self.device)
         elif accumulation.scaling == "engine":
             self._loss = self._loss * (accumulation.steps / own)
-        self._update(reduced)
+        self._update(gradients)
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -279,7 +282,7 @@ class Engine(nn.Module):
         """Forget the micro-batches since the last optimizer step, and their gradients."""
         self._parallel.clear()
         self._accumulation.reset()
-        self._no_graph = False
+        self._no_graph = self._ranks_reached = False
         self._loss = None
 
     def _drop(self, why: str) -> None:
@@ -290,11 +293,6 @@ class Engine(nn.Module):
                 "backward: %s; the gradients of %d micro-batch%s are dropped, and the next one begins a new accumulation",
                 why, count, "es" if count > 1 else "",
             )  # fmt: skip
-
-    @property
-    def _waits_for_others(self) -> bool:
-        """Whether this rank takes part in a reduction even where it has nothing to give: then errors wait for step()."""
-        return self.world_size > 1 and not self._parallel.reduces_in_backward
 
     def _check_gradients(self, doing: str) -> None:
         """Refuse gradients that the engine has not left so."""
@@ -317,24 +315,35 @@ class Engine(nn.Module):
             self._parallel.follow()
 
     def _reduce(self) -> list[Tensor]:
+        """Reduce the gradients over all ranks.
+
+        Raises:
+            EngineError: on all ranks: a loss had no graph.
+        """
+        reached, no_graph = self._parallel.reached(), self._no_graph
+        reduced = self._parallel.reduce((reached, no_graph))
+        status = reduced.status
+        self._ranks_reached = self._ranks_reached or reached
+        # What this rank knows without asking the device is enough while all is well.
+        if status is not None and (status.device.type == "cpu" or no_graph or not reached):
+            ranks_reached, ranks_without_graph = status.tolist()
+            self._ranks_reached = self._ranks_reached or ranks_reached > 0.5
+            if ranks_without_graph > 0.5:
+                self.drop_update()
+                raise EngineError(_NO_GRAPH if no_graph else f"on another rank, {_NO_GRAPH}")
+        return reduced.gradients
+
+    def _reduce_for_step(self) -> list[Tensor]:
         """The gradients of all ranks.
 
         Raises:
             EngineError: on all ranks: a loss had no graph, or none has reached a parameter.
         """
-        reached, no_graph = self._parallel.reached(), self._no_graph
-        reduced = self._parallel.reduce((reached, no_graph))
-        status = reduced.status
-        # What this rank knows without asking the device is enough while all is well.
-        if not reached or no_graph or (status is not None and status.device.type == "cpu"):
-            ranks_reached, ranks_without_graph = (reached, no_graph) if status is None else status.tolist()
-            if ranks_without_graph > 0.5:
-                self.drop_update()
-                raise EngineError(_NO_GRAPH if no_graph else f"step: on another rank, {_NO_GRAPH}")
-            if ranks_reached < 0.5:
-                self.drop_update()
-                raise EngineError(self._why_nothing_reached())
-        return reduced.gradients
+        gradients = self._reduce()
+        if not self._ranks_reached:
+            self.drop_update()
+            raise EngineError(self._why_nothing_reached())
+        return gradients
 
     def _why_nothing_reached(self) -> str:
         count = len(self._parallel.params.model)
@@ -360,6 +369,7 @@ class Engine(nn.Module):
             count = accumulation.micro_batches if accumulation.managed else accumulation.backwards
             self._parallel.clear()
             accumulation.reset()
+            self._no_graph = self._ranks_reached = False
         self._last_loss, self._loss = self._loss, None
         if self.recorder is not None:
             self.recorder.record(self.global_steps, optimizer.param_groups[0]["lr"], self._last_loss)

@@ -21,8 +21,6 @@ from engine.sharding import Sharding
 
 __all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "move_state"]
 
-MoveState = Callable[[Optimizer, Tensor, Tensor], None]
-
 
 class MasterParams:
     """The tensors that an optimizer updates in the place of the model's parameters.
@@ -154,8 +152,10 @@ class _StateByParam(defaultdict[Tensor, Any]):
         self._masters = masters
 
     def __missing__(self, key: Tensor) -> Any:
-        master = self._masters.get(key)
-        return super().__missing__(key) if master is None or master not in self else self[master]
+        return self[self._masters[key]] if key in self._masters else super().__missing__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or super().__contains__(self._masters.get(key))  # type: ignore[call-overload]
 
 
 class TrainedParams:
@@ -166,7 +166,6 @@ class TrainedParams:
         optimizer: its groups get master params in the place of the model's own, where there are some; None for a model
             that is only evaluated.
         masters: makes them; None where the optimizer updates the model's own.
-        move_state: moves an optimizer's state from one parameter to another.
         world_size: ranks that hold the same parameters; new ones become rank 0's.
 
     Attributes:
@@ -181,7 +180,6 @@ class TrainedParams:
         module: nn.Module,
         optimizer: Optimizer | None,
         masters: MasterParams | None,
-        move_state: MoveState,
         *,
         world_size: int = 1,
     ) -> None:
@@ -190,7 +188,7 @@ class TrainedParams:
         self.updated: list[Tensor] = []
         self.others: list[Tensor] = []
         self.all: list[Tensor] = []
-        self._module, self._optimizer, self._move_state = module, optimizer, move_state
+        self._module, self._optimizer = module, optimizer
         self._world_size = world_size
         self._grouped: list[Tensor] = []  # the model's parameters in the order of the groups
         self._sizes: list[int] | None = None  # of the groups
@@ -245,7 +243,7 @@ class TrainedParams:
                     master = self.masters.of[param] if param in self.masters.of else self.masters.add(param)
                     group["params"][index] = master
                     assert self._optimizer is not None
-                    self._move_state(self._optimizer, param, master)
+                    move_state(self._optimizer, param, master, self.masters.sharding)
                     self.all.append(master)
 
 
@@ -265,7 +263,18 @@ def broadcast_from_rank_0(tensors: list[Tensor], world_size: int) -> None:
                 tensor.detach().copy_(data)
 
 
-def move_state(optimizer: Optimizer, old: Tensor, new: Tensor) -> None:
-    """Give a parameter that takes another one's place in an optimizer the other one's state."""
-    if old in optimizer.state:
-        optimizer.state[new] = optimizer.state.pop(old)
+def move_state(optimizer: Optimizer, old: Tensor, new: Tensor, sharding: Sharding | None) -> None:
+    """Give a parameter that takes another one's place in an optimizer the other one's state, in its dtype and sharding."""
+    state = optimizer.state.pop(old, None)
+    if state is None:
+        return
+    moved = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape == old.shape:
+            value = value.detach().to(new.dtype if value.is_floating_point() else value.dtype)
+            if sharding is not None and hasattr(new, "_local_tensor"):
+                value = sharding.shard_of(value)
+            else:
+                value = value.to(new.device)
+        moved[key] = value
+    optimizer.state[new] = moved

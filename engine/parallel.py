@@ -70,7 +70,8 @@ class Parallel(Protocol):
     def reduce(self, status: Sequence[float]) -> Reduced:
         """Reduce the collected gradients over the ranks and give them to the optimizer; a collective.
 
-        A parameter that no loss has reached gets zeros, as in DeepSpeed.
+        A parameter that no loss has reached gets zeros, as in DeepSpeed. What was reduced before, since the last
+        :meth:`clear`, is added.
 
         Args:
             status: numbers of this rank that are summed with the gradients.
@@ -128,6 +129,11 @@ class Expected:
         return all(map(operator.is_, grads, self._grads)) and _versions_of(grads) == self._versions
 
 
+def _local(tensor: Any) -> Any:
+    """A DTensor's shard; a plain tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 def _versions_of(grads: list[Tensor | None]) -> list[int]:
     """How often each gradient was written to; of a DTensor its shard tells, since its own version stays 0."""
     if grads and hasattr(grads[0], "_local_tensor"):
@@ -166,10 +172,13 @@ class DataParallel:
         self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
         self._summed: list[Tensor] = []  # params.model when they were
         self._collected = False  # whether there was a backward since the last clear()
+        self._reduced: list[Tensor] | None = None  # the gradients, where there are no others on this rank
+        self._earlier: dict[Tensor, Tensor] = {}  # those that were reduced before others came
         self._reached = False  # whether one of them left a gradient
         self._apart = False  # whether gradients of earlier backwards are in `_sums`
-        # A gradient that only shows whether the optimizer's zero_grad() was called, where it has master params.
+        # The smallest master param, and a gradient that only shows whether the optimizer's zero_grad() was called.
         self._master_token: tuple[Tensor, Tensor] | None = None
+        self._on_master: Tensor | None = None  # the gradient that it has now
         self._shards: dict[Tensor, Any] = {}  # the DTensor that is the gradient of each sharded master param
         self._expected = Expected()
         self._slots: list[tuple[dict[str, Any], str, Tensor, nn.Module]] = []
@@ -193,11 +202,13 @@ class DataParallel:
         )
 
     def untouched(self) -> bool:
-        if self._collected and self._master_token is not None and self._master_token[0].grad is not self._master_token[1]:
+        if self._master_token is not None and self._master_token[0].grad is not self._on_master:
             return False
         return self._expected.hold()
 
     def follow(self) -> None:
+        if self._reduced is not None:
+            self._set_aside()
         model = self.params.model
         # Without master params all that requires a gradient is reduced and clipped, as in DeepSpeed.
         self._reduced_params = model if self.params.masters is not None else model + self.params.others
@@ -225,14 +236,23 @@ class DataParallel:
             self.collect()
 
     def prepare(self) -> None:
-        if self._accumulate is not None and self._collected:
+        if self._reduced is not None:
+            self._set_aside()
+        elif self._accumulate is not None and self._collected:
             self._add_up(self._accumulate)
+
+    def _set_aside(self) -> None:
+        """Keep what is reduced already apart from the gradients that a further backward leaves on this rank."""
+        for target in self._targets:
+            self._earlier[target] = target.grad  # type: ignore[assignment]
+            target.grad = None
+        self._reduced = self._on_master = None
 
     def collect(self) -> None:
         self._collected = True
         if self._master_token is not None:
             master, token = self._master_token
-            master.grad = token
+            master.grad = self._on_master = token
         self._reached = self._expected.note(self._reduced_params) or self._reached
 
     def _add_up(self, dtype: torch.dtype) -> None:
@@ -270,10 +290,37 @@ class DataParallel:
             return self._reached
         return any(total is not None for total in self._sums) or any(p.grad is not None for p in self.params.model)
 
+    @property
+    def _targets(self) -> list[Tensor]:
+        """What gets the reduced gradients."""
+        return self._reduced_params if self.params.masters is None else self.params.updated
+
     def reduce(self, status: Sequence[float]) -> Reduced:
-        params = self._reduced_params
+        if self._reduced is not None:
+            return Reduced(self._reduced, None)
+        reduced = self._reduce(status)
+        if self._earlier:
+            self._add_earlier(reduced.gradients)
         if self._apart:
-            self.prepare()
+            self._apart, self._sums = False, [None] * len(self._sums)
+        self._reduced = reduced.gradients
+        if self.reduction.size > 1:
+            self._expected.note(self._reduced_params)
+        if self._master_token is not None:
+            self._on_master = self._master_token[0].grad
+        return reduced
+
+    def _add_earlier(self, gradients: list[Tensor]) -> None:
+        """Add the reduced gradients of earlier backwards, in place."""
+        for target in self._targets:
+            if target in self._earlier:
+                _local(target.grad).add_(_local(self._earlier[target]))
+        self._earlier = {}
+
+    def _reduce(self, status: Sequence[float]) -> Reduced:
+        params = self._reduced_params
+        if self._apart and self._accumulate is not None:
+            self._add_up(self._accumulate)
         local = self._sums if self._apart else [param.grad for param in params]
         if self.reduction.size == 1 and self._sharding is None:
             return Reduced(self._give_alone(params, local), None)
@@ -318,7 +365,7 @@ class DataParallel:
 
     def _give_reduced(self, params: list[Tensor], local: list[Tensor | None], status: Sequence[float]) -> Reduced:
         masters = self.params.masters
-        targets = params if masters is None else self.params.updated
+        targets = self._targets
         sharded = [index for index, target in enumerate(targets) if hasattr(target, "_local_tensor")]
         divided = set(sharded)
         whole = [index for index in range(len(params)) if index not in divided]
@@ -412,6 +459,8 @@ class DataParallel:
         for param in self.params.all:
             param.grad = None
         self._collected = self._reached = False
+        self._on_master = None
+        self._reduced, self._earlier = None, {}
         if self._apart:
             self._apart, self._sums = False, [None] * len(self._sums)
         for master, shard in self._shards.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.errors import LossScaleError
-from engine.master_params import MasterParams, TrainedParams, move_state
+from engine.master_params import MasterParams, TrainedParams
 from engine.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def set_precision(
     if not fully_sharded and (sharding is not None or (low is not None and formats.stored is not low)):
         masters = MasterParams(formats.stored, sharding, rounded=formats.rounded)
         publish = masters.copy_to_model
-    params = TrainedParams(module, optimizer, masters, move_state, world_size=world_size)
+    params = TrainedParams(module, optimizer, masters, world_size=world_size)
     if low is not None and fully_sharded:
         if formats.rounded and optimizer is not None:
             publish = _rounding(optimizer, low)

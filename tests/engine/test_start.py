@@ -17,7 +17,6 @@ from torch.optim import lr_scheduler
 import engine.optimizers
 import schedulers
 from engine import ConfigError, Engine, EngineError, initialize, lean, load_config
-from engine.parallel import Alone
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25}}
 CONFIG = {"train_batch_size": 4, "optimizer": ADAM}
@@ -85,7 +84,7 @@ def test_plain_python_is_one_process_without_a_process_group() -> None:
     engine = start()
     assert (engine.global_rank, engine.world_size) == (0, 1)
     assert not torch.distributed.is_initialized()
-    assert type(engine._parallel) is Alone
+    assert engine._parallel.reduction.size == 1
 
 
 def test_torchruns_environment_for_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,11 +228,11 @@ def test_at_stage_0_fp32_weights_come_from_the_optimizer_by_the_order_of_paramet
     engine.load_checkpoint(FOLDER / name)
     assert engine.loss_scale == expected(name)["loss_scale"]
     masters = engine._masters
-    assert masters is not None and len(masters.weights) == 6
-    for low, master in zip(masters.model, masters.weights):
+    assert masters is not None and len(masters.of) == 6
+    for low, master in masters.of.items():
         assert torch.equal(master.to(low.dtype), low)
-    assert any(not torch.equal(master, low.float()) for low, master in zip(masters.model, masters.weights))
-    assert all(float(engine.optimizer.state[master]["step"]) >= 7 for master in masters.weights)
+    assert any(not torch.equal(master, low.float()) for low, master in masters.of.items())
+    assert all(float(engine.optimizer.state[master]["step"]) >= 7 for master in masters.of.values())
 
 
 def test_at_stage_0_another_order_of_parameters_is_found_out_and_nothing_is_loaded() -> None:
