@@ -19,7 +19,7 @@ from engine.distributed import World, join_alone
 from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
-from engine.optimizers import build_optimizer
+from engine.optimizers import build_optimizer, guard_steps
 from engine.parallel import Alone, Parallel, Replicas
 from engine.parts import Parts, Schedule
 from engine.precision import Formats, set_precision, to_dtype
@@ -154,7 +154,7 @@ def _choose_optimizer(
         optimizer = given if isinstance(given, Optimizer) else given(parameters)
         if not isinstance(optimizer, Optimizer):
             raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
-        return optimizer
+        return guard_steps(optimizer)
     if config.optimizer is None:
         return None
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}

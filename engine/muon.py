@@ -69,7 +69,7 @@ class Muon(Optimizer):
         if matrices:
             self._parts.append(torch.optim.Muon(matrices))
         if rest:
-            self._parts.append(adam(rest, fused=_can_fuse(rest)))
+            self._parts.append(adam(rest, fused=True))
         for part, groups in zip(self._parts, [each for each in (matrices, rest) if each]):
             part.param_groups, part.state = groups, self.state
 
@@ -81,7 +81,7 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     an attribute ``use_muon``.
 
     Args:
-        parameters: tensors, or groups.
+        parameters: tensors, names and tensors, or groups of either.
         arguments: the config's ``optimizer.params``.
         names: of the model's parameters.
     """
@@ -91,16 +91,17 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     halves = []
     for group in groups:
         inside = group["params"]
-        members = [inside] if isinstance(inside, Tensor) else list(inside)
+        members: list[Any] = [inside] if isinstance(inside, Tensor) else list(inside)
+        chosen = [_is_for_muon(each, names) for each in members]
         for use_muon, options, own_lr in ((True, _MATRICES, "muon_lr"), (False, _REST, "adam_lr")):
-            half = [each for each in members if _is_for_muon(each, names.get(each, "")) is use_muon]
+            half = [each for each, for_muon in zip(members, chosen) if for_muon is use_muon]
             given = {key: arguments[key] for key in options if key in arguments}
             if own_lr in arguments:
                 given["lr"] = arguments[own_lr]
             own = {key: value for key, value in group.items() if key in options}
             if half:
                 halves.append({"params": half, "use_muon": use_muon, **options, **given, **own})
-    filters = [each for half in halves for each in half["params"] if each.ndim > 2]
+    filters = [each for half in halves for each in half["params"] if _parameter(each).ndim > 2]
     if filters:
         log.warning(
             "Muon: torch's takes matrices alone; weights of more dimensions that Adam updates: %d", len(filters)
@@ -108,12 +109,17 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     return halves
 
 
-def _is_for_muon(parameter: Tensor, name: str) -> bool:
+def _is_for_muon(member: Any, names: Mapping[Tensor, str]) -> bool:
     """Whether a parameter is a hidden layer's matrix."""
-    hidden = not any(word in name.lower() for word in ("embed", "lm_head"))
-    return parameter.ndim == 2 and bool(getattr(parameter, "use_muon", hidden))
+    parameter = _parameter(member)
+    own_name = member[0] if isinstance(member, tuple) else ""
+    name = names.get(parameter, own_name).lower()
+    hidden = not any(word in name for word in ("embed", "lm_head"))
+    # One without elements has nothing to be orthogonalized, and torch divides by its width.
+    return parameter.ndim == 2 and parameter.numel() > 0 and bool(getattr(parameter, "use_muon", hidden))
 
 
-def _can_fuse(groups: list[dict[str, Any]]) -> bool | None:
-    members = [parameter for group in groups for parameter in group["params"]]
-    return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in members) or None
+def _parameter(member: Any) -> Tensor:
+    """What torch's optimizers take as one: a tensor, or a name and a tensor."""
+    parameter: Tensor = member[1] if isinstance(member, tuple) else member
+    return parameter

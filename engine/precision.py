@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.errors import LossScaleError
+from engine.fused import move_state
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -319,8 +320,7 @@ class Masters:
                 self.model.append(parameter)
                 self.weights.append(master)
                 group["params"][index] = master
-                if parameter in optimizer.state:
-                    optimizer.state[master] = optimizer.state.pop(parameter)
+                move_state(optimizer, parameter, master)
         self.of = dict(zip(self.model, self.weights))
 
     def collect(self) -> None:
