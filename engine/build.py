@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -51,6 +52,8 @@ def build_parts(
     collate_fn: CollateFn | None,
 ) -> Parts:
     """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
+    if optimizer is not None or config.optimizer is not None:
+        _refuse_overlapping(module, optimizer if isinstance(optimizer, Optimizer) else None)
     reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
     shards, moved = _place(config, world, module, reduction)
     if isinstance(optimizer, Optimizer):
@@ -178,6 +181,21 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"optimizer: {strange} of its parameters are not the model's; make them part of the model, for example of "
             "a module that holds the network and the weights of the loss"
         )
+
+
+def _refuse_overlapping(module: nn.Module, optimizer: Optimizer | None) -> None:
+    """Refuse parameters that torch cannot write to; sharding and casts would turn their one number into many."""
+    groups = None if optimizer is None else optimizer.param_groups
+    trained = None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad or parameter.layout is not torch.strided or parameter.numel() == 0:
+            continue
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
+        if expanded and (trained is None or id(parameter) in trained):
+            raise EngineError(
+                f"model: parameter {name} of shape {tuple(parameter.shape)} is an expanded tensor, whose elements share "
+                "memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
+            )
 
 
 def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: ScheduleLike | None) -> Schedule | None:

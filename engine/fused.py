@@ -16,27 +16,18 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 __all__ = [
-    "FusedInputs", "Inputs", "fuse_again", "is_fusable", "move_state", "prepare_step",
+    "FusedInputs", "Inputs", "by_kind", "fuse_again", "is_fusable", "move_state", "prepare_step",
     "unfuse_where_needed",
 ]  # fmt: skip
 
 _FUSED_ON_SHARDS = (Adam, AdamW)
 _DEVICES = ("cpu", "cuda")
-_strides_of = Tensor.stride
 
 
-class Inputs(NamedTuple):
-    """One group's tensors as its kernel may take them; of sharded parameters, this rank's shards."""
-
-    params: list[Tensor]  # those with a gradient
-    grads: list[Tensor]
-    state: list[list[Tensor]]  # one list per key
-    kinds: list[list[int]] | None  # indices of equal dtype and device; None where all are equal
-
-    def by_kind(self) -> list[Inputs]:
-        """Inputs of one dtype and device each, as one call of a kernel takes them."""
-        return [Inputs(*(_picked(each, kind) for each in (self.params, self.grads)),
-                       [_picked(each, kind) for each in self.state], None) for kind in self.kinds or []]
+# One group's tensors as its kernel may take them: parameters with a gradient, their gradients, their state (one list
+# per key), and the indices of equal dtype and device (None where all are equal). Of sharded ones, this rank's shards.
+# A plain tuple: a named one takes longer to make than the rest of a small model's check.
+Inputs = tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[list[int]] | None]
 
 
 class _Checked(NamedTuple):
@@ -44,7 +35,8 @@ class _Checked(NamedTuple):
 
     params: list[Tensor]
     state: list[list[Tensor]]
-    strides: list[tuple[int, ...]]  # of the (local) parameters
+    layout: Callable[[Tensor], Any]  # of a tensor, told from others as far as the kernel does; raises for sparse ones
+    layouts: list[Any]  # of the (local) parameters
     local_state: list[list[Tensor]]
     kinds: list[list[int]] | None
     is_sharded: bool
@@ -53,19 +45,19 @@ class _Checked(NamedTuple):
 class FusedInputs:
     """The inputs of one optimizer's fused kernels, group by group.
 
-    Costs about 0.15 us per parameter and step: the strides of parameters and gradients are read every time, since
-    both can be replaced at any time; state is checked when its tensors are not the ones of the last check.
+    Costs about 0.1 us per parameter and step: the layouts of parameters and gradients are read every time, since both
+    can be replaced at any time; state is checked when its tensors are not the ones of the last check.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._checked: dict[int, _Checked] = {}
+        self._keys_of = next(keys for cls, keys in _STATE_KEYS if isinstance(optimizer, cls))
 
-    def of(self, optimizer: Optimizer, number: int) -> Inputs | None:
+    def of(self, optimizer: Optimizer, number: int, group: dict[str, Any]) -> Inputs | None:
         """The inputs for the group of this number; None where torch's unfused step has to do it.
 
         State that does not exist yet is created. State that does not match its parameter is replaced.
         """
-        group = optimizer.param_groups[number]
         params: list[Tensor] = group["params"]
         grads: list[Any] = [param.grad for param in params]
         for grad in grads:
@@ -74,8 +66,8 @@ class FusedInputs:
                 grads = [param.grad for param in params]
                 break
         if not params:
-            return Inputs([], [], [], None)
-        keys = _state_keys(optimizer, group)
+            return [], [], [], None
+        keys = self._keys_of(group)
         state = _collect_state(optimizer, params, keys)
         if state is None:
             if not _create_state(optimizer, group, params):
@@ -93,15 +85,15 @@ class FusedInputs:
             if checked.is_sharded:
                 local, grads = [_local(param) for param in params], [_local(grad) for grad in grads]
         try:
-            grad_strides = list(map(_strides_of, grads))
+            layouts = list(map(checked.layout, grads))
         except RuntimeError:  # sparse gradients have none
             return None
-        if grad_strides != checked.strides:
+        if layouts != checked.layouts:
             grads = [
-                grad if strides == wanted else _like(grad, param)
-                for grad, param, strides, wanted in zip(grads, local, grad_strides, checked.strides)
+                grad if layout == wanted else _like(grad, param)
+                for grad, param, layout, wanted in zip(grads, local, layouts, checked.layouts)
             ]
-        return Inputs(local, grads, checked.local_state, checked.kinds)
+        return local, grads, checked.local_state, checked.kinds
 
     def _check(
         self,
@@ -115,6 +107,9 @@ class FusedInputs:
         local = [_local(param) for param in params]
         if not all(map(is_fusable, local)):
             return None
+        # The CPU's kernels take any strides of dimensions of size 1, CUDA's none but the parameter's.
+        simple = all(each.is_contiguous() and each.is_cpu for each in local)
+        layout: Callable[[Tensor], Any] = Tensor.is_contiguous if simple else Tensor.stride
         for key, values in zip(keys, state):
             for index, (value, param) in enumerate(zip(values, params)):
                 if isinstance(value, Tensor) and value.layout is not torch.strided:  # an unfused step left it sparse
@@ -126,13 +121,26 @@ class FusedInputs:
         checked = _Checked(
             list(params),
             state,
-            [each.stride() for each in local],
+            layout,
+            list(map(layout, local)),
             [[_local(value) for value in values] for values in state],
             None if len(found) == 1 else list(found.values()),
             any(each is not param for each, param in zip(local, params)),
         )
         self._checked[number] = checked
         return checked
+
+
+def by_kind(inputs: Inputs) -> list[Inputs]:
+    """Inputs of one dtype and device each, as one call of a kernel takes them."""
+    params, grads, state, kinds = inputs
+    if kinds is None:
+        return [inputs]
+
+    def picked(tensors: list[Tensor], kind: list[int]) -> list[Tensor]:
+        return [tensors[index] for index in kind]
+
+    return [(picked(params, kind), picked(grads, kind), [picked(each, kind) for each in state], None) for kind in kinds]
 
 
 def is_fusable(param: Tensor) -> bool:
@@ -160,13 +168,13 @@ def prepare_step(optimizer: Optimizer, inputs: FusedInputs) -> list[dict[str, An
     for number, group in enumerate(optimizer.param_groups):
         if not group["fused"]:
             continue
-        ready = inputs.of(optimizer, number)
+        ready = inputs.of(optimizer, number, group)
         params = [param for param in group["params"] if param.grad is not None]
-        if ready is None or not (fused_on_shards or all(map(is_, params, ready.params))):
+        if ready is None or not (fused_on_shards or all(map(is_, params, ready[0]))):
             unfused.append(group)
             group["fused"] = None
             continue
-        for param, grad in zip(params, ready.grads):
+        for param, grad in zip(params, ready[1]):
             if param.grad is not grad and _local(param) is param:
                 param.grad = grad
     if not all(group["fused"] for group in optimizer.param_groups):
@@ -237,13 +245,23 @@ def _moved(
     return value.to(value.device if stays else _local(new).device, new.dtype if follows else value.dtype)
 
 
-def _state_keys(optimizer: Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
-    """What the kernel takes of a parameter's state, in its order."""
-    if isinstance(optimizer, SGD):
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-    if isinstance(optimizer, Adagrad):
-        return ("sum", "step")
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step") if group["amsgrad"] else ("exp_avg", "exp_avg_sq", "step")
+def _adams_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step") if group["amsgrad"] else _ADAMS
+
+
+def _sgds_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def _adagrads_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("sum", "step")
+
+
+# What the kernels take of a parameter's state, in their order.
+_ADAMS = ("exp_avg", "exp_avg_sq", "step")
+_STATE_KEYS: tuple[tuple[type[Optimizer], Callable[[dict[str, Any]], tuple[str, ...]]], ...] = (
+    (SGD, _sgds_keys), (Adagrad, _adagrads_keys), (Adam, _adams_keys), (AdamW, _adams_keys)
+)  # fmt: skip
 
 
 def _collect_state(optimizer: Optimizer, params: list[Tensor], keys: tuple[str, ...]) -> list[list[Tensor]] | None:
@@ -256,9 +274,10 @@ def _collect_state(optimizer: Optimizer, params: list[Tensor], keys: tuple[str, 
         lists = [[each[key] for each in own] for key in keys]
     except KeyError:
         return None
-    for value in lists[0]:
-        if value is None:  # SGD's, of a step without momentum
-            return None
+    if len(keys) == 1:
+        for value in lists[0]:
+            if value is None:  # SGD's, of a step without momentum
+                return None
     return lists
 
 
@@ -288,9 +307,12 @@ def _is_unchanged(
 ) -> bool:
     if len(params) != len(checked.params) or len(state) != len(checked.state):
         return False
-    if not all(map(is_, params, checked.params)) or list(map(_strides_of, local)) != checked.strides:
+    if not all(map(is_, params, checked.params)) or list(map(checked.layout, local)) != checked.layouts:
         return False
-    return all(all(map(is_, now, before)) for now, before in zip(state, checked.state))
+    for now, before in zip(state, checked.state):  # noqa: SIM110  all() takes twice as long
+        if not all(map(is_, now, before)):
+            return False
+    return True
 
 
 def _fitting(key: str, value: Any, param: Tensor) -> Tensor:
@@ -304,7 +326,7 @@ def _fitting(key: str, value: Any, param: Tensor) -> Tensor:
         return value  # type: ignore[no-any-return]  # nonsense, which the kernel will refuse
     own = _local(value)
     if own.dtype == local.dtype and own.device == local.device and own.stride() == local.stride():
-        return value  # type: ignore[no-any-return]
+        return value
     return _like(value, param)
 
 
@@ -312,10 +334,6 @@ def _fitting(key: str, value: Any, param: Tensor) -> Tensor:
 def _like(value: Tensor, param: Tensor) -> Tensor:
     """A copy in the dtype, device and memory layout of a parameter."""
     return torch.empty_like(param, requires_grad=False).copy_(value)
-
-
-def _picked(tensors: list[Tensor], indices: list[int]) -> list[Tensor]:
-    return [tensors[index] for index in indices]
 
 
 def _local(tensor: Any) -> Tensor:

@@ -7,7 +7,7 @@ DeepSpeed corrects the bias in the rate, after the coefficient, so that the firs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,11 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                _update(group, parameters, [self._counted(parameter) for parameter in parameters])
+            with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for sharded in (False, True):  # torch's operations on lists take no mixture
+                parameters = [each for each in with_grad if hasattr(each, "_local_tensor") is sharded]
+                if parameters:
+                    _update(group, parameters, [self._counted(parameter) for parameter in parameters])
         return loss
 
     def _counted(self, parameter: Tensor) -> dict[str, Any]:
@@ -119,10 +121,10 @@ def _update(group: dict[str, Any], parameters: list[Tensor], states: list[dict[s
     torch._foreach_add_(parameters, updates)
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """2-norms, in fp32 for low precision: the coefficient is their ratio."""
     low = any(each.element_size() < 4 for each in tensors)
-    return list(torch._foreach_norm(tensors, 2, torch.float32 if low else None))
+    return list(torch._foreach_norm(list(tensors), 2, torch.float32 if low else None))
 
 
 def _as_real(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torchs
 
-from engine.fused import FusedInputs, Inputs, fuse_again, prepare_step, unfuse_where_needed
+from engine.fused import FusedInputs, Inputs, by_kind, fuse_again, prepare_step, unfuse_where_needed
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "guard_fused", "lean"]
 
@@ -77,18 +77,18 @@ class _Lean(Optimizer):
 
     def _calls(self) -> list[_Call] | None:
         """All groups' calls; None where torch's own step must do it: then no parameter has been touched."""
-        inputs = self._inputs = self._inputs or FusedInputs()
+        inputs = self._inputs = self._inputs or FusedInputs(self)
         calls = []
         for number, group in enumerate(self.param_groups):
             if not group["params"]:
                 continue
             if not group["fused"] or group["differentiable"] or isinstance(group["lr"], Tensor):
                 return None
-            ready = inputs.of(self, number)
+            ready = inputs.of(self, number, group)
             if ready is None:
                 return None
-            for each in [ready] if ready.kinds is None else ready.by_kind():
-                if each.params:
+            if ready[0]:
+                for each in by_kind(ready):
                     call = self._call(group, each)
                     if call is None:
                         return None
@@ -110,7 +110,7 @@ class _Lean(Optimizer):
     def _torchs_step(self, closure: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._really_torchs_step(closure)
-        inputs = self._inputs = self._inputs or FusedInputs()
+        inputs = self._inputs = self._inputs or FusedInputs(self)
         unfused: list[dict[str, Any]] = []
 
         def closed() -> Any:
@@ -142,9 +142,9 @@ class Adam(_Lean, torch.optim.Adam):
         beta1, beta2 = group["betas"]
         if group["capturable"] or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
             return None
-        *moments, steps = inputs.state
-        amsgrad = group["amsgrad"]
-        tensors = (inputs.params, inputs.grads, *moments, *([] if amsgrad else [[]]), steps)
+        params, grads, state, _ = inputs
+        amsgrad, steps = group["amsgrad"], state[-1]
+        tensors = (params, grads, state[0], state[1], state[2] if amsgrad else [], steps)
         options = {
             "lr": group["lr"],
             "beta1": beta1,
@@ -178,8 +178,8 @@ class SGD(_Lean, torch.optim.SGD):
             "maximize": group["maximize"],
             "is_first_step": False,  # buffers start as zeros, see engine.fused
         }
-        buffers = inputs.state[0] if inputs.state else []
-        return _Call(torch._fused_sgd_, (inputs.params, inputs.grads, buffers), options, [])
+        params, grads, state, _ = inputs
+        return _Call(torch._fused_sgd_, (params, grads, state[0] if state else []), options, [])
 
 
 class Adagrad(_Lean, torch.optim.Adagrad):
@@ -193,8 +193,8 @@ class Adagrad(_Lean, torch.optim.Adagrad):
             "eps": group["eps"],
             "maximize": group["maximize"],
         }
-        sums, steps = inputs.state
-        return _Call(torch._fused_adagrad_, (inputs.params, inputs.grads, sums, steps), options, steps)
+        params, grads, (sums, steps), _ = inputs
+        return _Call(torch._fused_adagrad_, (params, grads, sums, steps), options, steps)
 
 
 _KERNELS: dict[type[Optimizer], tuple[type[Optimizer], str]] = {
@@ -221,7 +221,7 @@ def guard_fused(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         unfuse_where_needed(group)
-    inputs = FusedInputs()
+    inputs = FusedInputs(optimizer)
     unfused: list[dict[str, Any]] = []
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

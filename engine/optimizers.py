@@ -104,8 +104,8 @@ def _build(cls: Any, arguments: dict[str, Any], parameters: list[Any]) -> Optimi
     optimizer: Optimizer = (fused if arguments.get("fused") else cls)(parameters, **arguments)
     if arguments.get("fused") and not all(group["fused"] for group in optimizer.param_groups):
         log.warning(
-            "optimizer %s: fused is true, but torch's fused kernel cannot take some of the parameters (complex ones, or "
-            "slices that are not dense in memory); their groups take the unfused step", cls.__name__,
+            "optimizer %s: fused is true, but torch's fused kernel cannot take some of the parameters (complex ones, "
+            "or slices that are not dense in memory); their groups take the unfused step", cls.__name__,
         )  # fmt: skip
     return optimizer
 
