@@ -20,7 +20,7 @@ from engine.distributed import World, join_alone
 from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
-from engine.optimizers import build_optimizer
+from engine.optimizers import build_optimizer, guard_steps
 from engine.master_params import broadcast_from_rank_0
 from engine.parallel import DataParallel, Parallel
 from engine.parts import Parts, Schedule
@@ -54,6 +54,8 @@ def build_parts(
     collate_fn: CollateFn | None,
 ) -> Parts:
     """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
+    if optimizer is not None or config.optimizer is not None:
+        _refuse_overlapping(module, optimizer if isinstance(optimizer, Optimizer) else None)
     reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
     shards, sharding, moved = _place(config, world, module, reduction)
     if isinstance(optimizer, Optimizer):
@@ -183,7 +185,7 @@ def _choose_optimizer(
         optimizer = given if isinstance(given, Optimizer) else given(parameters)
         if not isinstance(optimizer, Optimizer):
             raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
-        return optimizer
+        return guard_steps(optimizer)
     if config.optimizer is None:
         return None
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
@@ -207,6 +209,21 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"optimizer: {strange} of its parameters are not the model's; make them part of the model, for example of "
             "a module that holds the network and the weights of the loss"
         )
+
+
+def _refuse_overlapping(module: nn.Module, optimizer: Optimizer | None) -> None:
+    """Refuse parameters that torch cannot write to; sharding and casts would turn their one number into many."""
+    groups = None if optimizer is None else optimizer.param_groups
+    trained = None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad or parameter.layout is not torch.strided or parameter.numel() == 0:
+            continue
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
+        if expanded and (trained is None or id(parameter) in trained):
+            raise EngineError(
+                f"model: parameter {name} of shape {tuple(parameter.shape)} is an expanded tensor, whose elements share "
+                "memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
+            )
 
 
 def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: ScheduleLike | None) -> Schedule | None:

@@ -72,12 +72,22 @@ class Reduction:
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar tensor on their device; of sparse ones, too."""
+    if not gradients:
+        return torch.zeros(())
+    # 8 bits of a bf16 norm are too few to report and to clip by, and a norm in fp16 overflows.
+    wide = torch.float64 if gradients[0].dtype is torch.float64 else torch.float32
     try:
-        norms = torch._foreach_norm(list(gradients))
-    except RuntimeError:  # sparse ones; to ask each gradient at every update would cost more
-        norms = tuple(torch.linalg.vector_norm(_values(gradient)) for gradient in gradients)
+        norms = torch._foreach_norm(list(gradients), 2, wide)
+    except RuntimeError:  # sparse, complex or mixed ones; to look at each gradient at every step would cost more
+        norms = tuple(_norm(gradient) for gradient in gradients)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    values = _values(gradient)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.element_size() < 4 else None)
+    return norm
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.errors import EngineError
+from engine.fused import move_state
 from engine.sharding import Sharding
 
-__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "move_state"]
+__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0"]
 
 
 class MasterParams:
@@ -70,6 +70,10 @@ class MasterParams:
             master = nn.Parameter(value.clone(), requires_grad=True)
         self.of[param] = master
         return master
+
+    def shard_of(self, master: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What makes a full tensor one that is sharded as a master param; None for a master param that is whole."""
+        return self.sharding.shard_of if self.sharding is not None and hasattr(master, "_local_tensor") else None
 
     def follow(self, model: list[Tensor]) -> None:
         """Note which model parameters train now; all have a master param."""
@@ -243,7 +247,7 @@ class TrainedParams:
                     master = self.masters.of[param] if param in self.masters.of else self.masters.add(param)
                     group["params"][index] = master
                     assert self._optimizer is not None
-                    move_state(self._optimizer, param, master, self.masters.sharding)
+                    move_state(self._optimizer, param, master, shard=self.masters.shard_of(master))
                     self.all.append(master)
 
 
@@ -261,20 +265,3 @@ def broadcast_from_rank_0(tensors: list[Tensor], world_size: int) -> None:
                 tensor.data = data
             else:
                 tensor.detach().copy_(data)
-
-
-def move_state(optimizer: Optimizer, old: Tensor, new: Tensor, sharding: Sharding | None) -> None:
-    """Give a parameter that takes another one's place in an optimizer the other one's state, in its dtype and sharding."""
-    state = optimizer.state.pop(old, None)
-    if state is None:
-        return
-    moved = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape == old.shape:
-            value = value.detach().to(new.dtype if value.is_floating_point() else value.dtype)
-            if sharding is not None and hasattr(new, "_local_tensor"):
-                value = sharding.shard_of(value)
-            else:
-                value = value.to(new.device)
-        moved[key] = value
-    optimizer.state[new] = moved

@@ -105,8 +105,9 @@ def _known(module: nn.Module) -> str:
 def stays_whole(module: nn.Module, *, low: bool) -> set[Tensor]:
     """The parameters of which every process keeps all: FSDP2 cannot share them out.
 
-    Scalars; empty parameters; whatever is no floating-point number; embeddings with sparse gradients; and, where the model computes in
-    low precision, batch norm, which takes low inputs with fp32 weights and no low weights with fp32 statistics.
+    Scalars; parameters without elements; whatever is no floating-point number; embeddings with sparse gradients; and,
+    where the model computes in low precision, batch norm, which takes low inputs with fp32 weights and no low weights
+    with fp32 statistics.
     """
     whole: set[Tensor] = set()
     for each in module.modules():
