@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
-from engine.doubt import Doubt, can_skip, undo_of
+from engine.doubt import Doubt, can_skip
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.gradients import clip, scale_by
@@ -33,6 +33,7 @@ from engine.log import log
 from engine.parts import Parts
 from engine.peers import explains_losses
 from engine.precision import lower
+from engine.schedule_state import step_undoably
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -79,6 +80,7 @@ class Engine(nn.Module):
         self.module = parts.module
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
+        self._schedule_start = parts.schedule_start
         self.training_dataloader = parts.training_dataloader
         self.recorder = parts.recorder
         self.observers: list[Observer] = []
@@ -278,8 +280,8 @@ class Engine(nn.Module):
         for observer in self.observers:
             observer.updated(self)
         if skipped is None and self._precision.skips:
-            self._doubt = Doubt(self._last_loss, self._grad_norm, undo_of(self.lr_scheduler, optimizer))
-        if self.lr_scheduler is not None and not skipped:
+            self._doubt = Doubt(self._last_loss, self._grad_norm, step_undoably(self.lr_scheduler, optimizer))
+        elif self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
         if self.scaler is not None and skipped is not None:
             self.scaler.update(skipped)
