@@ -37,7 +37,8 @@ SCHEDULED = (
     "max_momentum",
 )
 
-_PLAIN = (float, int, bool, str, type(None), complex, bytes)
+_PLAIN = frozenset((float, int, bool, str, type(None), complex, bytes))
+_NEVER_WRITTEN_IN_PLACE = _PLAIN | {tuple}
 _NESTED = "nested schedules"  # key of `portable_state`
 
 
@@ -176,7 +177,7 @@ def step_undoably(schedule: _Schedule | None, optimizer: Optimizer) -> Callable[
         (index, key, value, _mark(value), _value(value))
         for index, group in enumerate(before)
         for key, value in group.items()
-        if key != "params" and type(value) not in _PLAIN and type(value) is not tuple
+        if type(value) not in _NEVER_WRITTEN_IN_PLACE and key != "params"
     ]
     schedule.step()
     written = [
@@ -233,6 +234,9 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, t
 
 def _states(schedule: _Schedule, optimizer: Optimizer) -> Iterator[tuple[_Schedule, dict[str, Any]]]:
     """A schedule and those that it holds, each with a copy of its state."""
+    if isinstance(schedule, Schedule) and is_built_in(schedule):  # its state is the step
+        yield schedule, schedule.state_dict()
+        return
     memo: dict[int, Any] = {id(optimizer): optimizer}
     pending, seen = [schedule], {id(schedule)}
     while pending:

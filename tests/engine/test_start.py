@@ -166,7 +166,7 @@ def test_a_registered_optimizer_goes_by_its_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_an_optimizer_refuses_is_said_in_one_line() -> None:
-    with pytest.raises(EngineError, match="optimizer Adam: .*one of the params is int"):
+    with pytest.raises(EngineError, match=r"optimizer Adam: .*one of the params is int"):
         start(model_parameters=[3])
 
 
