@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from engine.accumulation import AccumulationState
 from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
-from engine.doubt import Doubt, undo_of
+from engine.doubt import Doubt
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.gradients import scale_by
@@ -36,6 +36,7 @@ from engine.optimizer_step import OptimizerStep
 from engine.parts import Parts
 from engine.peers import explains_losses
 from engine.precision import lower
+from engine.schedule_state import step_undoably
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -82,6 +83,7 @@ class Engine(nn.Module):
         self.module = parts.module
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
+        self._schedule_start = parts.schedule_start
         self.training_dataloader = parts.training_dataloader
         self.recorder = parts.recorder
         self.observers: list[Observer] = []
@@ -386,8 +388,8 @@ class Engine(nn.Module):
         for observer in self.observers:
             observer.updated(self)
         if skipped is None and self._precision.skips:
-            self._doubt = Doubt(self._last_loss, grad_norm, undo_of(self.lr_scheduler, optimizer))
-        if self.lr_scheduler is not None and not skipped:
+            self._doubt = Doubt(self._last_loss, grad_norm, step_undoably(self.lr_scheduler, optimizer))
+        elif self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
         if self.scaler is not None and skipped is not None:
             self.scaler.update(skipped)

@@ -99,12 +99,15 @@ def _read(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> _P
     weights = weights_of(engine)
     stored = _named(engine, checkpoint, wanted)
     optimizer = None if wanted.module_only or not wanted.optimizer else engine.optimizer
-    if not wanted.module_only and wanted.schedule:
-        counters = {name: int(checkpoint.state[name]) for name in ("global_steps", "skipped_steps")}
-        plan.pace = Pace(engine, {"schedule": _schedule_of(engine, checkpoint), "counters": counters})
     if optimizer is not None:
         plan.moments = read_moments(optimizer, checkpoint, weights, stored)
         stored |= plan.moments.weights
+    if not wanted.module_only:
+        counters = {name: int(checkpoint.state[name]) for name in ("global_steps", "skipped_steps")}
+        told = {"schedule": _schedule_of(engine, checkpoint), "counters": counters}
+        # An elastic checkpoint has no settings.
+        settings = plan.moments is not None and any(plan.moments.settings)
+        plan.pace = Pace(engine, told, states=wanted.schedule, settings=settings)
     if wanted.custom_load is None:
         targets = model_tensors(engine)
         plan.parts |= {name: share_of(read_whole(each), targets[name]) for name, each in stored.items()}
@@ -191,8 +194,6 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
     state = checkpoint.state
     if plan.pace is not None:
         plan.pace.install({})
-        if plan.moments is not None and not any(plan.moments.settings):
-            _write_rates(engine)
     _install_scale(engine, checkpoint.loss_scaler)
     engine.global_steps = int(state["global_steps"])
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
@@ -222,13 +223,6 @@ def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], mome
             if key in ("params", "step", *_CHOICES) or key not in group:
                 continue
             set_setting(group, key, tuple(value) if isinstance(value, list) else value)
-
-
-def _write_rates(engine: Engine) -> None:
-    """An elastic checkpoint has none: write those of the step that was reached."""
-    schedule: Any = engine.lr_scheduler
-    if hasattr(schedule, "last_batch_iteration"):
-        schedule.step(schedule.last_batch_iteration)
 
 
 def _install_scale(engine: Engine, saved: Mapping[str, Any]) -> None:

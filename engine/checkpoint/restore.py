@@ -71,7 +71,8 @@ class Restore:
         self._moments: Moments | None = None
         self._pace: Pace | None = None
         if not wanted.module_only:
-            self._pace = Pace(engine, self._shared) if wanted.schedule else None
+            settings = wanted.optimizer and engine.optimizer is not None and self._shared["optimizer"] is not None
+            self._pace = Pace(engine, self._shared, states=wanted.schedule, settings=settings)
             if wanted.optimizer and engine.optimizer is not None:
                 self._moments = Moments(engine, self._shared, strict=wanted.strict)
                 self._targets |= self._moments.targets(opened.entries)

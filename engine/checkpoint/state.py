@@ -19,6 +19,8 @@ from engine.checkpoint.frames import memory_of
 from engine.checkpoint.plain import pack
 from engine.errors import EngineError
 from engine.randomness import random_state
+from engine.schedule_state import portable_state
+from schedulers.registry import is_built_in
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -223,11 +225,14 @@ def settings_of(group: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> 
 
 
 def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """A schedule's type, its parameters as the config or its own state tells them, and its state."""
+    """A schedule's type, its parameters as the config or torch's own state tells them, and its state.
+
+    What is a parameter and what moves in the state of a script's own class, only that class knows.
+    """
     schedule = engine.lr_scheduler
     if schedule is None:
         return None
-    state = schedule.state_dict()
+    state = portable_state(schedule)
     name = type(schedule).__name__
     section = engine.config.scheduler
     by_config = section is not None and section.type == name
@@ -235,8 +240,10 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
         parameters = {**_defaults(type(schedule)), **section.arguments()}
         if hasattr(schedule, "corrected"):
             parameters["redline.schedules"] = engine.config.redline.schedules
-    else:
+    elif is_built_in(schedule):
         parameters = {key: value for key, value in state.items() if not key.startswith("_") and key not in _MOVING}
+    else:
+        parameters = {}
     return {
         "type": name,
         "told_by": "config" if by_config else "state",
@@ -263,6 +270,7 @@ _MOVING = (
     "best",
     "num_bad_epochs",
     "cooldown_counter",
+    "lr_lambdas",
     "verbose",
 )
 
