@@ -28,6 +28,7 @@ from engine.data import CollateFn, Loader, build_loader
 from engine.doubt import Doubt, can_skip, undo_of
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
+from engine.first_batches import FirstBatches
 from engine.gradients import clip, scale_by
 from engine.log import log
 from engine.parts import Parts
@@ -125,6 +126,12 @@ class Engine(nn.Module):
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
+        self._first_batches = FirstBatches(
+            micro_batch=parts.config.train_micro_batch_size_per_gpu,
+            train_batch_size=parts.config.train_batch_size,
+            num_ranks=parts.world.size,
+            loader=loader,
+        )
         self._last_grad: tuple[Tensor | None, int] = (None, 0)
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
@@ -140,6 +147,8 @@ class Engine(nn.Module):
             args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
         model: nn.Module = self._module
         if torch.is_grad_enabled():
+            if self._first_batches.watching and self._module.training:
+                self._first_batches.see(args, kwargs)
             last = self._managed and self.is_gradient_accumulation_boundary()
             model = self._parallel.begin(last=last, hold=self._in_no_sync)
         if self._precision.autocast is None:
@@ -254,6 +263,8 @@ class Engine(nn.Module):
     def _update(self, gradients: list[Tensor] | None = None) -> None:
         optimizer = self.optimizer
         assert optimizer is not None and self._loss is not None
+        if self._first_batches.watching:
+            self._first_batches.compare(self.world)
         skipped = self._take_step(optimizer, self._gradients() if gradients is None else gradients)
         for weight in self._weights:
             weight.grad = None
@@ -454,6 +465,7 @@ class Engine(nn.Module):
             workers=data.workers if num_local_io_workers is None else num_local_io_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
+            split_by_rank=bool(data.split_by_rank),  # rather not found out here: one rank alone may call this
             survives_sigterm=self.config.redline.checkpoint.save_on_sigterm is not None,
         )
 
