@@ -30,6 +30,7 @@ from engine.data import CollateFn, Loader, build_loader
 from engine.doubt import Doubt
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
+from engine.first_batches import FirstBatches
 from engine.gradients import scale_by
 from engine.log import log
 from engine.optimizer_step import OptimizerStep
@@ -124,6 +125,12 @@ class Engine(nn.Module):
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
+        self._first_batches = FirstBatches(
+            micro_batch=parts.config.train_micro_batch_size_per_gpu,
+            train_batch_size=parts.config.train_batch_size,
+            num_ranks=parts.world.size,
+            loader=loader,
+        )
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
         if self._masters is not None and parts.optimizer is not None:
@@ -139,6 +146,8 @@ class Engine(nn.Module):
             args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
         model: nn.Module = self._module
         if torch.is_grad_enabled():
+            if self._first_batches.watching and self._module.training:
+                self._first_batches.see(args, kwargs)
             accumulation = self._accumulation
             last = accumulation.managed and accumulation.is_boundary()
             model = self._parallel.begin(last=last, hold=accumulation.in_no_sync)
@@ -364,6 +373,8 @@ class Engine(nn.Module):
         assert optimizer is not None
         if self._loss is None:  # this rank's losses had no graph
             self._loss = torch.zeros((), device=self.device)
+        if self._first_batches.watching:
+            self._first_batches.compare(self.world)
         try:
             skipped = self._optimizer_step.run(gradients)
         finally:  # also where it is interrupted: the weights may have moved, so that these gradients have been used
@@ -515,6 +526,7 @@ class Engine(nn.Module):
             workers=data.workers if num_local_io_workers is None else num_local_io_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
+            split_by_rank=bool(data.split_by_rank),  # rather not found out here: one rank alone may call this
             survives_sigterm=self.config.redline.checkpoint.save_on_sigterm is not None,
         )
 

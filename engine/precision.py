@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 __all__ = [
-    "AmpLossScale", "Formats", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
+    "AmpLossScale", "Formats", "LossScale", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
 ]  # fmt: skip
 
 _DTYPES = {
