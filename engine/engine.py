@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -29,10 +29,10 @@ from engine.doubt import Doubt, can_skip, undo_of
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.gradients import clip, scale_by
+from engine.inputs import InputCasts, explain_forward_error
 from engine.log import log
 from engine.parts import Parts
 from engine.peers import explains_losses
-from engine.precision import lower
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -103,7 +103,9 @@ class Engine(nn.Module):
         self._masters = parts.precision.masters
         self._publish = parts.precision.publish
         self.scaler = parts.precision.loss_scale
-        self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
+        self._input_casts: InputCasts | None = None
+        if parts.precision.compute is not torch.float32:
+            self._input_casts = InputCasts(parts.module, parts.precision.compute, parts.world.device.type)
         # What backward leaves gradients in, and what the update takes them from: the same but for master weights.
         self._leaves = [parameter for parameter in parts.module.parameters() if parameter.requires_grad]
         self._weights = self._leaves if self._masters is None else self._masters.weights
@@ -135,17 +137,25 @@ class Engine(nn.Module):
 
     @explains_losses
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; in fp16 and bf16 floating-point inputs may have either format."""
-        if self._lowered is not None:
-            args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
+        """The model's forward; in bf16 and fp16 layers cast fp32 inputs, see `engine.inputs`."""
         model: nn.Module = self._module
         if torch.is_grad_enabled():
             last = self._managed and self.is_gradient_accumulation_boundary()
             model = self._parallel.begin(last=last, hold=self._in_no_sync)
-        if self._precision.autocast is None:
-            return model(*args, **kwargs)
-        with torch.autocast(self.device.type, self._precision.autocast):
-            return model(*args, **kwargs)
+        try:
+            if self._input_casts is not None:
+                return self._input_casts.call(model, args, kwargs)
+            if self._precision.autocast is None:
+                return model(*args, **kwargs)
+            with torch.autocast(self.device.type, self._precision.autocast):
+                return model(*args, **kwargs)
+        except RuntimeError as error:
+            reason = explain_forward_error(error, self._module, self._precision.compute)
+            if reason is None:
+                raise
+            if self._input_casts is not None:
+                self._input_casts.watch_again()
+            raise EngineError(reason) from error
 
     @explains_losses
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -180,7 +190,8 @@ class Engine(nn.Module):
         if scale_wrt_gas and self._accumulation > 1:
             loss = loss / self._accumulation
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        with nullcontext() if self._input_casts is None else self._input_casts.in_backward():
+            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._reduced = self._parallel.synced
         if self._masters is not None:
             if self._reduced and self.world_size > 1:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 __all__ = [
-    "AmpLossScale", "Formats", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
+    "AmpLossScale", "Formats", "LossScale", "Masters", "Precision", "dtype_table", "set_precision", "to_dtype",
 ]  # fmt: skip
 
 _DTYPES = {
@@ -354,20 +354,6 @@ class Masters:
         torch._foreach_copy_(self.model, self.weights)
         if self._rounded:
             torch._foreach_copy_(self.weights, self.model)
-
-
-def lower(value: Any, dtype: torch.dtype) -> Any:
-    """A model's arguments with every floating-point tensor in `dtype`, in nested lists, tuples and mappings, too."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        items = [lower(item, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [lower(item, dtype) for item in value]
-    if isinstance(value, dict):
-        return {key: lower(item, dtype) for key, item in value.items()}
-    return value
 
 
 def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:
