@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -190,8 +190,7 @@ class Engine(nn.Module):
         if scale_wrt_gas and self._accumulation > 1:
             loss = loss / self._accumulation
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
-        with nullcontext() if self._input_casts is None else self._input_casts.in_backward():
-            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._reduced = self._parallel.synced
         if self._masters is not None:
             if self._reduced and self.world_size > 1:

@@ -6,13 +6,14 @@ fp32: bf16 has 8 significant bits and would round 999, 1001 and 1002 to 1000.
 
 * Layers of `torch.nn` that own parameters cast their inputs by a forward pre-hook. Batch norm, whose parameters stay
   fp32, takes low-precision inputs as they are.
-* In modules of other origin, such as one that computes ``x @ self.weight``, the operation itself casts: a
-  `TorchFunctionMode` around the forward. Products are computed in the low precision, losses in the wider one.
+* In the code of other modules, such as one that computes ``x @ self.weight``, the operation itself casts: a
+  `TorchFunctionMode` that the module's forward runs in. Products are computed in the low precision, losses in the wider
+  one. Buffers are left to `data_types.buffer_dtype`.
 
-Both cost time for every layer or operation, so they are watched: after the first forwards of a kind (see `_kind_of`)
-hooks that never had to cast are removed, and the mode is entered only if it ever had to. A forward of a new kind is
-watched again. Hooks that were needed, hooks of layers that have not run yet, and all of them inside a compiled graph,
-where they cost nothing, stay.
+Both cost time for every layer or operation, so they are there only where they are needed. The first forwards of each
+kind (see `_kind_of`) are watched: all of the model runs in the mode, which notes the modules that need it for
+themselves, and hooks that never had to cast are removed. Hooks that had to, those of layers that have not run yet, and
+all of them inside a compiled graph, where they cost nothing, stay.
 
 DeepSpeed casts nothing in bf16, and in fp16 everything, labels included (`_cast_inputs_half` in runtime/engine.py).
 """
@@ -20,8 +21,9 @@ DeepSpeed casts nothing in bf16, and in fp16 everything, labels included (`_cast
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,43 +52,59 @@ class InputCasts:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device_type: str) -> None:
         self._module = module
+        self._dtype, self._device_type = dtype, device_type
         self._hooks: dict[nn.Module, tuple[_CastInputs, RemovableHandle]] = {}
-        self._mode = _CastOperands(dtype, device_type)
-        self._device_type = device_type
+        self._modes: dict[nn.Module, _ModeInForward] = {}
+        self._watch = _CastOperands(dtype, device_type)
         self._num_forwards: dict[Any, int] = {}  # by kind
-        self._mode_stays = False
+        self._watches_always = False
         self._add_hooks()
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``model(*args, **kwargs)`` with casts where they are needed."""
         kind = _kind_of(self._module, args, kwargs)
         count = self._num_forwards.get(kind, 0)
-        if count >= _WATCHED_FORWARDS:
-            if not self._mode_stays:
-                return model(*args, **kwargs)
-            with self._mode:
-                return model(*args, **kwargs)
-        if count == 0:
-            self._add_hooks()
-        self._mode.buffers = {id(buffer) for buffer in self._module.buffers()}
         try:
-            with self._mode:
-                outputs = model(*args, **kwargs)
-        finally:
-            self._mode.buffers = set()
-        self._num_forwards[kind] = count + 1  # not reached by a forward that broke off
-        if count + 1 == _WATCHED_FORWARDS:
-            self._remove_hooks()
-        self._keep_mode_if_needed()
-        return outputs
-
-    def in_backward(self) -> AbstractContextManager[Any]:
-        """What a backward needs to be run in: activation checkpointing runs parts of the forward there again."""
-        return self._mode if self._mode_stays else nullcontext()
+            if count < _WATCHED_FORWARDS:
+                return self._call_watched(model, args, kwargs, kind, count)
+            if self._watches_always:
+                with self._watch:
+                    return model(*args, **kwargs)
+            return model(*args, **kwargs)
+        except BaseException:
+            for mode in self._modes.values():  # an interrupt ends a forward without its hooks
+                mode.leave_all()
+            raise
 
     def watch_again(self) -> None:
         """Begin anew, as with the first forward: a layer whose hook was removed has met another dtype after all."""
         self._num_forwards.clear()
+
+    def _call_watched(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, count: int
+    ) -> Any:
+        if count == 0:
+            self._add_hooks()
+        self._watch.begin(self._module)
+        try:
+            with self._watch:
+                outputs = model(*args, **kwargs)
+        finally:
+            found = self._watch.end()
+        for module in found:
+            # Before the backward, where activation checkpointing runs the module's forward again.
+            self._modes[module] = _ModeInForward(module, _CastOperands(self._dtype, self._device_type))
+        for name, operation in {type(module).__name__: operation for module, operation in found.items()}.items():
+            log.info(
+                "inputs: %s.forward combines fp32 and low-precision tensors in %s, and casts them every time; a cast "
+                "in its code is faster, as in x.to(self.weight.dtype)", name, operation,
+            )  # fmt: skip
+        self._num_forwards[kind] = count + 1  # not reached by a forward that broke off
+        if count + 1 == _WATCHED_FORWARDS:
+            self._remove_hooks()
+        # Compiled code was traced under the mode, and would be compiled again without it; there it costs nothing.
+        self._watches_always |= self._watch.is_needed_everywhere or _has_compiled_parts(self._module)
+        return outputs
 
     def _add_hooks(self) -> None:
         for each in self._module.modules():
@@ -99,18 +117,6 @@ class InputCasts:
             if hook.ran and not hook.needed:
                 handle.remove()
                 del self._hooks[each]
-
-    def _keep_mode_if_needed(self) -> None:
-        if self._mode_stays:
-            return
-        if self._mode.cast_in:
-            self._mode_stays = True
-            log.info(
-                "inputs: %s in a module's own code combines dtypes that torch does not, and is cast on every forward; "
-                "a cast in the model, such as x.to(self.weight.dtype), is faster", self._mode.cast_in,
-            )  # fmt: skip
-        elif _has_compiled_parts(self._module):  # leaving the mode would compile them again
-            self._mode_stays = True
 
 
 class _CastInputs:
@@ -156,20 +162,71 @@ class _CastInputs:
         return torch.is_autocast_enabled(self._device_type)  # which has casts of its own
 
 
+class _ModeInForward:
+    """Forward hooks that enter and leave a mode; like :class:`_CastInputs` they work in a copy of the module, too."""
+
+    def __init__(self, module: nn.Module, mode: _CastOperands) -> None:
+        self._mode = mode
+        self._depth = 0
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave, always_call=True)
+
+    def leave_all(self) -> None:
+        while self._depth:
+            self._leave()
+
+    def _enter(self, *_: Any) -> None:
+        self._depth += 1
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave(self, *_: Any) -> None:
+        if self._depth:
+            self._depth -= 1
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
 class _CastOperands(TorchFunctionMode):
     """Casts the operands of operations that torch does not run on mixed dtypes.
 
     Attributes:
-        cast_in: name of the first operation that had to; empty if none.
-        buffers: ids of the model's buffers, which are left as they are: their dtype is `data_types.buffer_dtype`'s to
-            say, and the powers and inverses of parametrizations, which mix them with weights, are wrong in bf16.
+        is_needed_everywhere: whether an operation had to cast in no module's forward.
     """
 
     def __init__(self, dtype: torch.dtype, device_type: str) -> None:
         super().__init__()
         self._dtype, self._device_type = dtype, device_type
-        self.cast_in = ""
-        self.buffers: set[int] = set()
+        self._modules: dict[int, nn.Module] = {}
+        self._buffers: set[int] = set()
+        self._found: dict[nn.Module, str] = {}
+        self.is_needed_everywhere = False
+
+    def begin(self, module: nn.Module) -> None:
+        """Watch a forward of this module: note where casts are needed, and leave its buffers to torch.
+
+        Buffers have the dtype that `data_types.buffer_dtype` gives them. Those of spectral norm and orthogonal
+        parametrizations are not inputs, and matrix powers and inverses need more than 8 bits.
+        """
+        self._modules = {id(each): each for each in module.modules()}
+        self._buffers = {id(buffer) for buffer in module.buffers()}
+
+    def end(self) -> dict[nn.Module, str]:
+        """The modules in whose own forward an operation had to cast, with its name."""
+        found, self._found = self._found, {}
+        self._modules, self._buffers = {}, set()
+        return found
+
+    def _note(self, func: Any) -> None:
+        """Find the innermost module whose forward is running: its first argument, in the frames of the stack."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" and code.co_argcount:
+                module = self._modules.get(id(frame.f_locals.get(code.co_varnames[0])))
+                if module is not None:
+                    self._found.setdefault(module, getattr(func, "__name__", str(func)))
+                    return
+            frame = frame.f_back
+        self.is_needed_everywhere = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -188,10 +245,10 @@ class _CastOperands(TorchFunctionMode):
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if _is_castable(tensor) else tensor
 
-        if self.buffers and not self.buffers.isdisjoint(map(id, _tensors_in((args, kwargs)))):
-            return func(*args, **kwargs)  # torch's error, which `explain_forward_error` translates
-        if not self.cast_in:
-            self.cast_in = getattr(func, "__name__", str(func))
+        if not torch.compiler.is_compiling() and self._modules:  # in this order, lest compiled code depends on them
+            if choose is not _wider_of and any(id(tensor) in self._buffers for tensor in _tensors_in((args, kwargs))):
+                return func(*args, **kwargs)  # torch's error, which `explain_forward_error` translates
+            self._note(func)
         args = (*(map_tensors(value, cast) for value in args[:num_operands]), *args[num_operands:])
         return func(*args, **{**kwargs, **{name: map_tensors(value, cast) for name, value in operands.items()}})
 
