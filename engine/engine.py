@@ -32,11 +32,11 @@ from engine.errors import EngineError
 from engine.finite import FiniteWatch
 from engine.first_batches import FirstBatches
 from engine.gradients import scale_by
+from engine.inputs import InputCasts, explain_forward_error
 from engine.log import log
 from engine.optimizer_step import OptimizerStep
 from engine.parts import Parts
 from engine.peers import explains_losses
-from engine.precision import lower
 from engine.schedule_state import step_undoably
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class Engine(nn.Module):
         self._precision = parts.precision
         self._masters = parts.precision.master_params
         self.scaler = parts.precision.loss_scale
-        self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
+        self._input_casts: InputCasts | None = None
+        if parts.precision.compute is not torch.float32:
+            self._input_casts = InputCasts(parts.module, parts.precision.compute, parts.world.device.type)
         self._accumulation = AccumulationState(
             parts.config.gradient_accumulation_steps, managed=parts.config.managed_gradient_accumulation
         )
@@ -141,9 +143,7 @@ class Engine(nn.Module):
 
     @explains_losses
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; in fp16 and bf16 floating-point inputs may have either format."""
-        if self._lowered is not None:
-            args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
+        """The model's forward; in bf16 and fp16 layers cast fp32 inputs, see `engine.inputs`."""
         model: nn.Module = self._module
         if torch.is_grad_enabled():
             if self._first_batches.watching and self._module.training:
@@ -151,10 +151,20 @@ class Engine(nn.Module):
             accumulation = self._accumulation
             last = accumulation.managed and accumulation.is_boundary()
             model = self._parallel.begin(last=last, hold=accumulation.in_no_sync)
-        if self._precision.autocast is None:
-            return model(*args, **kwargs)
-        with torch.autocast(self.device.type, self._precision.autocast):
-            return model(*args, **kwargs)
+        try:
+            if self._input_casts is not None:
+                return self._input_casts.call(model, args, kwargs)
+            if self._precision.autocast is None:
+                return model(*args, **kwargs)
+            with torch.autocast(self.device.type, self._precision.autocast):
+                return model(*args, **kwargs)
+        except RuntimeError as error:
+            reason = explain_forward_error(error, self._module, self._precision.compute)
+            if reason is None:
+                raise
+            if self._input_casts is not None:
+                self._input_casts.watch_again()
+            raise EngineError(reason) from error
 
     @explains_losses
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 __all__ = [
-    "AmpLossScale", "Formats", "LossScale", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
+    "AmpLossScale", "Formats", "LossScale", "Precision", "dtype_table", "set_precision", "to_dtype",
 ]  # fmt: skip
 
 _DTYPES = {
@@ -313,18 +313,6 @@ class AmpLossScale(LossScale):
             self.value *= 2
 
 
-def lower(value: Any, dtype: torch.dtype) -> Any:
-    """A model's arguments with every floating-point tensor in `dtype`, in nested lists, tuples and mappings, too."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        items = [lower(item, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [lower(item, dtype) for item in value]
-    if isinstance(value, dict):
-        return {key: lower(item, dtype) for key, item in value.items()}
-    return value
 
 
 def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:

@@ -43,7 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.gradients", "engine.schedule_state"),
     ("engine.sharding",),
     ("engine.master_params",),
-    ("engine.parallel", "engine.precision"),
+    ("engine.inputs", "engine.parallel", "engine.precision"),
     ("engine.checkpoint", "engine.optimizer_step"),
     ("engine.zero", "engine.recompute"),
     ("engine.parts",),

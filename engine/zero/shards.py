@@ -28,6 +28,7 @@ from engine.zero.blank import fill
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import adds_up_whole, memory_of
+from engine.zero.outputs import find_outputs
 from engine.zero.torchs import (
     fill_held,
     follow_flags,
@@ -99,6 +100,7 @@ def shard_model(
         left: set[Any] = stays_whole(unit, low=low and formats.buffers is None)
         _place(mine, world, formats.stored, left)
         units.append(_share(unit, left, options))
+        find_outputs(unit)
         whole |= left
         done |= {id(each) for each in mine}
     if offloads and whole:
