@@ -28,6 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.arguments",
         "engine.device",
         "engine.errors",
+        "engine.fused",
         "engine.lamb",
         "engine.lean",
         "engine.log",

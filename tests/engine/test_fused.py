@@ -197,6 +197,7 @@ def test_a_first_step_that_is_skipped_leaves_sgd_as_if_it_had_not_been(dampening
 
 
 @pytest.mark.parametrize(("name", "given"), [("SGD", {}), ("SGD", {"momentum": 0.9}), ("Adagrad", {})], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, of its Adagrad
 def test_a_sparse_gradient_takes_the_unfused_step(name: str, given: dict[str, Any]) -> None:
     ours, theirs = nn.Parameter(BASE.clone()), nn.Parameter(BASE.clone())
     mine, plain = build_optimizer(name, {"lr": 0.1, **given}, [ours]), unfused(name, given, [theirs])
