@@ -262,8 +262,8 @@ def _refuse_overlapping(module: nn.Module, optimizer: Optimizer | None) -> None:
         expanded = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
         if expanded and (trained is None or id(parameter) in trained):
             raise EngineError(
-                f"model: parameter {name} of shape {tuple(parameter.shape)} is an expanded tensor, whose elements share "
-                "memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
+                f"model: parameter {name} of shape {tuple(parameter.shape)} is an expanded tensor, whose elements "
+                "share memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
             )
 
 

@@ -35,7 +35,7 @@ class _Checked(NamedTuple):
 
     params: list[Tensor]
     state: list[list[Tensor]]
-    layout: Callable[[Tensor], Any]  # of a tensor, told from others as far as the kernel does; raises for sparse ones
+    layout: Callable[[Tensor], Any]  # of a tensor, as far as its kernel cares
     layouts: list[Any]  # of the (local) parameters
     local_state: list[list[Tensor]]
     kinds: list[list[int]] | None
@@ -86,9 +86,11 @@ class FusedInputs:
                 local, grads = [_local(param) for param in params], [_local(grad) for grad in grads]
         try:
             layouts = list(map(checked.layout, grads))
-        except RuntimeError:  # sparse gradients have none
+        except RuntimeError:  # sparse gradients have no strides
             return None
         if layouts != checked.layouts:
+            if any(grad.layout is not torch.strided for grad in grads):
+                return None
             grads = [
                 grad if layout == wanted else _like(grad, param)
                 for grad, param, layout, wanted in zip(grads, local, layouts, checked.layouts)

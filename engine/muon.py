@@ -82,7 +82,7 @@ class _Matrices(torch.optim.Muon if hasattr(torch.optim, "Muon") else Optimizer)
         """Update the matrices that have a gradient."""
         sharded = [(group, param) for group in self.param_groups for param in group["params"] if _is_sharded(param)]
         if not sharded:
-            super().step()  # type: ignore[no-untyped-call]
+            super().step()
             return
         for group, param in sharded:
             if param.grad is not None:
@@ -92,7 +92,7 @@ class _Matrices(torch.optim.Muon if hasattr(torch.optim, "Muon") else Optimizer)
         try:
             for _, param in sharded:
                 param.grad = None
-            super().step()  # type: ignore[no-untyped-call]
+            super().step()
         finally:
             for (_, param), grad in zip(sharded, grads):
                 param.grad = grad

@@ -87,6 +87,20 @@ def test_sparse_gradients_are_measured_and_clipped_as_dense_ones() -> None:
     torch.testing.assert_close(sparse, dense)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("others", [[], [torch.ones(3)], [torch.ones(3, dtype=torch.float64)], [torch.ones(2) * 1j]])
+def test_norms_of_low_precision_are_computed_in_fp32(low: torch.dtype, others: list[Tensor]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradients = [(torch.randn(16, 16, generator=draw) * 3e3).to(low) for _ in range(40)] + [torch.zeros(0, dtype=low)]
+    exact = torch.cat([each.to(torch.complex128).flatten() for each in (*gradients, *others)]).norm().item()
+    for order in ([*gradients, *others], [*others, *gradients]):
+        assert norm_of(order).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_no_gradients_have_the_norm_zero() -> None:
+    assert norm_of([]).item() == 0
+
+
 def test_a_weight_without_a_gradient_gets_zeros_as_in_deepspeed() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(3, 1)})
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
