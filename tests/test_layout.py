@@ -38,7 +38,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("engine.config", "engine.network", "engine.optimizers", "engine.peers"),
     ("engine.distributed",),
-    ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.precision"),
+    ("engine.agreement", "engine.data", "engine.doubt", "engine.finite", "engine.inputs", "engine.precision"),
     ("engine.gradients",),
     ("engine.checkpoint", "engine.parallel"),
     ("engine.zero", "engine.recompute"),
