@@ -24,7 +24,7 @@ from engine.log import log
 from engine.master_params import TrainedParams
 from engine.parallel import Expected, Reduced, all_reduce, step_on_shards
 from engine.sharding import Show, make_mesh, unfuse_on_shards
-from engine.zero.blank import fill
+from engine.zero.blank import Blank
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import adds_up_whole, memory_of
@@ -93,9 +93,10 @@ def shard_model(
     units: list[Any] = []
     whole: set[Tensor] = set()
     done: set[int] = set()
+    blank = Blank(model, world.device)
     for name, unit in (*blocks.items(), ("", model)):
         part = [(f"{name}.{key}".strip("."), each) for key, each in unit.named_modules() if id(each) not in done]
-        fill(model, part, world.device)
+        blank.fill(part)
         mine = [each for _, each in part]
         left: set[Any] = stays_whole(unit, low=low and formats.buffers is None)
         _place(mine, world, formats.stored, left)

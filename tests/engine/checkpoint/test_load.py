@@ -194,7 +194,13 @@ def test_only_members_of_an_enum_are_looked_up(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
     from torch.distributed.checkpoint.metadata import Metadata
 
-    for of, name in ((KIND, "mro"), (KIND, "__class__"), (Metadata, "__init__"), (torch.float32, "to_real"), (1, "real")):
+    for of, name in (
+        (KIND, "mro"),
+        (KIND, "__class__"),
+        (Metadata, "__init__"),
+        (torch.float32, "to_real"),
+        (1, "real"),
+    ):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
         with pytest.raises(Broken, match=rf"asks for getattr\(.*'{name}'\), which is no member of an enum"):
             read_metadata(tmp_path)
