@@ -10,13 +10,13 @@
     with ranks(2) as pool:                           # the same, for many short calls
         pool.run(work, x)
 
-The ranks are real processes with torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
-the like) and one thread each. A process group is the function's own business; it is destroyed after the call.
+Ranks are real processes with torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and others)
+and one thread each. Making a process group is the function's own business; it is destroyed after the call.
 
-They come from a pool: they have imported torch once, serve one call after the other, and are put into a clean state
-after each (`tests.rank`), so that a call takes tens of milliseconds. A pool whose ranks fail to come to an end is killed
-and made anew. What must not be shared, such as a rank that dies or a count of all that is in memory, asks for ``fresh``
-processes: those are forked for the call and end with it.
+The ranks come from a pool. They have imported torch once, serve one call after the other and are put into a clean
+state after each (`tests.rank`), so that a call takes tens of milliseconds. When one hangs or dies, the pool is killed
+and made anew. ``fresh=True`` is for what needs processes of its own, such as a rank that dies on purpose: they are
+forked for the call and end with it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import faulthandler
 import functools
 import gc
 import importlib
+import itertools
 import logging
 import os
 import pickle
@@ -24,6 +25,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ def _run(work: bytes, imported: Callable[[], None] | None = None) -> tuple[bytes
 
 
 def _end_what_runs() -> None:
-    """Wait for threads and run the exit functions, as an interpreter at its exit; a forked child does not come to it."""
+    """Wait for threads, then run the exit functions, as an interpreter at its exit; a forked child skips both."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -122,7 +124,7 @@ class _CleanState:
         self._folder = os.getcwd()
         self._seed = torch.initial_seed()
         self._sys = {name: getattr(sys, name) for name in _SYS}
-        self._path = list(sys.path)
+        self._path, self._argv = sys.path[:], sys.argv[:]
         self._torch = [(get, set_to, get()) for get, set_to in _TORCH]
         self._signals = {number: signal.getsignal(number) for number in signal.valid_signals()}
         self._warnings = warnings.filters[:], warnings.showwarning
@@ -130,7 +132,7 @@ class _CleanState:
             (each, each.handlers[:], each.filters[:], each.level, each.propagate, each.disabled) for each in _loggers()
         ]
         self._seed_random()
-        self._modules: dict[str, dict[str, tuple[Any, Any]]] = {}
+        self._modules: dict[str, _Names] = {}
         self.note_modules()
         # These caches hold device meshes, and so process groups that are gone after the call.
         self._caches = [
@@ -146,7 +148,7 @@ class _CleanState:
         """Take the names of our modules that have been imported since the last call of this for their clean state."""
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] in _OURS and name not in self._modules:
-                self._modules[name] = {key: (value, _copy(value)) for key, value in vars(module).items()}
+                self._modules[name] = _Names(module)
 
     def restore(self) -> None:
         """Undo what the call has changed."""
@@ -160,7 +162,7 @@ class _CleanState:
         os.chdir(self._folder)
         for name, value in self._sys.items():
             setattr(sys, name, value)
-        sys.path[:] = self._path
+        sys.path[:], sys.argv[:] = self._path, self._argv
         for name in ("last_type", "last_value", "last_traceback", "last_exc"):
             vars(sys).pop(name, None)
         for number, handler in self._signals.items():
@@ -173,13 +175,8 @@ class _CleanState:
             logger.handlers[:], logger.filters[:] = handlers, filters
             logger.setLevel(level)
             logger.propagate, logger.disabled = propagate, disabled
-        for name, names in self._modules.items():
-            module = vars(sys.modules[name]) if name in sys.modules else {}
-            for key, (value, content) in names.items():
-                if module.get(key) is not value:
-                    module[key] = value
-                if content is not None and key != "__builtins__":
-                    _refill(value, content)
+        for names in self._modules.values():
+            names.restore()
         self._seed_random()
 
     def _restore_torch(self) -> None:
@@ -201,15 +198,25 @@ class _CleanState:
         torch.manual_seed(self._seed)
 
 
-def _copy(value: Any) -> Any:
-    """A shallow copy of a list, a dict or a set; None of anything else."""
-    return value.copy() if type(value) in (list, dict, set) else None
+class _Names:
+    """The names of a module as they are now: what each is bound to, and what lists, dicts and sets hold."""
 
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        names = {key: value for key, value in vars(module).items() if not key.startswith("__")}
+        self._values = {
+            key: (value, value.copy() if type(value) in (list, dict, set) else None) for key, value in names.items()
+        }
 
-def _refill(value: Any, content: Any) -> None:
-    if len(value) != len(content) or value != content:
-        value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
+    def restore(self) -> None:
+        for key, (value, content) in self._values.items():
+            if type(value) is itertools.count:  # part of keys in the store, so it must agree between ranks
+                value = itertools.count()
+            if content is not None:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+            if vars(self._module).get(key) is not value:
+                setattr(self._module, key, value)
 
 
 def _loggers() -> list[logging.Logger]:

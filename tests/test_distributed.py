@@ -1,9 +1,11 @@
-"""The pool of ranks: what a call gets and brings back, that none sees the one before, that a hang or a death ends it."""
+"""The pool of ranks: what a call gets and returns, that it sees nothing of the one before, what a hang or death does."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import io
+import itertools
 import json
 import logging
 import os
@@ -30,6 +32,8 @@ from tests.distributed import RanksFailed, ranks, run_ranks
 
 FOUND_AT_IMPORT = os.environ.get("WORLD_SIZE")
 _counted = 0
+_numbers = itertools.count()
+_kept: list[Any] = []
 
 
 def place() -> dict[str, Any]:
@@ -85,11 +89,13 @@ def leave_all_sorts(folder: str) -> None:
     """All that a test of ours has ever left in a process, and what it may."""
     global _counted
     _counted += 1
+    next(_numbers)
+    _kept.append("left")
     os.environ["LEFT"] = "1"
     os.chdir(folder)
     sys.argv.append("left")
     sys.path.append("left")
-    sys.stderr = open(os.devnull, "w")
+    sys.stderr = io.StringIO()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("error")
     logging.disable(logging.CRITICAL)
@@ -111,7 +117,7 @@ def all_sorts() -> dict[str, Any]:
     return {
         "environment": sorted(set(os.environ) - {"MASTER_PORT"}),
         "folder": os.getcwd(),
-        "sys": (sys.argv, sys.path, sys.stderr.name),
+        "sys": (sys.argv, sys.path, type(sys.stderr).__name__),
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)],
         "warnings": [str(each) for each in warnings.filters],
         "logging": (log.handlers, log.level, log.isEnabledFor(logging.ERROR), len(root.filters)),
@@ -124,7 +130,7 @@ def all_sorts() -> dict[str, Any]:
         ),
         "random": (random.random(), float(numpy.random.rand()), torch.rand(()).item()),
         "engine": (peers._peers, peers.name_ranks([0])),
-        "module": _counted,
+        "module": (_counted, next(_numbers), len(_kept)),
         "process group": dist.is_initialized(),
         "threads": [each.name for each in threading.enumerate()],
     }
@@ -138,7 +144,7 @@ def test_a_call_finds_what_it_would_find_had_there_been_none_before(tmp_path: Pa
     assert clean["folder"] == os.getcwd()
     assert clean["torch"] == (torch.float32, True, False, "cpu", 1)
     assert clean["engine"] == (None, "rank 0")
-    assert (clean["module"], clean["process group"]) == (0, False)
+    assert (clean["module"], clean["process group"]) == ((0, 0, 0), False)
 
 
 def leave_exit_functions(folder: str) -> None:
@@ -165,7 +171,7 @@ def train(stage: int, folder: str) -> list[float]:
         "redline": {"zero": {"smallest_block": 1}},
     }
     engine = initialize(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), config, device="cpu")
-    kept.append(engine)
+    _kept.append(engine)
     losses = []
     for step in range(3):
         loss = engine(torch.full((4, 4), 1.0 + step + engine.global_rank)).square().mean()
@@ -175,14 +181,12 @@ def train(stage: int, folder: str) -> list[float]:
     return losses
 
 
-kept: list[Any] = []
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_engines_of_every_stage_train_as_in_fresh_processes_whatever_came_before(
     tmp_path: Path, world_size: int
 ) -> None:
-    expected = {stage: run_ranks(train, world_size, stage, str(tmp_path / f"fresh{stage}"), fresh=True) for stage in (0, 3)}
+    alone = [run_ranks(train, world_size, stage, str(tmp_path / f"fresh{stage}"), fresh=True) for stage in (0, 3)]
+    expected = dict(zip((0, 3), alone))
     for turn, stage in enumerate([3, 0, 3, 3, 0]):
         assert run_ranks(train, world_size, stage, str(tmp_path / str(turn))) == expected[stage]
         written = (tmp_path / str(turn) / "job" / "Train_Samples_train_loss.csv").read_text().splitlines()
@@ -242,14 +246,13 @@ def hang_on(rank: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_rank_that_hangs_tells_where_and_is_replaced(fresh: bool) -> None:
+def test_a_rank_that_hangs_tells_where_and_is_replaced() -> None:
     before = run_ranks(pid, 2)
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(hang_on, 2, 0, timeout=2.0, fresh=fresh)
+        run_ranks(hang_on, 2, 0, timeout=5.0)
     assert str(failed.value).startswith("rank 0 of 2 gave no answer in time; it is here:\n")
     assert "in hang_on" in str(failed.value)
-    assert (run_ranks(pid, 2) == before) == fresh
+    assert not set(run_ranks(pid, 2)) & set(before)
 
 
 def hang_in_a_thread() -> str:
@@ -258,8 +261,9 @@ def hang_in_a_thread() -> str:
 
 
 def test_a_rank_whose_threads_do_not_end_is_a_failure_too() -> None:
+    run_ranks(pid, 1)  # so that starting it takes none of the time below
     with pytest.raises(RanksFailed, match="rank 0 of 1 answered, and did not end in time"):
-        run_ranks(hang_in_a_thread, 1, timeout=2.0)
+        run_ranks(hang_in_a_thread, 1, timeout=5.0)
 
 
 def test_what_cannot_be_pickled_fails_before_any_rank_is_asked() -> None:
