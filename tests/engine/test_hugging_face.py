@@ -108,7 +108,7 @@ def train_all(folder: str) -> dict[tuple[str, int], Outcome | str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Outcome | str]]:
-    return run_ranks(train_all, 2, str(tmp_path_factory.mktemp("checkpoints")), timeout=240.0)
+    return run_ranks(train_all, 2, str(tmp_path_factory.mktemp("checkpoints")))
 
 
 def outcome_of(outcomes: list[dict[tuple[str, int], Outcome | str]], name: str, stage: int) -> list[Outcome]:

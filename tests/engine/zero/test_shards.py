@@ -455,12 +455,12 @@ def jobs_of(cases: list[Case], stages: tuple[int, ...]) -> list[tuple[str, int, 
 @pytest.fixture(scope="module")
 def on_two() -> dict[tuple[str, int], Any]:
     shared = [(f"{name}, shared", job, {**given, "accumulate": "shared"}) for name, job, given in CASES if job is late]
-    return run_ranks(run_all, 2, jobs_of([*CASES, *shared], (0, 1, 3)), timeout=400)[0]
+    return run_ranks(run_all, 2, jobs_of([*CASES, *shared], (0, 1, 3)))[0]
 
 
 @pytest.fixture(scope="module")
 def on_four() -> dict[tuple[str, int], Any]:
-    return run_ranks(run_all, 4, jobs_of(MESHES, (0, 2, 3)), timeout=400)[0]
+    return run_ranks(run_all, 4, jobs_of(MESHES, (0, 2, 3)))[0]
 
 
 def assert_same(results: dict[tuple[str, int], Any], name: str, stage: int) -> None:
