@@ -110,10 +110,17 @@ def build_parts(
             reduction,
             precision.params,
             accumulate=precision.accumulate if apart else None,
+            counts_all=_counts_all(config),
             keeps_sparse=isinstance(chosen, SparseAdam),
         )
     start = None if chosen is None else ScheduleStart(schedule, chosen)
     return Parts(config, world, module, precision, parallel, chosen, schedule, start, loader, recorder)
+
+
+def _counts_all(config: EngineConfig) -> bool:
+    """Whether clipping is that of DeepSpeed's stage 0 without fp16 or bf16: over all that has a gradient."""
+    zero, low = config.zero_optimization, Formats.of(config).compute is not torch.float32
+    return not low and (zero is None or zero.stage == 0)
 
 
 def _place(

@@ -150,6 +150,8 @@ class DataParallel:
         params: what trains.
         accumulate: the dtype in which the gradients of micro-batches add up, where that is not the model's: they are
             then kept apart from the model's ``.grad``. None where ``.grad`` itself adds up.
+        counts_all: whether gradients of parameters that the optimizer does not have count in the norm and are clipped,
+            as DeepSpeed's are at stage 0 in fp32.
         keeps_sparse: whether the optimizer takes sparse gradients only.
     """
 
@@ -162,12 +164,13 @@ class DataParallel:
         params: TrainedParams,
         *,
         accumulate: torch.dtype | None,
+        counts_all: bool = False,
         keeps_sparse: bool = False,
     ) -> None:
         sparse = (each for each in module.modules() if getattr(each, "sparse", False))
         self._sparse = {param for each in sparse for param in each.parameters(recurse=False)}
         self.module, self.reduction, self.params = module, reduction, params
-        self._accumulate, self._keeps_sparse = accumulate, keeps_sparse
+        self._accumulate, self._counts_all, self._keeps_sparse = accumulate, counts_all, keeps_sparse
         self._sharding = None if params.masters is None else params.masters.sharding
         self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
         self._summed: list[Tensor] = []  # params.model when they were
@@ -210,8 +213,7 @@ class DataParallel:
         if self._reduced is not None:
             self._set_aside()
         model = self.params.model
-        # Without master params all that requires a gradient is reduced and clipped, as in DeepSpeed.
-        self._reduced_params = model if self.params.masters is not None else model + self.params.others
+        self._reduced_params = model + self.params.others if self._counts_all else model
         kept = {id(param): total for param, total in zip(self._summed, self._sums)}
         self._sums = [kept.get(id(param)) for param in model]
         self._summed = model
