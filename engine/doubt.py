@@ -7,18 +7,12 @@ themselves; that the schedule has moved all the same is found out, and undone, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Doubt", "can_skip", "undo_of"]
-
-
-class _Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+__all__ = ["Doubt", "can_skip"]
 
 
 class Doubt:
@@ -45,29 +39,3 @@ def can_skip(optimizer: Optimizer | None) -> bool:
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
     return optimizer is not None and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def undo_of(schedule: _Stateful | None, optimizer: Optimizer) -> Callable[[], None]:
-    """What puts a schedule, and what it has written into the optimizer, back to where they are now."""
-    if schedule is None:
-        return lambda: None
-    state = schedule.state_dict()
-    written = [
-        (group, {name: _copied(group[name]) for name in ("lr", "betas", "momentum") if name in group})
-        for group in optimizer.param_groups
-    ]
-
-    def undo() -> None:
-        schedule.load_state_dict(state)
-        for group, values in written:
-            for name, value in values.items():
-                if isinstance(group[name], Tensor):
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
-
-    return undo
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -12,6 +12,7 @@ waits for the device: losses and norms stay tensors until somebody asks for thei
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,16 +24,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from engine.accumulation import AccumulationState
 from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
-from engine.doubt import Doubt, can_skip, undo_of
+from engine.doubt import Doubt
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
-from engine.gradients import clip, scale_by
+from engine.first_batches import FirstBatches
+from engine.gradients import scale_by
+from engine.inputs import InputCasts, explain_forward_error
 from engine.log import log
+from engine.optimizer_step import OptimizerStep
 from engine.parts import Parts
 from engine.peers import explains_losses
-from engine.precision import lower
+from engine.schedule_state import step_undoably
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -79,6 +84,7 @@ class Engine(nn.Module):
         self.module = parts.module
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
+        self._schedule_start = parts.schedule_start
         self.training_dataloader = parts.training_dataloader
         self.recorder = parts.recorder
         self.observers: list[Observer] = []
@@ -100,226 +106,316 @@ class Engine(nn.Module):
         self.__dict__["_module"] = parts.module
         self._parallel = parts.parallel
         self._precision = parts.precision
-        self._masters = parts.precision.masters
-        self._publish = parts.precision.publish
+        self._masters = parts.precision.master_params
         self.scaler = parts.precision.loss_scale
-        self._lowered = None if parts.precision.compute is torch.float32 else parts.precision.compute
-        # What backward leaves gradients in, and what the update takes them from: the same but for master weights.
-        self._leaves = [parameter for parameter in parts.module.parameters() if parameter.requires_grad]
-        self._weights = self._leaves if self._masters is None else self._masters.weights
-        self._unfinished = _Unfinished()
-        self._accumulation = self._unfinished.of = parts.config.gradient_accumulation_steps
-        self._managed = parts.config.managed_gradient_accumulation
-        self._clip_norm = parts.config.gradient_clipping
+        self._input_casts: InputCasts | None = None
+        if parts.precision.compute is not torch.float32:
+            self._input_casts = InputCasts(parts.module, parts.precision.compute, parts.world.device.type)
+        self._accumulation = AccumulationState(
+            parts.config.gradient_accumulation_steps, managed=parts.config.managed_gradient_accumulation
+        )
+        self._optimizer_step = OptimizerStep(
+            parts.optimizer, parts.parallel, parts.precision, parts.config.gradient_clipping
+        )
         self._skipped = 0
-        # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip an update by themselves, and
-        # the engine learns of it when the next one begins; other optimizers have to be told, which waits.
-        on_cpu = all(weight.device.type == "cpu" for weight in self._weights)  # offloaded ones, too
-        self._reads_norm = on_cpu or (parts.precision.skips and not can_skip(parts.optimizer))
         self._doubt: Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
-        self._boundary: bool | None = None  # as the script says; None: as the micro-batches count
-        self._pending = False  # a backward whose step has not come yet
-        self._in_no_sync = False
-        self._reduced = True  # whether the gradients are already those of all processes
+        self._no_graph = False  # a loss on this rank had no graph, which the ranks find out when they reduce
+        self._reduces_at_boundary = parts.world.size > 1 and not parts.parallel.reduces_in_backward
+        self._ranks_reached = False  # whether a gradient was reduced, of whatever rank
+        self._last_exception: Any = None  # that Python had shown to the user when the micro-batch under way began
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
-        self._last_grad: tuple[Tensor | None, int] = (None, 0)
+        self._first_batches = FirstBatches(
+            micro_batch=parts.config.train_micro_batch_size_per_gpu,
+            train_batch_size=parts.config.train_batch_size,
+            num_ranks=parts.world.size,
+            loader=loader,
+        )
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
-        self._grad_norm: Tensor | float | None = None
-        weakref.finalize(self, _say_unfinished, self._unfinished)
+        if self._masters is not None and parts.optimizer is not None:
+            self._masters.attach(parts.optimizer, parts.module.zero_grad)
+        weakref.finalize(self, _report_unfinished, self._accumulation)
 
     # -- the step loop ---------------------------------------------------------------------------
 
     @explains_losses
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; in fp16 and bf16 floating-point inputs may have either format."""
-        if self._lowered is not None:
-            args, kwargs = lower(args, self._lowered), lower(kwargs, self._lowered)
+        """The model's forward; in bf16 and fp16 layers cast fp32 inputs, see `engine.inputs`."""
         model: nn.Module = self._module
         if torch.is_grad_enabled():
-            last = self._managed and self.is_gradient_accumulation_boundary()
-            model = self._parallel.begin(last=last, hold=self._in_no_sync)
-        if self._precision.autocast is None:
-            return model(*args, **kwargs)
-        with torch.autocast(self.device.type, self._precision.autocast):
-            return model(*args, **kwargs)
+            if self._first_batches.watching and self._module.training:
+                self._first_batches.see(args, kwargs)
+            accumulation = self._accumulation
+            last = accumulation.managed and accumulation.is_boundary()
+            model = self._parallel.begin(last=last, hold=accumulation.in_no_sync)
+        try:
+            if self._input_casts is not None:
+                return self._input_casts.call(model, args, kwargs)
+            if self._precision.autocast is None:
+                return model(*args, **kwargs)
+            with torch.autocast(self.device.type, self._precision.autocast):
+                return model(*args, **kwargs)
+        except RuntimeError as error:
+            reason = explain_forward_error(error, self._module, self._precision.compute)
+            if reason is None:
+                raise
+            if self._input_casts is not None:
+                self._input_casts.watch_again()
+            raise EngineError(reason) from error
 
     @explains_losses
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Add this micro-batch's gradients to the update under way.
+        """Accumulate this micro-batch's gradients.
+
+        Several calls before a :meth:`step` add up. If it raises, on all ranks, the accumulation under way is dropped, and the
+        next micro-batch begins a new one.
 
         Args:
             loss: scalar; the mean over the micro-batch.
             retain_graph: as in `torch.autograd.backward`.
-            scale_wrt_gas: divide by the accumulation steps, so that the update has the mean gradient.
+            scale_wrt_gas: divide by the accumulation steps, so that the optimizer step takes the mean gradient.
 
         Returns:
             The loss as it was differentiated, but for fp16's loss scale.
 
         Raises:
-            EngineError: no optimizer; a loss that is no scalar tensor; gradients that are not the engine's; on
-                several processes, a second backward before the step.
+            EngineError: no optimizer; a loss that is no scalar tensor or has no graph; gradients that did not come from
+                this method, or that were cleared within an accumulation.
         """
         if self.optimizer is None or not isinstance(loss, Tensor) or loss.numel() != 1:
             raise EngineError(self._why_no_backward(loss))
-        if self._pending and self._reduced and not self._parallel.sums_every_backward:
-            raise EngineError(
-                "backward: a second one before engine.step() would leave its gradients unshared between the "
-                "processes; add the losses and call engine.backward once, or use engine.no_sync() for all but the last"
-            )
-        if self._has_strange_gradients():
-            raise EngineError(
-                "backward: the parameters have gradients that are not the engine's, or have lost those that were: by a "
-                "plain loss.backward(), which neither accumulates nor shares nor scales, or by zero_grad() within an "
-                "update; call engine.backward(loss) for every loss, and leave clearing to the engine"
-            )
+        accumulation = self._accumulation
+        if accumulation.pending and _shown_exception() is not self._last_exception:
+            self._drop("an exception came between its backward() and its step()")
+        self._check_gradients("backward")
+        self._follow_params()
         self._know()
-        if scale_wrt_gas and self._accumulation > 1:
-            loss = loss / self._accumulation
+        if scale_wrt_gas and accumulation.steps > 1:
+            loss = loss / accumulation.steps
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        self._reduced = self._parallel.synced
-        if self._masters is not None:
-            if self._reduced and self.world_size > 1:
-                self._masters.release()  # the reduction has put them into the masters
-            elif self._precision.accumulate is torch.float32:
-                self._masters.collect()
-        last = self._leaves[-1].grad
-        self._last_grad = (last, 0 if last is None else last._version)
-        share = loss.detach()
-        if share.element_size() < 4:  # what it is added to, and averaged with, should not be rounded again
-            share = share.float()
-        self._loss = share if self._loss is None else self._loss + share
-        self._unfinished.backwards += 1
-        self._pending = not self._in_no_sync
+        try:
+            self._parallel.prepare()
+            if loss.requires_grad:
+                scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            elif self._reduces_at_boundary:
+                self._no_graph = True  # the ranks find out together, when they reduce
+            else:
+                raise EngineError(_NO_GRAPH)
+            self._parallel.collect()
+            share = loss.detach()
+            if share.element_size() < 4:  # what it is added to, and averaged with, should not be rounded again
+                share = share.float()
+            self._loss = share if self._loss is None else self._loss + share
+            accumulation.add_backward(divided=scale_wrt_gas)
+            self._last_exception = _shown_exception()
+            if self._reduces_at_boundary and accumulation.is_boundary() and not accumulation.in_no_sync:
+                self._reduce()  # as DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks
+        except BaseException as error:
+            self._drop(f"backward was broken off by {type(error).__name__}")
+            raise
         return loss
 
     @explains_losses
     def step(self) -> None:
-        """End a micro-batch; at the accumulation boundary update the weights, then rate and momentum.
+        """End a micro-batch; at the accumulation boundary update the weights, then learning rate and momentum.
 
         Raises:
-            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; in fp16, an
-                overflow with the loss scale at its minimum.
+            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; gradients that did
+                not come from :meth:`backward`; no loss of the accumulation has reached a parameter that trains; in fp16,
+                an overflow with the loss scale at its minimum.
         """
-        if not self._pending or self._in_no_sync:
+        accumulation = self._accumulation
+        if not accumulation.pending or accumulation.in_no_sync:
             raise EngineError(
                 "step: called inside no_sync(), where gradients are not complete; call it after the block"
-                if self._in_no_sync
+                if accumulation.in_no_sync
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
-        if self._background is not None:
-            self._background.check()
-        self._pending = False
-        ends_update = not self._managed or self.is_gradient_accumulation_boundary()
-        self.micro_steps += 1
-        self._unfinished.micro_batches += 1
-        if ends_update:
-            self._update()
+        self._check_gradients("step")
+        try:
+            if self._background is not None:
+                self._background.check()
+            ends = accumulation.end_micro_batch()
+            self.micro_steps += 1
+            if ends:
+                self._follow_params()
+                self._update(self._reduce_for_step())
+        except BaseException as error:
+            if accumulation.backwards:
+                self._drop(f"step was broken off by {type(error).__name__}")
+            raise
 
     @explains_losses
     def flush(self) -> bool:
-        """Update now, with the mean over the micro-batches since the last update: for an accumulation that ends early.
+        """Step now, with the mean over the micro-batches since the last optimizer step: for an accumulation that ends early.
+
+        The mean is over all ranks, which may have accumulated different numbers of micro-batches; every rank calls this.
+        Losses that the script has scaled itself (``scale_wrt_gas=False``) are taken as they are.
 
         Returns:
             Whether there were any.
+
+        Raises:
+            EngineError: some of the losses were scaled by the engine and others by the script.
         """
-        done = self._unfinished.micro_batches
+        accumulation = self._accumulation
+        self._check_gradients("flush")
         if self._background is not None:
             self._background.check()
-        if done == 0:
+        own = accumulation.accumulated
+        counts = [own, accumulation.scaling == "engine", accumulation.scaling in ("script", "both")]
+        counts.append(accumulation.scaling == "both")
+        total, engine_scaled, script_scaled, mixed = (
+            counts if self.world_size == 1 else self.world.sum(torch.tensor(counts, device=self.device)).tolist()
+        )
+        if total == 0:
             return False
-        assert self._loss is not None
-        factor = self._accumulation / done
-        gradients = self._gradients()
-        scale_by(gradients, factor)
-        self._loss = self._loss * factor
-        self._pending = False
+        if mixed or (engine_scaled and script_scaled):
+            raise EngineError(
+                "flush: some losses of this accumulation were divided by gradient_accumulation_steps and others were not "
+                "(scale_wrt_gas=False), so that their mean is not known; scale all of them in one way"
+            )
+        self._follow_params()
+        gradients = self._reduce_for_step()
+        if engine_scaled:
+            scale_by(gradients, accumulation.steps * self.world_size / total)
+        if self._loss is None:
+            self._loss = torch.zeros((), device=self.device)
+        elif accumulation.scaling == "engine":
+            self._loss = self._loss * (accumulation.steps / own)
         self._update(gradients)
         return True
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients of the model and of the optimizer.
+
+        :meth:`step` leaves none. Within an accumulation this loses gradients that count in the next optimizer step, which
+        the next :meth:`backward` or :meth:`step` refuses; :meth:`drop_update` begins an accumulation anew.
+        """
+        super().zero_grad(set_to_none)
+        if not self._accumulation.backwards:
+            self._parallel.clear()
+
     def drop_update(self) -> None:
-        """Forget the micro-batches since the last update, and their gradients."""
-        for parameter in (*self._leaves, *self._weights):
-            parameter.grad = None
-        self._unfinished.backwards = self._unfinished.micro_batches = 0
-        self._parallel.forget()
-        self._pending = False
-        self._reduced = True
+        """Forget the micro-batches since the last optimizer step, and their gradients."""
+        self._parallel.clear()
+        self._accumulation.reset()
+        self._no_graph = self._ranks_reached = False
         self._loss = None
 
-    def _update(self, gradients: list[Tensor] | None = None) -> None:
+    def _drop(self, why: str) -> None:
+        count = self._accumulation.accumulated
+        self.drop_update()
+        if count:
+            log.warning(
+                "backward: %s; the gradients of %d micro-batch%s are dropped, and the next one begins a new accumulation",
+                why, count, "es" if count > 1 else "",
+            )  # fmt: skip
+
+    def _check_gradients(self, doing: str) -> None:
+        """Refuse gradients that the engine has not left so."""
+        if self._parallel.untouched():
+            return
+        if self._accumulation.backwards:
+            raise EngineError(
+                f"{doing}: gradients of the accumulation under way were changed since the last engine.backward(): cleared "
+                "by zero_grad(), added to by a plain loss.backward(), or written into; call engine.backward(loss) for every "
+                "loss and leave clearing to engine.step(), or begin the accumulation anew with engine.drop_update()"
+            )
+        raise EngineError(
+            f"{doing}: the parameters have gradients that did not come from engine.backward(), such as those of a plain "
+            "loss.backward(); call engine.backward(loss) for every loss, or clear them with engine.zero_grad()"
+        )
+
+    def _follow_params(self) -> None:
+        """Take up what trains now."""
+        if self._parallel.params.refresh():
+            self._parallel.follow()
+
+    def _reduce(self) -> list[Tensor]:
+        """Reduce the gradients over all ranks.
+
+        Raises:
+            EngineError: on all ranks: a loss had no graph.
+        """
+        reached, no_graph = self._parallel.reached(), self._no_graph
+        reduced = self._parallel.reduce((reached, no_graph))
+        status = reduced.status
+        self._ranks_reached = self._ranks_reached or reached
+        # What this rank knows without asking the device is enough while all is well.
+        if status is not None and (status.device.type == "cpu" or no_graph or not reached):
+            ranks_reached, ranks_without_graph = status.tolist()
+            self._ranks_reached = self._ranks_reached or ranks_reached > 0.5
+            if ranks_without_graph > 0.5:
+                self.drop_update()
+                raise EngineError(_NO_GRAPH if no_graph else f"on another rank, {_NO_GRAPH}")
+        return reduced.gradients
+
+    def _reduce_for_step(self) -> list[Tensor]:
+        """The gradients of all ranks.
+
+        Raises:
+            EngineError: on all ranks: a loss had no graph, or none has reached a parameter.
+        """
+        gradients = self._reduce()
+        if not self._ranks_reached:
+            self.drop_update()
+            raise EngineError(self._why_nothing_reached())
+        return gradients
+
+    def _why_nothing_reached(self) -> str:
+        count = len(self._parallel.params.model)
+        if count == 0:
+            return (
+                "step: none of the optimizer's parameters requires gradients now, so that there is nothing to train; thaw "
+                "some with requires_grad_(True)"
+            )
+        return (
+            f"step: no loss has reached any of the {count} parameters that train, on any rank; compute the loss from the "
+            "model's output, without detach() or torch.no_grad(), or give the optimizer the parameters that it depends on"
+        )
+
+    def _update(self, gradients: list[Tensor]) -> None:
         optimizer = self.optimizer
-        assert optimizer is not None and self._loss is not None
-        skipped = self._take_step(optimizer, self._gradients() if gradients is None else gradients)
-        for weight in self._weights:
-            weight.grad = None
-        if self._weights is not self._leaves:
-            for leaf in self._leaves:  # those that no optimizer has
-                leaf.grad = None
+        assert optimizer is not None
+        if self._loss is None:  # this rank's losses had no graph
+            self._loss = torch.zeros((), device=self.device)
+        if self._first_batches.watching:
+            self._first_batches.compare(self.world)
+        try:
+            skipped = self._optimizer_step.run(gradients)
+        finally:  # also where it is interrupted: the weights may have moved, so that these gradients have been used
+            accumulation = self._accumulation
+            count = accumulation.micro_batches if accumulation.managed else accumulation.backwards
+            self._parallel.clear()
+            accumulation.reset()
+            self._no_graph = self._ranks_reached = False
         self._last_loss, self._loss = self._loss, None
-        self._last_grad = (None, 0)
         if self.recorder is not None:
             self.recorder.record(self.global_steps, optimizer.param_groups[0]["lr"], self._last_loss)
         self.global_steps += 1
-        count = self._unfinished.micro_batches if self._managed else self._unfinished.backwards
         self.global_samples += count * self.config.train_micro_batch_size_per_gpu * self.world_size
-        self._unfinished.backwards = self._unfinished.micro_batches = 0
         if self.training_dataloader is not None:
             self._settled_position = self.training_dataloader.position
-        assert self._grad_norm is not None
+        grad_norm = self.grad_norm
+        assert grad_norm is not None
         if skipped is not None:
-            self._judge(skipped, self._last_loss, self._grad_norm)
+            self._judge(skipped, self._last_loss, grad_norm)
         elif self._finite is not None and not self._precision.skips:
-            self._finite.see(self.global_steps - 1, self._last_loss, self._grad_norm)
+            self._finite.see(self.global_steps - 1, self._last_loss, grad_norm)
         for observer in self.observers:
             observer.updated(self)
         if skipped is None and self._precision.skips:
-            self._doubt = Doubt(self._last_loss, self._grad_norm, undo_of(self.lr_scheduler, optimizer))
-        if self.lr_scheduler is not None and not skipped:
+            self._doubt = Doubt(self._last_loss, grad_norm, step_undoably(self.lr_scheduler, optimizer))
+        elif self.lr_scheduler is not None and not skipped:
             self.lr_scheduler.step()
         if self.scaler is not None and skipped is not None:
             self.scaler.update(skipped)
         if self.after_update is not None:
             self.after_update(self)
-
-    def _take_step(self, optimizer: Optimizer, gradients: list[Tensor]) -> bool | None:
-        """Unscale, clip, step; whether the update was skipped instead, None where only the device knows."""
-        norm, limit = self._parallel.norm(gradients), self._clip_norm
-        scale = 1.0 if self.scaler is None else self.scaler.value
-        skipped: bool | None = None
-        if self._reads_norm:
-            self._grad_norm = value = norm.item() / scale
-            if self._precision.skips and not math.isfinite(value):
-                return True
-            skipped = False
-            clips = limit > 0 and not value + 1e-6 <= limit
-            if scale != 1.0:  # both at once, as DeepSpeed does
-                scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
-            elif clips:
-                clip(gradients, norm, limit)
-            self._parallel.update(optimizer)
-        else:
-            self._grad_norm = norm / scale if scale != 1.0 else norm
-            if scale != 1.0:
-                larger = torch.clamp((self._grad_norm + 1e-6) / limit, min=1.0) if limit > 0 else 1.0
-                scale_by(gradients, 1.0 / (scale * larger))
-            elif limit > 0:
-                clip(gradients, norm, limit)
-            if self._precision.skips:
-                optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            try:
-                self._parallel.update(optimizer)
-            finally:
-                if self._precision.skips:
-                    optimizer.found_inf = None  # type: ignore[attr-defined]
-        if self._publish is not None:
-            self._publish()
-        self._parallel.put_away()
-        return skipped
 
     def _judge(self, skipped: bool, loss: Tensor, norm: Tensor | float) -> None:
         """Count the last update as made or as skipped, and say what was not finite."""
@@ -345,33 +441,21 @@ class Engine(nn.Module):
         if self.scaler is not None:
             self.scaler.update(skipped)
 
-    def _gradients(self) -> list[Tensor]:
-        """Those that the update takes, of all processes."""
-        if self._masters is not None and self._precision.accumulate is not torch.float32:
-            self._masters.collect()
-        gradients = self._parallel.gradients(self._weights, reduced=self._reduced)
-        self._reduced = True
-        return gradients
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within this block backward passes keep their gradients to this process."""
-        self._in_no_sync = True
+        self._accumulation.in_no_sync = True
         try:
             yield
         finally:
-            self._in_no_sync = False
+            self._accumulation.in_no_sync = False
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last one of its update.
 
         With `managed_gradient_accumulation` false nothing tells before step(), which always updates.
         """
-        if not self._managed:
-            return False
-        if self._boundary is not None:
-            return self._boundary
-        return self._unfinished.micro_batches + 1 >= self._accumulation
+        return self._accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the micro-batches from here on, one by one, end their update; the engine stops counting.
@@ -379,35 +463,33 @@ class Engine(nn.Module):
         Raises:
             EngineError: with `managed_gradient_accumulation` false, where every step() updates.
         """
-        if not self._managed:
+        if not self._accumulation.managed:
             raise EngineError(
                 "set_gradient_accumulation_boundary: managed_gradient_accumulation is false, so that every step() "
                 "updates; call step() where the update is due"
             )
-        self._boundary = bool(is_boundary)
-
-    def renew_parallel(self) -> None:
-        """Let the next forward be DDP's first: it orders its sums anew after one, which shows in the last bits."""
-        self._parallel.renew()
+        self._accumulation.set_boundary(bool(is_boundary))
 
     def settle(self) -> None:
         """Know whether the last update was made or skipped, as the next one will; on CUDA this may wait for it."""
         self._know()
 
     def put_away(self) -> None:
-        """Let `module` have its sharded parameters, where a forward has left it whole ones."""
-        self._parallel.put_away()
+        """Let `module` and the optimizer have the weights of now, sharded where they are.
 
-    def _has_strange_gradients(self) -> bool:
-        """Whether something else than this engine has left gradients since its last backward."""
-        if self._unfinished.backwards:  # one parameter tells
-            grad, version = self._last_grad
-            last = self._leaves[-1].grad
-            return last is not grad or (grad is not None and grad._version != version)
-        for leaf in self._leaves:  # noqa: SIM110  any() takes twice as long
-            if leaf.grad is not None:
-                return True
-        return False
+        What a script has written into the model's weights goes into the master params first.
+        """
+        self._parallel.reshard()
+        if self._masters is not None:
+            self._masters.compare_values()
+            self._masters.adopt_writes()
+
+    def train(self, mode: bool = True) -> Engine:
+        """Set the training mode, as of any module."""
+        if self._masters is not None:
+            # Weights are swapped (for their average, say) around an evaluation, by writes that leave no trace.
+            self._masters.compare_values()
+        return super().train(mode)
 
     def _why_no_backward(self, loss: Any) -> str:
         if self.optimizer is None:
@@ -454,6 +536,7 @@ class Engine(nn.Module):
             workers=data.workers if num_local_io_workers is None else num_local_io_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=pin_memory,
+            split_by_rank=bool(data.split_by_rank),  # rather not found out here: one rank alone may call this
             survives_sigterm=self.config.redline.checkpoint.save_on_sigterm is not None,
         )
 
@@ -603,7 +686,7 @@ class Engine(nn.Module):
     @property
     def grad_norm(self) -> Tensor | float | None:
         """The last update's gradient norm before clipping, over all processes; on CUDA a tensor there."""
-        return self._grad_norm
+        return self._optimizer_step.grad_norm
 
     @property
     def loss_scale(self) -> float | None:
@@ -627,11 +710,12 @@ class Engine(nn.Module):
 
         Not finite after an update that was skipped for that. Waits for the device.
         """
-        return None if self._grad_norm is None else float(self._grad_norm)
+        norm = self._optimizer_step.grad_norm
+        return None if norm is None else float(norm)
 
     def train_batch_size(self) -> int:
         """Samples of one update, over all processes."""
-        return self._accumulation * self.config.train_micro_batch_size_per_gpu * self.world_size
+        return self._accumulation.steps * self.config.train_micro_batch_size_per_gpu * self.world_size
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Train with another number of samples an update from here on, by way of the accumulation steps.
@@ -647,10 +731,10 @@ class Engine(nn.Module):
         """
         micro_batch, processes = self.config.train_micro_batch_size_per_gpu, self.world_size
         stride = micro_batch * processes
-        if self._unfinished.backwards:
+        if self._accumulation.backwards:
             raise EngineError(
                 "set_train_batch_size: an update is under way, whose losses so far are divided by "
-                f"{self._accumulation}; call it after the step() that ends one, or after flush()"
+                f"{self._accumulation.steps}; call it after the step() that ends one, or after flush()"
             )
         if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % stride:
             below = int(train_batch_size // stride) * stride
@@ -659,7 +743,7 @@ class Engine(nn.Module):
                 f"set_train_batch_size: got {train_batch_size!r}; expected a multiple of {stride}, the micro-batch of "
                 f"{micro_batch} on {processes} process{'es' if processes > 1 else ''}; nearest: {nearest}"
             )
-        self._accumulation = self._unfinished.of = train_batch_size // stride
+        self._accumulation.steps = train_batch_size // stride
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one forward on one process."""
@@ -667,11 +751,11 @@ class Engine(nn.Module):
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one update on one process."""
-        return self._accumulation
+        return self._accumulation.steps
 
     def gradient_clipping(self) -> float:
         """The norm above which gradients are scaled down to it; 0 for never."""
-        return self._clip_norm
+        return self.config.gradient_clipping
 
     def record_validation(self, loss: Tensor | float) -> None:
         """Give a range test's record the validation loss of the model as it is; elsewhere do nothing.
@@ -683,18 +767,21 @@ class Engine(nn.Module):
             self.recorder.record_validation(self.global_steps, loss)
 
 
-class _Unfinished:
-    """What the update under way has so far; outlives the engine by a moment, to say what was left over."""
-
-    backwards = 0
-    micro_batches = 0
-    of = 1  # micro-batches of a whole one
+_NO_GRAPH = (
+    "backward: the loss does not require gradients, so that it can't train anything; compute it from the model's output, "
+    "outside of torch.no_grad() and torch.inference_mode(), and without detach() or item()"
+)
 
 
-def _say_unfinished(unfinished: _Unfinished) -> None:
-    if unfinished.micro_batches:
+def _shown_exception() -> Any:
+    """The last exception that Python has shown to the user: in a notebook, of a cell that was stopped."""
+    return getattr(sys, "last_value", None)
+
+
+def _report_unfinished(accumulation: AccumulationState) -> None:
+    if accumulation.micro_batches:
         log.warning(
-            "training ended within an accumulation: its last %d of %d micro-batches are in no update; call "
+            "training ended within an accumulation: its last %d of %d micro-batches are in no optimizer step; call "
             "engine.flush() after the last one, or give a number of micro-batches that divides",
-            unfinished.micro_batches, unfinished.of,
+            accumulation.micro_batches, accumulation.steps,
         )  # fmt: skip

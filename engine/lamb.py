@@ -7,7 +7,7 @@ DeepSpeed corrects the bias in the rate, after the coefficient, so that the firs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,11 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                _update(group, parameters, [self._counted(parameter) for parameter in parameters])
+            with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for sharded in (False, True):  # torch's operations on lists take no mixture
+                parameters = [each for each in with_grad if hasattr(each, "_local_tensor") is sharded]
+                if parameters:
+                    _update(group, parameters, [self._counted(parameter) for parameter in parameters])
         return loss
 
     def _counted(self, parameter: Tensor) -> dict[str, Any]:
@@ -89,12 +91,14 @@ class Lamb(Optimizer):
 
 
 def _update(group: dict[str, Any], parameters: list[Tensor], states: list[dict[str, Any]]) -> None:
-    grads = [parameter.grad for parameter in parameters]
+    grads: list[Any] = [parameter.grad for parameter in parameters]
     means, squares = [each["exp_avg"] for each in states], [each["exp_avg_sq"] for each in states]
+    if any(map(torch.is_complex, parameters)):  # pairs of real numbers, as for torch's Adam
+        parameters, grads, means, squares = (list(map(_as_real, each)) for each in (parameters, grads, means, squares))
     beta1, beta2 = group["betas"]
-    torch._foreach_lerp_(means, grads, 1 - beta1)  # type: ignore[arg-type]
+    torch._foreach_lerp_(means, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)  # type: ignore[arg-type]
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
 
     if group["eps_inside_sqrt"]:
         divisors = torch._foreach_add(squares, group["eps"])
@@ -105,17 +109,31 @@ def _update(group: dict[str, Any], parameters: list[Tensor], states: list[dict[s
     updates = torch._foreach_div(means, divisors)
     torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
 
-    lengths, paces = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(updates))
+    lengths, paces = torch.stack(_norms(parameters)), torch.stack(_norms(updates))
     coefficients = (lengths / paces).clamp(group["min_coeff"], group["max_coeff"])
     coefficients = torch.where((lengths != 0) & (paces != 0), coefficients, 1.0)
     torch._foreach_mul_(updates, list(coefficients.unbind()))
-    torch._foreach_mul_(updates, [-_rate(group, each["step"]) for each in states])
+    lr = group["lr"]
+    # A tensor on the GPU is not waited for.
+    if isinstance(lr, Tensor) and (lr.device.type == "cpu" or hasattr(updates[0], "_local_tensor")):
+        lr = lr.item()
+    torch._foreach_mul_(updates, [-lr * _bias_correction(group, each["step"]) for each in states])
     torch._foreach_add_(parameters, updates)
 
 
-def _rate(group: dict[str, Any], step: int) -> float:
-    rate: float = group["lr"]
-    if group["bias_correction"]:
-        beta1, beta2 = group["betas"]
-        rate *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    return rate
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """2-norms, in fp32 for low precision: the coefficient is their ratio."""
+    low = any(each.element_size() < 4 for each in tensors)
+    return list(torch._foreach_norm(list(tensors), 2, torch.float32 if low else None))
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _bias_correction(group: dict[str, Any], step: int) -> float:
+    if not group["bias_correction"]:
+        return 1.0
+    beta1, beta2 = group["betas"]
+    factor: float = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return factor

@@ -67,11 +67,63 @@ class Muon(Optimizer):
         rest = [group for group in self.param_groups if not group["use_muon"]]
         self._parts: list[Optimizer] = []
         if matrices:
-            self._parts.append(torch.optim.Muon(matrices))
+            self._parts.append(_Matrices(matrices))
         if rest:
-            self._parts.append(adam(rest, fused=_can_fuse(rest)))
+            self._parts.append(adam(rest, fused=True))
         for part, groups in zip(self._parts, [each for each in (matrices, rest) if each]):
             part.param_groups, part.state = groups, self.state
+
+
+class _Matrices(torch.optim.Muon if hasattr(torch.optim, "Muon") else Optimizer):  # type: ignore[misc]
+    """torch's Muon, which takes sharded matrices, too: each is gathered once, and every rank keeps its shard."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update the matrices that have a gradient."""
+        sharded = [(group, param) for group in self.param_groups for param in group["params"] if _is_sharded(param)]
+        if not sharded:
+            super().step()
+            return
+        for group, param in sharded:
+            if param.grad is not None:
+                self._step_sharded(group, param)
+        # torch's step does the rest, as gradients tell.
+        grads = [param.grad for _, param in sharded]
+        try:
+            for _, param in sharded:
+                param.grad = None
+            super().step()
+        finally:
+            for (_, param), grad in zip(sharded, grads):
+                param.grad = grad
+
+    def _step_sharded(self, group: dict[str, Any], param: Any) -> None:
+        grad, state, momentum = param.grad, self.state[param], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        update = (grad.lerp(buffer, momentum) if group["nesterov"] else buffer).full_tensor()
+        # What torch's Muon adds to a matrix of zeros is the orthogonalized update times the adjusted learning rate.
+        step = torch.zeros_like(update).requires_grad_()
+        step.grad = update
+        options = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+        torch.optim.Muon([step], momentum=0.0, nesterov=False, weight_decay=0.0, **options).step()  # type: ignore[no-untyped-call]
+        local = param._local_tensor
+        local.mul_(1 - float(group["lr"]) * group["weight_decay"]).add_(_shard_of(step, param))
+
+
+def _is_sharded(param: Tensor) -> bool:
+    return hasattr(param, "_local_tensor")
+
+
+def _shard_of(full: Tensor, param: Any) -> Tensor:
+    """This rank's shard of a full tensor, cut as a sharded parameter is."""
+    for axis, placement in enumerate(param.placements):
+        if placement.is_shard():
+            dim, rank = placement.dim, param.device_mesh.get_local_rank(axis)
+            parts = full.chunk(param.device_mesh.size(axis), dim)
+            full = parts[rank] if rank < len(parts) else full.narrow(dim, 0, 0)
+    return full
 
 
 def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
@@ -81,7 +133,7 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     an attribute ``use_muon``.
 
     Args:
-        parameters: tensors, or groups.
+        parameters: tensors, names and tensors, or groups of either.
         arguments: the config's ``optimizer.params``.
         names: of the model's parameters.
     """
@@ -91,16 +143,17 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     halves = []
     for group in groups:
         inside = group["params"]
-        members = [inside] if isinstance(inside, Tensor) else list(inside)
+        members: list[Any] = [inside] if isinstance(inside, Tensor) else list(inside)
+        chosen = [_is_for_muon(each, names) for each in members]
         for use_muon, options, own_lr in ((True, _MATRICES, "muon_lr"), (False, _REST, "adam_lr")):
-            half = [each for each in members if _is_for_muon(each, names.get(each, "")) is use_muon]
+            half = [each for each, for_muon in zip(members, chosen) if for_muon is use_muon]
             given = {key: arguments[key] for key in options if key in arguments}
             if own_lr in arguments:
                 given["lr"] = arguments[own_lr]
             own = {key: value for key, value in group.items() if key in options}
             if half:
                 halves.append({"params": half, "use_muon": use_muon, **options, **given, **own})
-    filters = [each for half in halves for each in half["params"] if each.ndim > 2]
+    filters = [each for half in halves for each in half["params"] if _parameter(each).ndim > 2]
     if filters:
         log.warning(
             "Muon: torch's takes matrices alone; weights of more dimensions that Adam updates: %d", len(filters)
@@ -108,12 +161,18 @@ def split(parameters: Iterable[Any], arguments: Mapping[str, Any], names: Mappin
     return halves
 
 
-def _is_for_muon(parameter: Tensor, name: str) -> bool:
+def _is_for_muon(member: Any, names: Mapping[Tensor, str]) -> bool:
     """Whether a parameter is a hidden layer's matrix."""
-    hidden = not any(word in name.lower() for word in ("embed", "lm_head"))
-    return parameter.ndim == 2 and bool(getattr(parameter, "use_muon", hidden))
+    parameter = _parameter(member)
+    own_name = member[0] if isinstance(member, tuple) else ""
+    name = names.get(parameter, own_name).lower()
+    hidden = not any(word in name for word in ("embed", "lm_head"))
+    # One without elements has nothing to be orthogonalized, and torch divides by its width; it takes no complex ones.
+    is_real_matrix = parameter.ndim == 2 and parameter.numel() > 0 and parameter.is_floating_point()
+    return is_real_matrix and bool(getattr(parameter, "use_muon", hidden))
 
 
-def _can_fuse(groups: list[dict[str, Any]]) -> bool | None:
-    members = [parameter for group in groups for parameter in group["params"]]
-    return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in members) or None
+def _parameter(member: Any) -> Tensor:
+    """What torch's optimizers take as one: a tensor, or a name and a tensor."""
+    parameter: Tensor = member[1] if isinstance(member, tuple) else member
+    return parameter

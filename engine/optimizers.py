@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.errors import EngineError
+from engine.fused import move_state
 from engine.lamb import Lamb
-from engine.lean import lean
+from engine.lean import guard_fused, lean
+from engine.log import log
 from engine.muon import Muon, split
 
-__all__ = ["build_optimizer", "known", "register", "resolve"]
+__all__ = ["build_optimizer", "guard_steps", "known", "move_state", "register", "resolve"]
 
 _registered: dict[str, type[Optimizer]] = {}
 
@@ -77,32 +79,57 @@ def build_optimizer(
         EngineError: the optimizer refuses its arguments or the parameters.
     """
     cls: Any
-    fused: Any
     parameters = list(parameters)
     if name == "Muon":
         parameters = split(parameters, arguments, names or {})
     cls, arguments = _as_deepspeed(name, arguments)
-    fused = lean(cls)
-    takes = inspect.signature(cls).parameters
-    choice = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
     try:
-        if "fused" in takes and not choice:
-            try:
-                return _unfused_where_needed(fused(parameters, fused=True, **arguments))
-            except RuntimeError:  # torch's word for arguments that have no fused kernel
-                pass
-        plain: Optimizer = (fused if arguments.get("fused") else cls)(parameters, **arguments)
-        return plain
+        return guard_steps(_build(cls, arguments, parameters))
     except (TypeError, ValueError, RuntimeError) as error:
         raise EngineError(f"optimizer {name}: {error}") from error
 
 
-def _unfused_where_needed(optimizer: Optimizer) -> Optimizer:
-    """Leave groups that the fused kernels cannot take to the plain ones; torch would find out in the first step."""
-    for group in optimizer.param_groups:
-        if not all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in group["params"]):
-            group["fused"] = optimizer.defaults["fused"] = None
+def _build(cls: Any, arguments: dict[str, Any], parameters: list[Any]) -> Optimizer:
+    """Fused where torch can and the arguments do not say otherwise."""
+    fused: Any = lean(cls)
+    choice = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
+    if "fused" in inspect.signature(cls).parameters and not choice:
+        try:
+            default: Optimizer = fused(parameters, fused=True, **arguments)
+            if not all(group["fused"] for group in default.param_groups):
+                default.defaults["fused"] = None  # what is logged, and what groups that are added later get
+            return default
+        except RuntimeError:  # torch's word for arguments that have no fused kernel
+            pass
+    optimizer: Optimizer = (fused if arguments.get("fused") else cls)(parameters, **arguments)
+    if arguments.get("fused") and not all(group["fused"] for group in optimizer.param_groups):
+        log.warning(
+            "optimizer %s: fused is true, but torch's fused kernel cannot take some of the parameters (complex ones, "
+            "or slices that are not dense in memory); their groups take the unfused step", cls.__name__,
+        )  # fmt: skip
     return optimizer
+
+
+def guard_steps(optimizer: Optimizer) -> Optimizer:
+    """Make an optimizer's steps right where torch's own are not, in place; the script's own optimizers, too.
+
+    Fused ones get gradients and state in the memory layout of their parameters. SparseAdam gets sparse gradients
+    where something has made them dense: fp32 copies of a low-precision embedding, or zeros for one without a gradient.
+    """
+    guard_fused(optimizer)
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        optimizer.register_step_pre_hook(_make_sparse)
+    return optimizer
+
+
+@torch.no_grad()
+def _make_sparse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and not param.grad.is_sparse and param.ndim > 0:
+                rows = param.grad.to_sparse(1)
+                # SparseAdam counts no step of an embedding that was not used.
+                param.grad = rows if rows._nnz() else None
 
 
 _DEEPSPEEDS = ("Lamb", "Lion", "Muon")  # what is neither torch's, as it is here, nor registered

@@ -12,6 +12,7 @@ from engine.data import Loader
 from engine.distributed import World
 from engine.parallel import Parallel
 from engine.precision import Precision
+from engine.schedule_state import ScheduleStart
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -46,5 +47,6 @@ class Parts:
     parallel: Parallel
     optimizer: Optimizer | None
     lr_scheduler: Schedule | None
+    schedule_start: ScheduleStart | None  # None without an optimizer
     training_dataloader: Loader | None
     recorder: Recorder | None

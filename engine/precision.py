@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.errors import LossScaleError
+from engine.master_params import MasterParams, TrainedParams
+from engine.sharding import Sharding
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
 
 __all__ = [
-    "AmpLossScale", "Formats", "LossScale", "Masters", "Precision", "dtype_table", "lower", "set_precision", "to_dtype",
+    "AmpLossScale", "Formats", "LossScale", "Precision", "dtype_table", "set_precision", "to_dtype",
 ]  # fmt: skip
 
 _DTYPES = {
@@ -46,8 +48,8 @@ class Precision:
         autocast: of `torch.autocast` around the forward pass; None without.
         accumulate: in which gradients of micro-batches add up.
         reduce: in which gradients are summed over processes.
-        masters: the fp32 weights behind the model's; None where the optimizer has the model's own.
-        publish: what brings updated weights into the model's format; None where they have it.
+        params: what trains; its master params are what the optimizer updates, where there are some.
+        publish: what brings updated weights into the model; None where the optimizer updates the model's own.
         stored: the format of the weights that the optimizer updates.
         loss_scale: the factor of the loss; None where there is none.
         skips: whether an update with a gradient that is not finite is left out.
@@ -57,11 +59,16 @@ class Precision:
     autocast: torch.dtype | None
     accumulate: torch.dtype
     reduce: torch.dtype
-    masters: Masters | None
+    params: TrainedParams
     publish: Callable[[], None] | None
     stored: torch.dtype
     loss_scale: LossScale | None
     skips: bool
+
+    @property
+    def master_params(self) -> MasterParams | None:
+        """The fp32 weights behind the model's; None where the optimizer has the model's own."""
+        return self.params.masters
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,46 +109,58 @@ class Formats:
         )
 
 
-def set_precision(config: EngineConfig, module: nn.Module, optimizer: Optimizer | None, *, shared: bool) -> Precision:
-    """Bring a model and its optimizer into the config's formats, in place.
+def set_precision(
+    config: EngineConfig,
+    module: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    fully_sharded: bool = False,
+    sharding: Sharding | None = None,
+    world_size: int = 1,
+) -> Precision:
+    """Bring a model and its optimizer into the config's dtypes, in place.
 
     Args:
         config: its sections fp16, bf16, torch_autocast, data_types, and communication_data_type.
-        module: on its device; parameters become what the config says, and keep their identity.
-        optimizer: over the module's parameters; gets masters in their place.
-        shared: whether the model is shared out among processes: its parameters then are the masters, and torch
-            gathers them in the format of the computation.
+        module: on its device, with equal weights on all ranks; parameters keep their identity.
+        optimizer: over the module's parameters; gets master params in their place.
+        fully_sharded: whether FSDP2 has sharded the model: its parameters are the master params then, and torch gathers
+            them in the dtype of the computation.
+        sharding: how master params are divided between the ranks, at ZeRO stages 1 and 2.
+        world_size: ranks.
     """
     formats = Formats.of(config)
     low = None if formats.compute is torch.float32 else formats.compute
     reduce = to_dtype(config.communication_data_type or "fp32")
-    masters: Masters | None = None
+    masters: MasterParams | None = None
     publish: Callable[[], None] | None = None
-    if low is not None and shared:
+    if not fully_sharded and (sharding is not None or (low is not None and formats.stored is not low)):
+        masters = MasterParams(formats.stored, sharding, rounded=formats.rounded)
+        publish = masters.copy_to_model
+    params = TrainedParams(module, optimizer, masters, world_size=world_size)
+    if low is not None and fully_sharded:
         if formats.rounded and optimizer is not None:
             publish = _rounding(optimizer, low)
             publish()
     elif low is not None:
-        if optimizer is not None and formats.stored is not low:
-            masters = Masters(optimizer, rounded=formats.rounded)
-            publish = masters.publish
         _lower_parameters(module, low, whole=formats.buffers is not None)
-        if masters is not None:
-            masters.publish()
+    if masters is not None and optimizer is not None:
+        masters.copy_to_model()
     if formats.buffers is not None:
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(formats.buffers)
-    accumulate = torch.float32 if low is None or masters is not None else reduce if shared else low
+    sharded = fully_sharded or sharding is not None
+    accumulate = torch.float32 if low is None or formats.stored is not low else reduce if sharded else low
     types = config.data_types
-    if types is not None and types.grad_accum_dtype is not None and masters is not None:
+    if types is not None and types.grad_accum_dtype is not None and masters is not None and low is not None:
         accumulate = to_dtype(types.grad_accum_dtype)
     return Precision(
         compute=formats.compute,
         autocast=formats.autocast,
         accumulate=accumulate,
         reduce=reduce,
-        masters=masters,
+        params=params,
         publish=publish,
         stored=formats.stored or formats.compute,
         loss_scale=_loss_scale(config, formats.autocast),
@@ -294,91 +313,17 @@ class AmpLossScale(LossScale):
             self.value *= 2
 
 
-class Masters:
-    """fp32 copies of the parameters that an optimizer updates, in their place in its groups.
-
-    Args:
-        optimizer: over parameters in any format; its state, if there is some, moves to the masters.
-        rounded: whether they take the model's precision after every update: DeepSpeed's
-            `bf16_master_weights_and_grads` with moments in fp32.
-
-    Attributes:
-        model: the model's parameters, as the optimizer had them.
-        weights: the masters, in the same order.
-    """
-
-    def __init__(self, optimizer: Optimizer, *, rounded: bool = False) -> None:
-        self.model: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self._rounded = rounded
-        for group in optimizer.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                if not parameter.is_floating_point():
-                    continue
-                master = nn.Parameter(parameter.detach().float().clone(), requires_grad=parameter.requires_grad)
-                self.model.append(parameter)
-                self.weights.append(master)
-                group["params"][index] = master
-                if parameter in optimizer.state:
-                    optimizer.state[master] = optimizer.state.pop(parameter)
-        self.of = dict(zip(self.model, self.weights))
-
-    def collect(self) -> None:
-        """Add the model's gradients to the masters', and free them."""
-        first: tuple[list[Tensor], list[Tensor]] = [], []  # all at once: one kernel where torch has it
-        later: tuple[list[Tensor], list[Tensor]] = [], []
-        for parameter, master in zip(self.model, self.weights):
-            grad = parameter.grad
-            if grad is None:
-                continue
-            sums, grads = later
-            if master.grad is None:
-                master.grad = torch.empty_like(master)
-                sums, grads = first
-            sums.append(master.grad)
-            grads.append(grad.to_dense() if grad.is_sparse else grad)
-            parameter.grad = None
-        if first[0]:
-            torch._foreach_copy_(*first)
-        if later[0]:
-            torch._foreach_add_(*later)
-
-    def release(self) -> None:
-        """Free the model's gradients: the masters have them."""
-        for parameter in self.model:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Write the masters into the model."""
-        torch._foreach_copy_(self.model, self.weights)
-        if self._rounded:
-            torch._foreach_copy_(self.weights, self.model)
-
-
-def lower(value: Any, dtype: torch.dtype) -> Any:
-    """A model's arguments with every floating-point tensor in `dtype`, in nested lists, tuples and mappings, too."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        items = [lower(item, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [lower(item, dtype) for item in value]
-    if isinstance(value, dict):
-        return {key: lower(item, dtype) for key, item in value.items()}
-    return value
 
 
 def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:
     """Which format holds what, as a table of two lines."""
-    shared = precision.masters is None and precision.stored is not precision.compute
+    shared = precision.master_params is None and precision.stored is not precision.compute
     columns = {
         "parameters": precision.stored if shared else precision.compute,
         "computation": precision.autocast or precision.compute,
         "gradients": precision.accumulate,
         "reduction": precision.reduce,
-        "master weights": torch.float32 if precision.masters is not None else None,
+        "master weights": precision.stored if precision.master_params is not None else None,
         "optimizer state": precision.stored if optimizer is not None else None,
     }
     cells = [(name, "-" if dtype is None else str(dtype).removeprefix("torch.")) for name, dtype in columns.items()]

@@ -18,6 +18,7 @@ from engine.build import build_schedule
 from engine.errors import EngineError
 from engine.optimizers import build_optimizer
 from engine.textplot import draw_text
+from schedulers.forecast import length_of
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -127,8 +128,5 @@ def trace_schedule(config: EngineConfig, steps: int | None = None) -> Trace:
 
 def _own_length(schedule: Any) -> int:
     """A tenth more than the updates after which a schedule only repeats its last values."""
-    names = ("total_num_steps", "total_size", "total_steps", "warmup_num_steps")
-    length = next((getattr(schedule, name) for name in names if hasattr(schedule, name)), None)
-    if length is None and hasattr(schedule, "step_size"):
-        length = 10 * schedule.step_size
+    length = length_of(schedule)
     return 1000 if not length else max(2, round(1.1 * length))

@@ -52,7 +52,8 @@ def initialize(
         optimizer: takes the place of the config's: an optimizer, or a function of the parameters.
         model_parameters: what the config's optimizer gets: parameters, or groups with rates of their own;
             default all that require gradients.
-        training_data: a dataset; ``engine.training_dataloader`` deals it out in micro-batches.
+        training_data: a dataset, map-style or iterable, such as a list of samples; neither a DataLoader nor a
+            generator. ``engine.training_dataloader`` deals it out in micro-batches.
         lr_scheduler: takes the place of the config's: a schedule, or a function of the optimizer.
         collate_fn: samples to batch, for `training_data`.
         device: where to compute; default the local rank's GPU where there is one, else the CPU.
@@ -125,7 +126,8 @@ def _epoch_summary(loader: Loader, config: EngineConfig, world: World) -> str:
     accumulation = config.gradient_accumulation_steps
     whole, left = divmod(micro_batches, accumulation)
     share = "" if world.size == 1 else " per process"
-    epoch = f"data: {samples} samples; an epoch is {micro_batches} micro-batches{share} and "
+    own = " per rank" if loader.split_by_rank else ""
+    epoch = f"data: {samples} samples{own}; an epoch is {micro_batches} micro-batches{share} and "
     if not left:
         return f"{epoch}{whole} updates"
     return (

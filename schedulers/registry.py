@@ -15,7 +15,7 @@ from schedulers.one_cycle import OneCycle
 from schedulers.schedule import Schedule
 from schedulers.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
-__all__ = ["UnknownScheduleError", "known", "register", "resolve"]
+__all__ = ["UnknownScheduleError", "is_built_in", "known", "register", "resolve"]
 
 _OURS: dict[str, type[Schedule]] = {
     cls.__name__: cls for cls in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
@@ -71,6 +71,12 @@ def resolve(name: str) -> type:
     nearest = difflib.get_close_matches(name, classes, n=1)
     hint = f'did you mean "{nearest[0]}"?' if nearest else "register a schedule of your own with schedulers.register."
     raise UnknownScheduleError(f'"{name}": unknown schedule; {hint} Known: {", ".join(sorted(classes))}')
+
+
+def is_built_in(schedule: object) -> bool:
+    """Whether a schedule is one of ours or torch's, whose values follow from arguments and step alone."""
+    kind = type(schedule)
+    return kind in _OURS.values() or kind.__module__ == lr_scheduler.__name__
 
 
 def _is_schedule(cls: type) -> bool:

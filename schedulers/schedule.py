@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Rate", "Schedule", "log"]
+__all__ = ["Default", "NoOptimizer", "Rate", "Schedule", "fill", "groups_of", "log"]
 
 log = logging.getLogger("schedulers")
 
@@ -154,6 +154,16 @@ class Schedule(LRScheduler):
     def _momenta(self, k: int) -> list[float] | None:
         return None
 
+    def _own_lrs(self) -> list[Rate]:
+        """The optimizer's rates, which the schedule is a share of.
+
+        Raises:
+            ValueError: the optimizer has none: it finds its own.
+        """
+        if any(lr is None for lr in self.base_lrs):
+            raise ValueError("it starts from the optimizer's learning rate, which is None; give the optimizer an lr")
+        return self.base_lrs
+
     def _write(self, lrs: Iterable[Rate]) -> None:
         for group, lr in zip(self.optimizer.param_groups, lrs):
             fill(group, lr)
@@ -176,12 +186,19 @@ class Default(float):
     """A default that can be told from the same number given by the user."""
 
 
-class _NoOptimizer(Optimizer):
-    """Groups without parameters, for a schedule that is only evaluated."""
+class NoOptimizer(Optimizer):
+    """Groups without parameters, for a schedule that is only evaluated.
 
-    def __init__(self, num_groups: int) -> None:
-        self.defaults = {"lr": 1.0, "betas": (0.9, 0.999)}
-        self.param_groups = [dict(self.defaults, params=[]) for _ in range(num_groups)]
+    Args:
+        groups: their settings.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.defaults = {key: value for key, value in groups[0].items() if key != "params"}
+        self.param_groups = [{**group, "params": []} for group in groups]
+
+    def step(self, closure: Any = None) -> Any:  # torch's schedules wrap it
+        """Nothing to do."""
 
 
 def groups_of(*values: Any) -> int:
@@ -199,7 +216,7 @@ def fill(group: dict[str, Any], lr: Rate) -> None:
 
 def _torch_optimizer(optimizer: Any, num_groups: int) -> Optimizer:
     if optimizer is None:
-        return _NoOptimizer(num_groups)
+        return NoOptimizer([{"lr": 1.0, "betas": (0.9, 0.999)}] * num_groups)
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         if isinstance(candidate, Optimizer):
             return candidate

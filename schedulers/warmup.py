@@ -81,7 +81,8 @@ class WarmupLR(_Warmup):
         corrected: see above.
 
     Raises:
-        ValueError: a warm-up that is no positive integer; a list of another length than the groups.
+        ValueError: a warm-up that is no positive integer; a list of another length than the groups; an optimizer
+            whose rate is None, where its rate is the maximum.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class WarmupLR(_Warmup):
         num_groups = groups_of(warmup_min_lr, warmup_max_lr)
         super().__init__(optimizer, last_batch_iteration, corrected=corrected, num_groups=num_groups)
         self.min_lrs = self._per_group(warmup_min_lr, "warmup_min_lr")
-        self.max_lrs = self._per_group(self.base_lrs if warmup_max_lr is None else warmup_max_lr, "warmup_max_lr")
+        self.max_lrs = self._per_group(self._own_lrs() if warmup_max_lr is None else warmup_max_lr, "warmup_max_lr")
         self._ranges = [high - low for low, high in zip(self.min_lrs, self.max_lrs)]
         self._set_warmup(warmup_num_steps, warmup_type)
         if last_batch_iteration == -1:
@@ -213,7 +214,7 @@ class WarmupCosineLR(_Warmup):
         corrected: see above.
 
     Raises:
-        ValueError: a warm-up that is no positive integer.
+        ValueError: a warm-up that is no positive integer; an optimizer whose rate is None.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class WarmupCosineLR(_Warmup):
         corrected: bool = False,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration, corrected=corrected)
+        self._own_lrs()
         self.total_num_steps = total_num_steps
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio

@@ -962,7 +962,10 @@ def _in_seven_digits(recorded: list[Case]) -> list[Case]:
 
 
 def record_loss_scale_file(directory: Path) -> None:
-    write(directory / "loss_scale.json", run_ranks(record_loss_scales, 1, loss_scale_cases(), timeout=900.0)[0])
+    write(
+        directory / "loss_scale.json",
+        run_ranks(record_loss_scales, 1, loss_scale_cases(), timeout=900.0, fresh=True)[0],
+    )
 
 
 def _record_runs(cases: list[Case]) -> list[Case]:
@@ -972,7 +975,7 @@ def _record_runs(cases: list[Case]) -> list[Case]:
     for processes in (1, 2, 4):
         for autocast in (False, True):
             chosen = [c for c in cases if c["processes"] == processes and ("torch_autocast" in c["config"]) == autocast]
-            recorded += run_ranks(record_training, processes, chosen, timeout=900.0)[0] if chosen else []
+            recorded += run_ranks(record_training, processes, chosen, timeout=900.0, fresh=True)[0] if chosen else []
     return recorded
 
 

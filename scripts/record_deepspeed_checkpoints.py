@@ -238,7 +238,7 @@ def main() -> int:
         folder = given.output / each["name"]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        run_ranks(record, each["processes"], each, str(folder), timeout=600.0)
+        run_ranks(record, each["processes"], each, str(folder), timeout=600.0, fresh=True)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{each['name']}: {size / 1000:.0f} kB")
     versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "python": platform.python_version()}

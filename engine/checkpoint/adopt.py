@@ -99,12 +99,15 @@ def _read(engine: Engine, checkpoint: DeepSpeedCheckpoint, wanted: Wanted) -> _P
     weights = weights_of(engine)
     stored = _named(engine, checkpoint, wanted)
     optimizer = None if wanted.module_only or not wanted.optimizer else engine.optimizer
-    if not wanted.module_only and wanted.schedule:
-        counters = {name: int(checkpoint.state[name]) for name in ("global_steps", "skipped_steps")}
-        plan.pace = Pace(engine, {"schedule": _schedule_of(engine, checkpoint), "counters": counters})
     if optimizer is not None:
         plan.moments = read_moments(optimizer, checkpoint, weights, stored)
         stored |= plan.moments.weights
+    if not wanted.module_only:
+        counters = {name: int(checkpoint.state[name]) for name in ("global_steps", "skipped_steps")}
+        told = {"schedule": _schedule_of(engine, checkpoint), "counters": counters}
+        # An elastic checkpoint has no settings.
+        settings = plan.moments is not None and any(plan.moments.settings)
+        plan.pace = Pace(engine, told, states=wanted.schedule, settings=settings)
     if wanted.custom_load is None:
         targets = model_tensors(engine)
         plan.parts |= {name: share_of(read_whole(each), targets[name]) for name, each in stored.items()}
@@ -182,8 +185,8 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
                 local_of(target).copy_(plan.parts.pop(name))
     else:
         _load_by(wanted.custom_load, engine, checkpoint)
-    if engine._publish is not None:
-        engine._publish()
+    if engine._precision.publish is not None:
+        engine._precision.publish()
     if wanted.module_only:
         return
     if plan.moments is not None and engine.optimizer is not None:
@@ -191,14 +194,12 @@ def _install(engine: Engine, checkpoint: DeepSpeedCheckpoint, plan: _Plan, wante
     state = checkpoint.state
     if plan.pace is not None:
         plan.pace.install({})
-        if plan.moments is not None and not any(plan.moments.settings):
-            _write_rates(engine)
     _install_scale(engine, checkpoint.loss_scaler)
     engine.global_steps = int(state["global_steps"])
     engine.global_samples = int(state.get("global_samples", engine.global_steps * engine.train_batch_size()))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine._skipped = int(state["skipped_steps"])
-    engine._last_loss = engine._grad_norm = None
+    engine._last_loss = engine._optimizer_step.grad_norm = None
 
 
 def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSpeedCheckpoint) -> None:
@@ -207,7 +208,7 @@ def _load_by(custom_load: Callable[..., Any], engine: Engine, checkpoint: DeepSp
     tensors |= {alias: tensors[name] for alias, name in checkpoint.aliases.items() if name in tensors}
     custom_load(src=tensors, dst=engine.module)
     if engine._masters is not None:
-        torch._foreach_copy_(list(engine._masters.of.values()), list(engine._masters.of))
+        engine._masters.copy_from_model()
 
 
 def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], moments: Moments) -> None:
@@ -222,13 +223,6 @@ def _install_optimizer(optimizer: Optimizer, weights: Mapping[str, Tensor], mome
             if key in ("params", "step", *_CHOICES) or key not in group:
                 continue
             set_setting(group, key, tuple(value) if isinstance(value, list) else value)
-
-
-def _write_rates(engine: Engine) -> None:
-    """An elastic checkpoint has none: write those of the step that was reached."""
-    schedule: Any = engine.lr_scheduler
-    if hasattr(schedule, "last_batch_iteration"):
-        schedule.step(schedule.last_batch_iteration)
 
 
 def _install_scale(engine: Engine, saved: Mapping[str, Any]) -> None:

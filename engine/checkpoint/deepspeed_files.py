@@ -56,6 +56,22 @@ _STAND_INS: list[Any] = [
 ]
 
 
+def _zero_stage(kind: Any, name: Any) -> Any:
+    """Stands for ``getattr(cls, name)``, as which early releases of Python 3.11 (Debian 12's 3.11.2) pickle an enum.
+
+    Raises:
+        UnpicklingError: it asks for anything but a stage of ZeRO.
+    """
+    if getattr(kind, "__qualname__", None) != "ZeroStageEnum" or name not in _STAGES:
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr, of {kind!r} and {name!r}")
+    return kind(_STAGES[name])
+
+
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+_zero_stage.__module__, _zero_stage.__qualname__ = "builtins", "getattr"  # by which torch's unpickler finds it
+_STAND_INS.append(_zero_stage)
+
+
 class Mapped:
     """One file, read when something in it is wanted."""
 

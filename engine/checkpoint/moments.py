@@ -14,6 +14,7 @@ from engine.checkpoint.plain import tensors_in, unpack
 from engine.checkpoint.state import set_setting, settings_of, weights_of
 from engine.errors import EngineError
 from engine.log import log
+from engine.schedule_state import SCHEDULED
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Moments"]
 
 _WITHOUT = "or go on without the optimizer's state: load_optimizer_states=False"
-_MOVED = ("lr", "betas", "momentum")  # by schedules
 
 
 class Moments:
@@ -55,7 +55,7 @@ class Moments:
                 f"optimizer {kind}: its state_dict() is its own, and cannot be shared out among processes; use ZeRO "
                 f"stage 0, {_WITHOUT}"
             )
-        self._say_changes(engine)
+        self._say_changes(scheduled=engine.lr_scheduler is not None or shared["schedule"] is not None)
 
     def _check_groups(self, strict: bool) -> None:
         assert self._saved is not None
@@ -77,9 +77,9 @@ class Moments:
                     f"{' and '.join(said)}; make the same groups, {_WITHOUT}"
                 )
 
-    def _say_changes(self, engine: Engine) -> None:
+    def _say_changes(self, *, scheduled: bool) -> None:
         assert self._saved is not None
-        ignored = _MOVED if engine.lr_scheduler is not None else ()
+        ignored = SCHEDULED if scheduled else ()
         changes = setting_changes(
             self._saved["defaults"], settings_of(self._optimizer.defaults, "defaults", {}), ignored
         )

@@ -71,7 +71,8 @@ class Restore:
         self._moments: Moments | None = None
         self._pace: Pace | None = None
         if not wanted.module_only:
-            self._pace = Pace(engine, self._shared) if wanted.schedule else None
+            settings = wanted.optimizer and engine.optimizer is not None and self._shared["optimizer"] is not None
+            self._pace = Pace(engine, self._shared, states=wanted.schedule, settings=settings)
             if wanted.optimizer and engine.optimizer is not None:
                 self._moments = Moments(engine, self._shared, strict=wanted.strict)
                 self._targets |= self._moments.targets(opened.entries)
@@ -169,8 +170,6 @@ class Restore:
             if name in shared["extra_state"]:
                 module.set_extra_state(unpack(shared["extra_state"][name], self._targets))
         manifest = self._opened.found.manifest
-        if manifest.world_size == engine.world_size and shared["order"] and not self._wanted.module_only:
-            engine._parallel.rehearse(shared["order"])
         engine.drop_update()
         self._install_model()
         if not self._wanted.module_only:
@@ -195,16 +194,15 @@ class Restore:
             source = {name: self._targets.pop(f"model.{name}") for name in self._saved}
             self._wanted.custom_load(src=source, dst=engine.module)
             if engine._masters is not None:
-                for parameter, master in engine._masters.of.items():
-                    master.copy_(parameter)
+                engine._masters.copy_from_model()
         else:
             tensors = model_tensors(engine)
             for name, source_name in self._sources.items():
                 tensors[name].copy_(self._targets[f"model.{source_name}"])
             for key in {f"model.{source_name}" for source_name in self._sources.values()}:
                 del self._targets[key]
-        if engine._publish is not None:
-            engine._publish()
+        if engine._precision.publish is not None:
+            engine._precision.publish()
         if self._opened.is_own and self._opened.found.manifest.world_size == engine.world_size:
             buffers = buffers_of(engine.module)
             for name, value in self._opened.own.get("buffers", {}).items():
@@ -220,7 +218,7 @@ class Restore:
         if self._shared["batch"]["gradient_accumulation_steps"] != accumulation:
             engine.micro_steps = engine.global_steps * accumulation  # scripts divide one by the other
         engine._skipped = counters["skipped_steps"]
-        engine._last_loss = engine._grad_norm = None
+        engine._last_loss = engine._optimizer_step.grad_norm = None
         if engine.scaler is not None and self._shared["loss_scale"] is not None:
             state = unpack(self._shared["loss_scale"], self._targets)
             if not engine.scaler.dynamic:

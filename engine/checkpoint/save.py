@@ -80,7 +80,7 @@ def save_checkpoint(
 def _capture(engine: Engine, save_dir: str | Path, client_state: Mapping[str, Any], exclude_frozen: bool) -> Captured:
     if not str(save_dir).strip():
         raise EngineError(f"save_dir: got {save_dir!r}; expected a folder")
-    done = engine._unfinished.micro_batches + (1 if engine._pending else 0)
+    done = engine._accumulation.accumulated
     if done:
         log.warning(
             "%s: in the middle of an update, after %d of its %d micro-batches; their gradients are in no checkpoint: "

@@ -19,6 +19,8 @@ from engine.checkpoint.frames import memory_of
 from engine.checkpoint.plain import pack
 from engine.errors import EngineError
 from engine.randomness import random_state
+from engine.schedule_state import portable_state
+from schedulers.registry import is_built_in
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -87,7 +89,6 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
         "left_out": left_out,
         "buffers": list(buffers),
         "aliases": aliases_of(module),
-        "order": engine._parallel.order(),
         "extra_state": {
             name: pack(each.get_extra_state(), f"{name or type(each).__name__}.get_extra_state()", tensors,
                        key=f"extra_state.{name}")
@@ -150,7 +151,7 @@ def _counters(engine: Engine) -> dict[str, int]:
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
-        "micro_steps": engine.micro_steps - engine._unfinished.micro_batches,
+        "micro_steps": engine.micro_steps - engine._accumulation.micro_batches,
         "skipped_steps": engine.skipped_steps,
     }
 
@@ -161,7 +162,7 @@ def _data(engine: Engine) -> dict[str, Any] | None:
     if loader is None:
         return None
     state = loader.state_dict()
-    if engine._unfinished.backwards and engine._settled_position is not None:
+    if engine._accumulation.backwards and engine._settled_position is not None:
         # A dataset with a state of its own cannot be turned back; of its state these micro-batches are missing.
         state["epoch"], state["samples"], _ = engine._settled_position
     return state
@@ -224,11 +225,14 @@ def settings_of(group: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> 
 
 
 def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """A schedule's type, its parameters as the config or its own state tells them, and its state."""
+    """A schedule's type, its parameters as the config or torch's own state tells them, and its state.
+
+    What is a parameter and what moves in the state of a script's own class, only that class knows.
+    """
     schedule = engine.lr_scheduler
     if schedule is None:
         return None
-    state = schedule.state_dict()
+    state = portable_state(schedule)
     name = type(schedule).__name__
     section = engine.config.scheduler
     by_config = section is not None and section.type == name
@@ -236,8 +240,10 @@ def schedule_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Any] | 
         parameters = {**_defaults(type(schedule)), **section.arguments()}
         if hasattr(schedule, "corrected"):
             parameters["redline.schedules"] = engine.config.redline.schedules
-    else:
+    elif is_built_in(schedule):
         parameters = {key: value for key, value in state.items() if not key.startswith("_") and key not in _MOVING}
+    else:
+        parameters = {}
     return {
         "type": name,
         "told_by": "config" if by_config else "state",
@@ -264,6 +270,7 @@ _MOVING = (
     "best",
     "num_bad_epochs",
     "cooldown_counter",
+    "lr_lambdas",
     "verbose",
 )
 

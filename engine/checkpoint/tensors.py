@@ -16,6 +16,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, cast
 
@@ -192,12 +193,22 @@ class _Unpickler(pickle.Unpickler):
     """Makes the objects that the metadata of tensors is made of, and runs nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if name == "getattr" and module in ("builtins", "__builtin__"):
+            return _enum_member
         known = name in _KNOWN.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         )
         if not known:
             raise Broken(f"it asks for {module}.{name}, which has no place in it; it was not read further")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: Any) -> Enum:
+    """Stands for ``getattr(cls, name)``, as which early releases of Python 3.11 (Debian 12's 3.11.2) pickle an enum."""
+    if not isinstance(kind, EnumMeta) or not isinstance(name, str) or name not in kind.__members__:
+        raise Broken(f"it asks for getattr({kind!r}, {name!r}), which is no member of an enum; it was not read further")
+    member: Enum = kind[name]
+    return member
 
 
 _KNOWN = {

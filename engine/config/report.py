@@ -13,9 +13,10 @@ from typing import Any
 
 from engine.config.batch import BATCH_KEYS
 from engine.config.document import Document, copy_document, format_route, read
+from engine.config.foresee import foresee
 from engine.config.load import Reading, Source, in_order, read_config
 from engine.config.root import EngineConfig
-from engine.config.support import KEYS, NO_EFFECT, REFUSED
+from engine.config.support import HONOURED, KEYS, NO_EFFECT, REFUSED
 from engine.config.table import Paint, paint_nothing, paint_on_terminal, rows_as_text
 from engine.config.values import effective
 from engine.config.words import shown
@@ -41,6 +42,7 @@ class Report:
         source: the file's name, or "config".
         errors: what makes it invalid, in the order of the document.
         refusals: what is valid DeepSpeed and not built here.
+        warnings: what runs, and will go wrong: the schedule leaves what its optimizer accepts.
         keys: the document's keys that are known, and refused ones further down.
         config: the part of it that is honoured; None if it is not valid.
     """
@@ -50,6 +52,7 @@ class Report:
     refusals: list[Problem] = field(default_factory=list)
     keys: list[KeyStatus] = field(default_factory=list)
     config: EngineConfig | None = None
+    warnings: list[Problem] = field(default_factory=list)
 
     @property
     def valid(self) -> bool:
@@ -64,12 +67,13 @@ class Report:
         return 0 if self.runnable else 3 if self.valid else 1
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``redline validate --json`` prints."""
+        """The object that ``redline validate --json`` prints; warnings are among the keys, as their notes."""
+        foreseen = [KeyStatus(problem.path, HONOURED, problem.message) for problem in self.warnings]
         return {
             "valid": self.valid,
             "runnable": self.runnable,
             "errors": [asdict(problem) for problem in self.errors],
-            "keys": [asdict(key) for key in self.keys],
+            "keys": [asdict(key) for key in (*self.keys, *foreseen)],
             "resolved": self.config.model_dump(mode="json") if self.config and self.config.world_size else {},
         }
 
@@ -106,7 +110,10 @@ def validate(
     document, errors = reading.document, reading.mistakes
     if rules is not None:
         errors = in_order([*errors, *_breaches(document, *rules)])
-    return Report(document.source, errors, reading.refusals, _keys(reading), None if errors else reading.config)
+    config = None if errors else reading.config
+    foreseen = None if config is None else foresee(config)
+    warnings = [] if foreseen is None else [document.problem(("scheduler", "params"), foreseen)]
+    return Report(document.source, errors, reading.refusals, _keys(reading), config, warnings)
 
 
 def _keys(reading: Reading) -> list[KeyStatus]:
@@ -157,7 +164,7 @@ def _breaches(document: Document, policy: dict[str, Any], name: str) -> Iterator
 
 def _lines(report: Report, width: int | None, paint: Paint, whole: bool) -> Iterator[str]:
     yield paint(f"{report.source}: {_verdict(report)}", "head")
-    for problem in (*report.errors, *report.refusals):
+    for problem in (*report.errors, *report.refusals, *report.warnings):
         place = report.source if problem.line is None else f"{report.source}:{problem.line}:{problem.column}"
         yield "  " + ": ".join([paint(place, "problem"), *([problem.path] if problem.path else []), problem.message])
     if report.keys:
@@ -179,6 +186,6 @@ def _verdict(report: Report) -> str:
     if not report.valid:
         return "1 problem" if len(report.errors) == 1 else f"{len(report.errors)} problems"
     if report.runnable:
-        return "valid; runs as written"
+        return "valid; runs as written" + ("; 1 warning" if report.warnings else "")
     what = "something" if len(report.refusals) == 1 else f"{len(report.refusals)} things"
     return f"valid DeepSpeed, but asks for {what} that Redline does not have"

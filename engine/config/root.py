@@ -67,6 +67,11 @@ class DataConfig(Section):
     pin_memory: bool = Field(
         default=True, description="Put batches into pinned memory, from where they are copied to a GPU without waiting."
     )
+    split_by_rank: bool | None = Field(
+        default=None,
+        description="Whether an iterable dataset gives each rank samples of its own already, as many as the others'; "
+        "false splits it between the ranks, null compares the ranks' first samples at the start to find out.",
+    )
 
     def arguments(self) -> dict[str, Any]:
         """As `engine.data.build_loader` takes them."""

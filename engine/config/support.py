@@ -167,7 +167,7 @@ _INSIDE = (
     *_own("optimizer.params", NO_EFFECT, "the moments have the parameters' type", "fp32_optimizer_states"),
     *_own("optimizer.params", NO_EFFECT, "torch's Muon has one order of its iteration", "ns_method"),
     # Precision
-    *_own("fp16", NO_EFFECT, "floating-point inputs are always cast", "auto_cast"),
+    *_own("fp16", NO_EFFECT, "inputs are cast where a layer needs it", "auto_cast"),
     *_own("fp16", REFUSED, _FP32_STATE, "fp16_master_weights_and_grads"),
     *_own("bf16", NO_EFFECT, "gradients add up in fp32 after every backward", "immediate_grad_update"),
     *_own("torch_autocast", NO_EFFECT, "gradients are fp32, and summed in communication_data_type",

@@ -108,8 +108,6 @@ class Rig:
         self._interrupt.hold()
         try:
             self._snapshot.restore()
-            if self.engine.micro_steps == 0:
-                self.engine.renew_parallel()
         finally:
             self._interrupt.remove()
         if not isinstance(error, KeyboardInterrupt):
@@ -136,7 +134,7 @@ class Rig:
         engine.observers = []
         engine.after_update = None
         engine._finite = None  # a test is there to diverge
-        engine._boundary = None
+        engine._accumulation.set_boundary(None)
         every = max(1, run.steps // run.validations) if run.validations else 0
         validate = _Validation(engine, self._held_out if every else None, self._loss, every)
         curve = self._run(run, recorder, validate, bar)
@@ -262,7 +260,7 @@ class _Validation:
 def _check_idle(engine: Engine) -> None:
     if engine.optimizer is None:
         raise RangeTestError('range test: the engine has no optimizer; give the config an "optimizer" section')
-    inside = engine._unfinished.micro_batches != 0
+    inside = engine._accumulation.backwards != 0
     if inside or any(parameter.grad is not None for parameter in engine.parameters()):
         raise RangeTestError(
             "range test: the engine is inside an update and would lose its gradients; run the test before training or "

@@ -46,6 +46,8 @@ class Snapshot:
         self._schedule_state = None if engine.lr_scheduler is None else copy.deepcopy(engine.lr_scheduler.state_dict())
         self._scale = None if engine.scaler is None else engine.scaler.state_dict()
         self._counters = {name: engine.__dict__[name] for name in _COUNTERS}
+        self._boundary = engine._accumulation.boundary
+        self._grad_norm = engine.grad_norm
         self._batch_size = engine.train_batch_size()
         parts = parts_of(*data)
         self._randoms = [keep_generators(part) for part in parts]
@@ -71,6 +73,8 @@ class Snapshot:
             self._schedule.load_state_dict(copy.deepcopy(self._schedule_state or {}))
             self._optimizer.restore_groups()  # a schedule may write its rates on loading
         self._engine.__dict__.update(self._counters)
+        self._engine._accumulation.set_boundary(self._boundary)
+        self._engine._optimizer_step.grad_norm = self._grad_norm
         self._engine.set_train_batch_size(self._batch_size)
         if self._engine.scaler is not None and self._scale is not None:
             self._engine.scaler.load_state_dict(self._scale)
@@ -96,9 +100,7 @@ _COUNTERS = (
     "observers",
     "after_update",
     "_finite",
-    "_boundary",
     "_last_loss",
-    "_grad_norm",
 )
 
 

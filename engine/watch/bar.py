@@ -94,8 +94,10 @@ class Glance:
         self._value: float | None = None
         self._coming: tuple[Tensor, Any] | None = None
 
-    def at(self, tensor: Tensor | float) -> float | None:
-        """The newest value that is there; None before the first."""
+    def at(self, tensor: Tensor | float | None) -> float | None:
+        """The newest value that is there; None before the first, and for None."""
+        if tensor is None:
+            return None
         if not isinstance(tensor, Tensor) or tensor.device.type != "cuda":
             return float(tensor)
         if self._coming is not None and self._coming[1].query():

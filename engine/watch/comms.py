@@ -1,6 +1,6 @@
 """`comms_logger`: how often processes talk to each other, how much they say, and how long it takes.
 
-Counted are the gradients' reductions, bucket by bucket as DDP sends them; the gathering of parameters and the sums of a
+Counted are the gradients' reductions, bucket by bucket; the gathering of parameters and the sums of a
 model that is shared out, block by block; and the engine's own numbers (losses for the lines and monitors). A
 collective's time runs from its start on this process to its end, and so includes the wait for a slower process, and for
 those that were started before it.
@@ -58,7 +58,6 @@ class CommsLog:
             reduction = engine._parallel.reduction
             fields = {field.name: getattr(reduction, field.name) for field in dataclasses.fields(reduction)}
             engine._parallel.reduction = MeasuredReduction(**fields, log=self)
-            engine.renew_parallel()  # DDP has taken the other one
         engine._parallel.show_collectives(self._noted)
         if self._rank == 0:
             atexit.register(self.say)
@@ -159,10 +158,6 @@ class MeasuredReduction(Reduction):
     """A reduction of gradients whose buckets are noted."""
 
     log: CommsLog | None = None
-
-    @property
-    def is_ddps(self) -> bool:
-        return False  # DDP's own sum goes by unseen
 
     def start(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         log, size, device = self.log, buffer.nbytes, buffer.device

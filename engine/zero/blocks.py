@@ -105,13 +105,14 @@ def _known(module: nn.Module) -> str:
 def stays_whole(module: nn.Module, *, low: bool) -> set[Tensor]:
     """The parameters of which every process keeps all: FSDP2 cannot share them out.
 
-    Scalars; whatever is no floating-point number; embeddings with sparse gradients; and, where the model computes in
-    low precision, batch norm, which takes low inputs with fp32 weights and no low weights with fp32 statistics.
+    Scalars; parameters without elements; whatever is no floating-point number; embeddings with sparse gradients; and,
+    where the model computes in low precision, batch norm, which takes low inputs with fp32 weights and no low weights
+    with fp32 statistics.
     """
     whole: set[Tensor] = set()
     for each in module.modules():
         takes_all = getattr(each, "sparse", False) or (low and getattr(each, "running_mean", None) is not None)
         for parameter in each.parameters(recurse=False):
-            if takes_all or parameter.ndim == 0 or not parameter.is_floating_point():
+            if takes_all or parameter.ndim == 0 or parameter.numel() == 0 or not parameter.is_floating_point():
                 whole.add(parameter)
     return whole

@@ -1,9 +1,8 @@
-"""A model under FSDP2: which process has which part of it, and when the parts are put together.
+"""ZeRO stage 3: a model under FSDP2, which shards its parameters and gathers them block by block.
 
-Each parameter becomes a DTensor of which this process has its share of the rows, in fp32, and which the optimizer
-updates. A forward gathers each block's parameters in the format that the model computes in, a backward gives each
-process its share of the block's gradients. Stages 1 and 2 keep what a forward has gathered for the backward; stage 3
-frees it and gathers it again.
+Each parameter becomes a DTensor of which this rank has its rows, in fp32, and which the optimizer updates. A forward
+gathers each block's parameters in the dtype of the computation and frees them, a backward gathers them again and gives
+each rank its shard of the block's gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -23,11 +21,25 @@ from engine.distributed import World
 from engine.errors import EngineError
 from engine.gradients import Reduction, norm_of, scale_by
 from engine.log import log
-from engine.zero.blank import fill
+from engine.master_params import TrainedParams
+from engine.parallel import Expected, Reduced, all_reduce, step_on_shards
+from engine.sharding import Show, make_mesh, unfuse_on_shards
+from engine.zero.blank import Blank
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import adds_up_whole, memory_of
-from engine.zero.torchs import Show, forget, send_held, show_collectives
+from engine.zero.outputs import find_outputs
+from engine.zero.torchs import (
+    fill_held,
+    follow_flags,
+    forget,
+    held_versions,
+    let_methods_compute,
+    replaced_params,
+    send_held,
+    show_collectives,
+    sum_unused,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,7 +47,7 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.precision import Formats
 
-__all__ = ["Shards", "shard_model"]
+__all__ = ["FullyShard", "shard_model"]
 
 
 def shard_model(
@@ -45,7 +57,7 @@ def shard_model(
     blocks: dict[str, nn.Module],
     formats: Formats,
     reduction: Reduction,
-) -> Shards:
+) -> FullyShard:
     """Share a model out in place, block by block: at no time is more than one block of it whole on the device.
 
     Every process's weights and buffers become rank zero's.
@@ -65,10 +77,10 @@ def shard_model(
     assert zero is not None
     before: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     offloads = world.device.type == "cuda" and zero.offloads
-    mesh = _mesh(world, zero.mics_shard_size)
+    mesh = make_mesh(world.device, world.size, zero.mics_shard_size)
     options: dict[str, Any] = {
         "mesh": mesh,
-        "reshard_after_forward": _after_forward(zero.stage, zero.zero_hpz_partition_size, world.size),
+        "reshard_after_forward": _after_forward(zero.zero_hpz_partition_size, world.size),
         "mp_policy": MixedPrecisionPolicy(
             # None for what the model brings: fp64 stays fp64, as without sharding.
             param_dtype=None if formats.stored in (None, formats.compute) else formats.compute,
@@ -81,13 +93,15 @@ def shard_model(
     units: list[Any] = []
     whole: set[Tensor] = set()
     done: set[int] = set()
+    blank = Blank(model, world.device)
     for name, unit in (*blocks.items(), ("", model)):
         part = [(f"{name}.{key}".strip("."), each) for key, each in unit.named_modules() if id(each) not in done]
-        fill(model, part, world.device)
+        blank.fill(part)
         mine = [each for _, each in part]
         left: set[Any] = stays_whole(unit, low=low and formats.buffers is None)
         _place(mine, world, formats.stored, left)
         units.append(_share(unit, left, options))
+        find_outputs(unit)
         whole |= left
         done |= {id(each) for each in mine}
     if offloads and whole:
@@ -95,30 +109,34 @@ def shard_model(
             f"zero_optimization: {len(whole)} parameters cannot be shared out (scalars, batch norm, sparse embeddings) "
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
-    if config.redline.find_unused_parameters:
-        _let_processes_differ(units)
+    sum_unused(units)
+    for unit in units:
+        # Memory for gathered parameters is allocated once: here, since tensors that are made in inference mode can't be
+        # written to outside of it.
+        unit.unshard()
+        unit.reshard()
+    let_methods_compute(model)
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     local = _add_up_whole(model, world, zero.stage, accumulate)
     log.info(
-        "zero stage %d: %d processes share %s; %s", zero.stage, world.size,
+        "zero stage %d: %d ranks share %s; %s", zero.stage, world.size,
         f"the model and {len(blocks)} blocks of it" if blocks else "the model as one",
         "gradients are sent once an update" if local else "gradients are sent after every micro-batch",
     )  # fmt: skip
-    return Shards(model, mesh, units, moved, reduction, keeps=zero.stage < 3, local=local)
+    return FullyShard(model, mesh, units, moved, reduction, whole=whole, local=local)
 
 
-class Shards:
-    """A model that is shared out, and what an update needs of it.
+class FullyShard:
+    """A model that is sharded itself, and what an optimizer step needs of it.
 
     Attributes:
         module: the model, sharded in place.
         moved: the sharded parameter in the place of each one that the model had.
-        synced: whether the last backward has given every process its share of the gradients.
-        adds_up_whole: whether gradients of micro-batches stay whole, on each process, until the last one.
+        adds_up_whole: whether gradients of micro-batches stay whole, on each rank, until the last one.
     """
 
-    sums_every_backward = True  # also of two before one step
+    reduces_in_backward = True
 
     def __init__(
         self,
@@ -128,84 +146,112 @@ class Shards:
         moved: dict[Tensor, Tensor],
         reduction: Reduction,
         *,
-        keeps: bool,
+        whole: set[Tensor],
         local: bool,
     ) -> None:
         self.module, self.moved = module, moved
         self._units, self.reduction = units, reduction
-        self._num_shares = 0  # of the gradients that were given out last; whole ones follow them
-        self._keeps, self.adds_up_whole = keeps, local
-        self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shares out
-        self.synced = True
+        self._whole = whole  # parameters that every rank has all of
+        self.adds_up_whole = local
+        self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shards
+        self._synced = True  # whether the next backward gives every rank its shard of the gradients
+        self._held = False  # whether a backward has left whole gradients on this rank
+        self._num_sharded = 0  # of the gradients that were reduced last; whole ones follow them
+        self._expected = Expected()
+        self._held_expected: list[tuple[int, int]] = []
         self._show: Show = lambda op, size, run: run()
         # torch averages; the factor makes a sum of it where one is asked for.
         self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 
-    def begin(self, *, last: bool, hold: bool) -> nn.Module:
-        """What to call for a forward whose backward is to come.
+    params: TrainedParams
 
-        Args:
-            last: whether that backward ends an update.
-            hold: whether its gradients stay with this process in any case.
-        """
-        sync = (last or not self.adds_up_whole) and not hold
-        if sync is not self.synced:
-            for unit in self._units:
-                unit.set_requires_gradient_sync(sync, recurse=False)
-                if self._keeps:
-                    unit.set_reshard_after_backward(sync, recurse=False)
-            self.synced = sync
+    def begin(self, *, last: bool, hold: bool) -> nn.Module:
+        replaced = next(replaced_params(self._units), None)
+        if replaced is not None:
+            raise EngineError(
+                f"{replaced}: the model has another parameter object than the optimizer's, which would never train; write "
+                "into the old one, with load_state_dict(..., assign=False) or copy_() under torch.no_grad(), or call "
+                "initialize again"
+            )
+        self._sync((last or not self.adds_up_whole) and not hold)
         return self.module
 
-    def gradients(self, weights: Sequence[Tensor], *, reduced: bool) -> list[Tensor]:
-        """This process's share of all processes' gradients, as plain tensors; zeros for a weight without one."""
-        if not reduced:
-            self._send_what_was_held()
+    def _sync(self, sync: bool) -> None:
+        if sync is not self._synced:
+            for unit in self._units:
+                unit.set_requires_gradient_sync(sync, recurse=False)
+            self._synced = sync
+        if sync and self._held:
+            # FSDP2 wants one dtype for all gradients of a block: also for those that this backward is the first to make.
+            untouched = held_versions(self._units) == self._held_expected
+            fill_held(self._units)
+            if untouched:
+                self._held_expected = held_versions(self._units)
+
+    def untouched(self) -> bool:
+        return self._expected.hold() and held_versions(self._units) == self._held_expected
+
+    def follow(self) -> None:
+        for param in self.params.model:
+            if not isinstance(param, DTensor) and param not in self._whole:
+                raise EngineError(
+                    f"optimizer: it was given a parameter of shape {tuple(param.shape)} that was not part of the model when "
+                    "ZeRO stage 3 sharded it; add modules before initialize, or use zero_optimization.stage 2"
+                )
+        trained = set(self.params.model)
+        for param in self.params.all:
+            if param not in trained:
+                param.grad = None
+        follow_flags(self._units)
+
+    def prepare(self) -> None: ...
+
+    def collect(self) -> None:
+        self._held = self._held or not self._synced
+        self._expected.note(self.params.model)
+        self._held_expected = held_versions(self._units)
+
+    def reached(self) -> bool:
+        return bool(self._held_expected) or any(param.grad is not None for param in self.params.model)
+
+    def reduce(self, status: Sequence[float]) -> Reduced:
+        if self._held:
+            send_held(self.module)
+            self._synced, self._held = True, False
         gradients: list[Tensor] = []
         whole: list[Tensor] = []
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            gradient = weight.grad
-            if isinstance(gradient, DTensor):
-                gradients.append(gradient._local_tensor)
-            else:
-                whole.append(gradient)
+        for param in self.params.model:
+            if not isinstance(param, DTensor):
+                whole.append(param)
+                continue
+            if param.grad is None:
+                param.grad = torch.zeros_like(param, requires_grad=False)
+            gradients.append(param.grad._local_tensor)  # type: ignore[attr-defined]
         if self._factor != 1.0:
             scale_by(gradients, self._factor)
-        if whole:
-            self.reduction.reduce(whole)
-        self._num_shares = len(gradients)
-        return gradients + whole
+        self._num_sharded = len(gradients)
+        numbers = torch.tensor(status, dtype=torch.float32, device=self.params.model[0].device if self.params.model else None)
+        totals, sums = all_reduce([param.grad for param in whole], whole, self.reduction, numbers)
+        for param, total in zip(whole, totals):
+            param.grad = total.to(param.dtype)
+            gradients.append(param.grad)
+        return Reduced(gradients, sums)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of all processes' gradients together, as a scalar tensor."""
-        shares, whole = gradients[: self._num_shares], gradients[self._num_shares :]
+        """The 2-norm of all ranks' gradients together, as a scalar tensor."""
+        shards, whole = gradients[: self._num_sharded], gradients[self._num_sharded :]
         # In fp64, where the square of a large fp16 loss scale's norm is still finite.
-        square = norm_of(shares).double().square()
+        device = gradients[0].device
+        square = norm_of(shards).double().square() if shards else torch.zeros((), dtype=torch.float64, device=device)
         self._show("all_reduce", square.nbytes, lambda: dist.all_reduce(square, group=self._group))
         if whole:
             square = square + norm_of(whole).double().square()
         return square.sqrt().float()
 
     def update(self, optimizer: Optimizer) -> None:
-        """Let the optimizer make its step, each process on its share.
+        step_on_shards(optimizer)
 
-        Raises:
-            EngineError: torch cannot do on shares what this optimizer does.
-        """
-        try:
-            optimizer.step()
-        except (NotImplementedError, RuntimeError) as error:
-            if "aten." not in str(error):  # no operation of torch's
-                raise
-            raise EngineError(
-                f"optimizer {type(optimizer).__name__}: torch cannot run it on parameters that are shared out "
-                f"({str(error).splitlines()[0]}); use zero_optimization.stage 0, or an optimizer such as AdamW"
-            ) from error
-
-    def put_away(self) -> None:
-        """Free what a forward has gathered and no backward has freed: it may be older than the weights."""
+    def reshard(self) -> None:
         for unit in self._units:
             unit.reshard()
 
@@ -219,40 +265,18 @@ class Shards:
         for unit in self._units[:-1] or self._units:
             unit.forward = torch.compile(unit.forward, **options)
 
-    def forget(self) -> None:
-        """Drop gradients that were held, and what a forward or backward that broke off has left."""
+    def clear(self) -> None:
         forget(self.module, self._units)
-
-    def renew(self) -> None:
-        """Nothing here depends on what has been trained before."""
-
-    def order(self) -> list[int] | None:
-        """See `renew`."""
-        return None
-
-    def rehearse(self, order: Sequence[int]) -> None:
-        """See `renew`."""
+        self._held = False
+        for param in self.params.all:
+            param.grad = None
+        self._expected.note_none(self.params.model)
+        self._held_expected = []
 
     def carry_optimizer_over(self, optimizer: Optimizer) -> None:
         """Give an optimizer that was made of the model's own parameters the sharded ones, its state with them."""
         carry_optimizer_over(optimizer, self.moved, _share_of)
-        if isinstance(optimizer, _FUSED_ON_SHARDS):
-            return
-        for group in optimizer.param_groups:
-            if group.get("fused"):
-                name = type(optimizer).__name__
-                log.info("%s: torch's fused kernel takes no shares of parameters; the plain one is used", name)
-                group["fused"] = None
-
-    def _send_what_was_held(self) -> None:
-        send_held(self.module)
-        self.synced = True
-        if self._keeps:
-            for unit in self._units:
-                unit.set_reshard_after_backward(True, recurse=False)
-
-
-_FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
+        unfuse_on_shards(optimizer)
 
 
 def _share_of(value: Any, parameter: Tensor, sharded: Tensor) -> Any:
@@ -275,30 +299,9 @@ def _share(unit: nn.Module, whole: set[Any], options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _let_processes_differ(units: Sequence[Any]) -> None:
-    """Have a parameter's gradient summed over all processes if some of them did not use it."""
-    if not hasattr(units[0], "set_reduce_scatter_unused_params"):
-        log.warning(
-            "redline.find_unused_parameters: torch %s sums shares of a parameter only where all processes used it, "
-            "or none; stage 0 or a newer torch can do otherwise", torch.__version__,
-        )  # fmt: skip
-        return
-    for unit in units:
-        unit.set_reduce_scatter_unused_params(True, recurse=False)
-
-
-def _mesh(world: World, size: int) -> DeviceMesh:
-    """All processes in a row; or, with groups of `size` that each share out a whole model, in rows of that size."""
-    if 0 < size < world.size:
-        return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(world.device.type, (world.size,))
-
-
-def _after_forward(stage: int, second_copy: int, processes: int) -> bool | int:
-    """FSDP2's `reshard_after_forward`: free what was gathered, keep it, or share it out among fewer processes."""
-    if stage < 3:
-        return False
-    return second_copy if 1 < second_copy < processes else True
+def _after_forward(second_copy: int, world_size: int) -> bool | int:
+    """FSDP2's `reshard_after_forward`: free what was gathered, or shard it among fewer ranks."""
+    return second_copy if 1 < second_copy < world_size else True
 
 
 def _place(modules: Iterable[nn.Module], world: World, stored: torch.dtype | None, whole: set[Tensor]) -> None:

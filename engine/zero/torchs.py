@@ -5,12 +5,21 @@ In one place, since it may move between versions of torch; read in 2.6 to 2.13 (
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["forget", "send_held", "show_collectives"]
+__all__ = [
+    "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
+    "sum_unused",
+]  # fmt: skip
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
 
@@ -22,6 +31,90 @@ def send_held(model: Any) -> None:
     """
     model.set_requires_gradient_sync(True)
     model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def sum_unused(units: Iterable[Any]) -> None:
+    """Have a parameter's gradient summed over all ranks also where some of them did not use it; newer versions only."""
+    for unit in units:
+        if hasattr(unit, "set_reduce_scatter_unused_params"):
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def let_methods_compute(model: Any) -> None:
+    """Gather the model for its own methods, too, as FSDP2 does for `forward`: in place, on this model alone.
+
+    A method gathers when it is given a tensor; others (`get_input_embeddings()`, say) may be called on one rank alone.
+    """
+    names = {
+        name
+        for cls in type(model).__mro__[: type(model).__mro__.index(nn.Module)]
+        if cls is not FSDPModule
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name != "forward" and not hasattr(FSDPModule, name)
+    }
+    for name in names:
+        setattr(model, name, functools.partial(_compute, model, getattr(model, name)))
+
+
+def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    state = model._get_fsdp_state()
+    tensors = any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs)))
+    if not tensors or state._training_state is not TrainingState.IDLE:  # it is called within a forward
+        return method(*args, **kwargs)
+    # The method may call the model itself, whose forward would free what the rest of the method needs.
+    groups = list(_groups([model]))
+    after = [group.post_forward_mesh_info for group in groups]
+    args, kwargs = state._pre_forward(model, args, kwargs)
+    for group in groups:
+        group.post_forward_mesh_info = None
+    try:
+        output = method(*args, **kwargs)
+    finally:
+        for group, info in zip(groups, after):
+            group.post_forward_mesh_info = info
+    return state._post_forward(model, args, output)
+
+
+def follow_flags(units: Iterable[Any]) -> None:
+    """Take up which parameters require gradients: a block of which none did has no dtypes of gradients yet."""
+    for group in _groups(units):
+        group._init_mp_dtypes()
+
+
+def replaced_params(units: Iterable[Any]) -> Iterator[str]:
+    """The names of parameters that are other objects than those that were sharded."""
+    for group in _groups(units):
+        for each in group.fsdp_params:
+            info = each._module_info
+            now = info.module._parameters.get(info.param_name)
+            own = (each.sharded_param, getattr(each, "_unsharded_param", None), getattr(each, "_original", None))
+            if now is not None and all(now is not param for param in own):
+                yield each._param_fqn or info.param_name
+
+
+def fill_held(units: Iterable[Any]) -> None:
+    """Give every parameter of a block a gradient to add to, where others of the block have one in another dtype."""
+    for group in _groups(units):
+        held = [each for each in group.fsdp_params if each.unsharded_accumulated_grad is not None]
+        if not held:
+            continue
+        for each in group.fsdp_params:
+            if each.unsharded_accumulated_grad is None and each.sharded_param.requires_grad:
+                like = held[0].unsharded_accumulated_grad
+                each.unsharded_accumulated_grad = torch.zeros(each._orig_size, dtype=like.dtype, device=like.device)
+
+
+def held_versions(units: Iterable[Any]) -> list[tuple[int, int]]:
+    """Which whole gradients backwards have left on this rank, and how often each was written to."""
+    held = []
+    for group in _groups(units):
+        for each in group.fsdp_params:
+            grad = each.unsharded_accumulated_grad
+            if grad is None and hasattr(each, "_unsharded_param"):
+                grad = each._unsharded_param.grad
+            if grad is not None:
+                held.append((id(grad), grad._version))
+    return held
 
 
 def forget(model: Any, units: Iterable[Any]) -> None:

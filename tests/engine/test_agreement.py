@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type
 
 def test_a_config_that_differs_between_ranks_is_named_on_every_rank() -> None:
     other = {**BASE, "gradient_clipping": 0.5, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    texts = run_ranks(start, 2, [BASE, other], timeout=60)
+    texts = run_ranks(start, 2, [BASE, other])
     assert texts[0] == texts[1]
     assert texts[0].startswith("config: ")
     assert '  optimizer.type: got "Adam" on rank 0; "SGD" on rank 1; expected one config on all ranks' in texts[0]
@@ -37,7 +37,7 @@ def test_a_config_that_differs_between_ranks_is_named_on_every_rank() -> None:
 
 def test_configs_that_say_the_same_agree() -> None:
     same = {**BASE, "gradient_clipping": 1, "_note": "rank 1", "vocabulary_size": 9}
-    assert run_ranks(start, 2, [BASE, same], timeout=60) == ["started", "started"]
+    assert run_ranks(start, 2, [BASE, same]) == ["started", "started"]
 
 
 def test_a_schedule_without_an_optimizer_is_found_before_any_process_group() -> None:

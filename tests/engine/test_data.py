@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, TensorDataset
 
 from engine import EngineError, initialize
 from engine.data import Loader, build_loader
-from engine.distributed import World
+from engine.distributed import World, join_world
+from engine.log import log
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -118,7 +120,7 @@ def test_the_processes_shares_of_an_iterable_dataset_have_one_length() -> None:
 def test_batches_are_those_of_torchs_distributed_sampler_as_deepspeed_uses_it(world_size: int, drop_last: bool) -> None:
     data = numbers(23)
     for rank, loader in enumerate(loaders(data, world_size, micro_batch=4, drop_last=drop_last)):
-        sampler = DistributedSampler(data, num_replicas=world_size, rank=rank)
+        sampler: DistributedSampler[Any] = DistributedSampler(data, num_replicas=world_size, rank=rank)
         theirs = DataLoader(data, batch_size=4, sampler=sampler, drop_last=drop_last)
         for number in range(2):
             sampler.set_epoch(number)
@@ -149,6 +151,11 @@ def batches_of(loader: Loader, count: int) -> list[Any]:
     return list(islice(chain.from_iterable(repeat(loader)), count))
 
 
+def fills_a_batch(size: int, world_size: int, micro_batch: int, drop_last: bool) -> bool:
+    """Whether an epoch has a micro-batch; one that has none is refused."""
+    return not drop_last or ceil(size / world_size) >= micro_batch
+
+
 def resumed(loader: Loader, fresh: Loader) -> Loader:
     fresh.load_state_dict(copy.deepcopy(loader.state_dict()))
     return fresh
@@ -169,9 +176,9 @@ def shapes(**more: Any) -> Any:
 def test_an_interrupted_sequence_of_batches_equals_an_uninterrupted_one(
     size: int, world_size: int, micro_batch: int, drop_last: bool, done: int
 ) -> None:
+    assume(fills_a_batch(size, world_size, micro_batch, drop_last))
     arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
     whole, first, second = (loaders(range(size), world_size, **arguments) for _ in range(3))
-    assume(len(whole[0]))
     for never, before, after in zip(whole, first, second):
         expected = batches_of(never, done + 12)
         assert batches_of(before, done) == expected[:done]
@@ -183,6 +190,7 @@ def test_an_interrupted_sequence_of_batches_equals_an_uninterrupted_one(
 def test_processes_have_equal_batches_and_together_each_sample(
     size: int, world_size: int, micro_batch: int, drop_last: bool
 ) -> None:
+    assume(fills_a_batch(size, world_size, micro_batch, drop_last))
     arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
     passes = [list(loader) for loader in loaders(range(size), world_size, **arguments)]
     assert len({tuple(map(len, each)) for each in passes}) == 1
@@ -321,6 +329,7 @@ def test_an_interrupted_iterable_dataset_is_read_on_to_its_place(
     size: int, world_size: int, micro_batch: int, drop_last: bool, done: int
 ) -> None:
     arguments = {"micro_batch": micro_batch, "drop_last": drop_last, "collate_fn": list}
+    assume(size // world_size >= (micro_batch if drop_last else 1))
     for whole, before, after in zip(*(loaders(Counting(size), world_size, **arguments) for _ in range(3))):
         expected = list(whole)
         assume(done <= len(expected))
@@ -381,6 +390,213 @@ def test_an_iterable_dataset_has_one_worker_and_no_duplicates(caplog: pytest.Log
 def test_an_iterable_dataset_without_a_length_gives_its_loader_none() -> None:
     with pytest.raises(TypeError, match="Counting is iterable and has no length"):
         len(loaders(Counting(8), 1, micro_batch=2)[0])
+
+
+# -- streams that are split by rank ----------------------------------------------------------------------------
+
+
+class Strided(IterableDataset[int]):
+    """Each rank's stream has its own samples."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.size, 2))
+
+
+def strided_loaders(size: int, **arguments: Any) -> list[Loader]:
+    arguments = {"micro_batch": 2, "split_by_rank": True, **arguments}
+    return [build_loader(Strided(rank, size), World(rank, rank, 2, CPU), **arguments) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_of_a_stream_that_is_split_by_rank_each_rank_takes_all(workers: int) -> None:
+    assert [epoch(loader) for loader in strided_loaders(8, workers=workers)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_a_stream_that_is_split_by_rank_is_read_on_to_its_place() -> None:
+    for before, after in zip(strided_loaders(12), strided_loaders(12)):
+        expected = [batch.tolist() for batch in before]
+        next(iter(before))
+        assert before.state_dict() == {"epoch": 1, "samples": 4}
+        assert [batch.tolist() for batch in resumed(before, after)] == expected[1:]
+
+
+class SizedStream(Counting):
+    def __len__(self) -> int:
+        return self.size
+
+
+def test_a_length_counts_the_samples_of_one_rank_where_the_stream_is_split_by_rank() -> None:
+    for split, micro_batches in ((False, 2), (True, 4)):
+        assert [len(each) for each in loaders(SizedStream(8), 2, micro_batch=2, split_by_rank=split)] == [
+            micro_batches
+        ] * 2
+
+
+def test_the_state_of_a_stream_that_is_split_by_rank_is_not_given_to_other_ranks() -> None:
+    (loader, _) = loaders(Remembering(8), 2, micro_batch=2, split_by_rank=True)
+    assert loader.state_dict() == {"epoch": 0, "samples": 0}
+
+
+class Noisy(Counting):
+    """The samples of all ranks are the same, their noise is not."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (number + torch.rand(()) for number in range(self.size))
+
+
+class Drawn(Counting):
+    """Noise from a generator of its own."""
+
+    generator = numpy.random.default_rng()
+
+    def __iter__(self) -> Iterator[Any]:
+        return (number + self.generator.random() for number in range(self.size))
+
+
+class Handle(IterableDataset[int]):
+    """It cannot be copied."""
+
+    def __init__(self, rank: int) -> None:
+        self.numbers = (number for number in range(rank, 8, 2))
+
+    def __iter__(self) -> Iterator[int]:
+        return self.numbers
+
+
+def datasets_of_rank(rank: int) -> dict[str, Any]:
+    return {"own": Strided(rank, 8), "all": Counting(8), "noisy": Noisy(8), "drawn": Drawn(8), "handle": Handle(rank)}
+
+
+def find_splits() -> dict[str, tuple[bool, list[str], bool]]:
+    """Of each stream whether it counts as split, what is logged, and whether random numbers were left alone."""
+    world, found = join_world("cpu"), {}
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel("INFO")
+    torch.manual_seed(world.rank)
+    state = torch.get_rng_state()
+    for name, dataset in datasets_of_rank(world.rank).items():
+        records.clear()
+        loader = build_loader(dataset, world, micro_batch=2, split_by_rank=None)
+        found[name] = (loader.split_by_rank, records[:], torch.equal(state, torch.get_rng_state()))
+    return found
+
+
+def test_streams_that_read_alike_twice_and_differ_between_ranks_count_as_split() -> None:
+    for found in run_ranks(find_splits, 2):
+        assert {name: split for name, (split, _, _) in found.items()} == {
+            "own": True,
+            "all": False,
+            "noisy": False,
+            "drawn": False,
+            "handle": False,
+        }
+        assert all(untouched for _, _, untouched in found.values())
+        for _, logged, _ in found.values():
+            assert "redline.data.split_by_rank" in "".join(logged)
+
+
+def test_one_rank_has_no_stream_to_split(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "engine")
+    (loader,) = loaders(Counting(4), 1, micro_batch=2, split_by_rank=None)
+    assert epoch(loader) == [0, 1, 2, 3]
+    assert "split_by_rank" not in caplog.text
+
+
+# -- what cannot be dealt out ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((number for number in range(4)), r"got a generator, which can be read only once; expected .* IterableDataset"),
+        (map(str, [1, 2]), "got a map, which can be read only once"),
+        (DataLoader(numbers(4)), r"got a DataLoader.*training_data=loader.dataset, with collate_fn=loader.collate_fn"),
+        (3, "got a int; expected a dataset"),
+        (Dataset(), "Dataset has no length; give it a __len__, or make it a torch IterableDataset"),
+    ],
+)
+def test_data_that_cannot_be_dealt_out_is_named_with_a_remedy(data: Any, message: str) -> None:
+    config = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with pytest.raises(EngineError, match=f"^data: {message}"):
+        initialize(torch.nn.Linear(1, 1), config, training_data=data, device="cpu")
+
+
+def test_an_object_that_is_only_iterable_is_a_stream() -> None:
+    class Plain:
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+    ours, theirs = loaders(Plain(), 2, micro_batch=2)
+    assert (epoch(ours), epoch(theirs)) == ([0, 2], [1, 3])
+    assert (epoch(ours), epoch(theirs)) == ([0, 2], [1, 3])
+
+
+@pytest.mark.parametrize("data", [numbers(5), SizedStream(5)])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 6), (2, 4), (3, 2)])
+def test_dropping_the_only_batch_of_each_epoch_is_refused(data: Any, world_size: int, micro_batch: int) -> None:
+    expected = (
+        rf"^dataloader_drop_last: the dataset has 5 samples, .*expected at least {world_size * micro_batch}: give"
+    )
+    if world_size == 3 and isinstance(data, TensorDataset):
+        return  # filled up to 6 samples, as torch's DistributedSampler does
+    with pytest.raises(EngineError, match=expected):
+        loaders(data, world_size, micro_batch=micro_batch, drop_last=True)
+    assert all(len(loader) == 1 for loader in loaders(data, world_size, micro_batch=micro_batch))
+
+
+def test_a_sampler_with_too_few_indices_for_a_batch_is_refused() -> None:
+    with pytest.raises(EngineError, match="the sampler has 3 samples, fewer than a micro-batch of 4"):
+        loaders(numbers(8), 1, micro_batch=4, sampler=[0, 1, 2], drop_last=True)
+
+
+def test_a_stream_with_too_few_samples_for_a_batch_ends_training(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(EngineError, match="Counting gave too few samples for one micro-batch on each rank"):
+        list(loaders(Counting(3), 1, micro_batch=4, drop_last=True)[0])
+
+
+def test_a_stream_that_can_be_read_only_once_ends_training_in_the_second_epoch() -> None:
+    (loader,) = loaders(Handle(0), 1, micro_batch=2)
+    assert epoch(loader) == [0, 2, 4, 6]
+    with pytest.raises(
+        EngineError, match=r"Handle gave no samples in epoch 1 \(the first is 0\); expected its __iter__"
+    ):
+        list(loader)
+
+
+def test_a_generator_of_indices_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"data_sampler: got a generator, .*a list, or a torch Sampler"):
+        loaders(numbers(4), 1, micro_batch=2, sampler=(number for number in range(4)))
+
+
+class Shuffled(Sampler[int]):
+    """Its indices come from a generator function, and it has no length."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from (2, 0, 3)
+
+
+def test_a_sampler_without_a_length_gives_its_indices_each_epoch() -> None:
+    (loader,) = loaders(numbers(4), 1, micro_batch=2, sampler=Shuffled(), drop_last=False)
+    assert [epoch(loader) for _ in range(3)] == [[2, 0, 3]] * 3
+
+
+def test_a_sampler_that_returns_one_iterator_again_is_named_in_the_second_epoch() -> None:
+    class Once(Sampler[int]):
+        indices = iter([1, 0])
+
+        def __iter__(self) -> Iterator[int]:
+            return self.indices
+
+    (loader,) = loaders(numbers(4), 1, micro_batch=2, sampler=Once())
+    assert epoch(loader) == [1, 0]
+    with pytest.raises(EngineError, match="the sampler, Once, gave no samples in epoch 1"):
+        list(loader)
 
 
 # -- in real processes -----------------------------------------------------------------------------------------

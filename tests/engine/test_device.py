@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
-from engine.device import to_device
+from engine.device import map_tensors, to_device
 
 Pair = namedtuple("Pair", "x y")
 
@@ -51,3 +52,73 @@ def test_containers_keep_their_types_on_the_way_to_the_device() -> None:
     example = to_device(Example(x, "one"), meta)
     assert (type(example), example.x.device, example.name) == (Example, meta, "one")
     assert to_device(range(3), meta) == range(3)
+
+
+def test_sequences_sets_and_objects_keep_their_types_too() -> None:
+    attrs = pytest.importorskip("attrs")
+    meta, x = torch.device("meta"), torch.ones(2)
+
+    @attrs.frozen
+    class Frozen:
+        x: torch.Tensor
+        name: str = "one"
+
+    class Listed(list[Any]):
+        note = ""
+
+    class Checked(NamedTuple("Checked", [("x", torch.Tensor), ("size", int)])):
+        def __new__(cls, x: torch.Tensor) -> Checked:
+            return super().__new__(cls, x, len(x))
+
+    listed = Listed([x])
+    listed.note = "kept"
+    for batch, find in [
+        (deque([x], maxlen=3), lambda moved: moved[0]),
+        (listed, lambda moved: moved[0]),
+        (Checked(x), lambda moved: moved.x),
+        ({x}, lambda moved: next(iter(moved))),
+        (Frozen(x), lambda moved: moved.x),
+        (SimpleNamespace(x=x), lambda moved: moved.x),
+    ]:
+        moved = to_device(batch, meta)
+        assert type(moved) is type(batch)
+        assert find(moved).device == meta and find(batch) is x
+    assert to_device(deque([x], maxlen=3), meta).maxlen == 3
+    assert to_device(listed, meta).note == "kept"
+    assert to_device(Frozen(x), meta).name == "one"
+
+
+def test_an_object_that_moves_itself_in_place_is_returned() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.x = torch.ones(2)
+
+        def to(self, device: torch.device) -> None:
+            self.x = self.x.to(device)
+
+    graph = Graph()
+    moved = to_device([graph], torch.device("meta"))
+    assert moved[0] is graph and graph.x.device.type == "meta"
+
+
+def test_what_does_not_change_is_not_copied() -> None:
+    batch = {"ids": [torch.ones(2, dtype=torch.int64)], "more": (None, "text", deque([1]))}
+    assert map_tensors(batch, lambda tensor: tensor) is batch
+
+
+def test_batches_of_hugging_face_keep_their_types() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers, which no part of the engine does")
+    x = torch.ones(2)
+
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double()
+
+    for batch in (
+        transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x),
+        transformers.BatchEncoding({"last_hidden_state": x}),
+        transformers.BatchFeature({"last_hidden_state": x}),
+    ):
+        changed = map_tensors(batch, double)
+        assert type(changed) is type(batch)
+        assert changed["last_hidden_state"].dtype == changed.last_hidden_state.dtype == torch.float64
+        assert batch["last_hidden_state"] is x

@@ -382,7 +382,7 @@ def test_no_sync_ends_when_its_block_does_even_by_an_exception() -> None:
 
 def test_a_backward_that_fails_leaves_no_loss_behind() -> None:
     engine = make_engine()
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(EngineError, match="does not require gradients"):
         engine.backward(torch.tensor(1e9))
     (loss,) = train(engine, 1)
     assert float(engine.loss) == float(loss)

@@ -108,7 +108,7 @@ def train_all(folder: str) -> dict[tuple[str, int], Outcome | str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Outcome | str]]:
-    return run_ranks(train_all, 2, str(tmp_path_factory.mktemp("checkpoints")), timeout=240.0)
+    return run_ranks(train_all, 2, str(tmp_path_factory.mktemp("checkpoints")))
 
 
 def outcome_of(outcomes: list[dict[tuple[str, int], Outcome | str]], name: str, stage: int) -> list[Outcome]:
@@ -125,7 +125,7 @@ def test_a_model_trains_at_every_stage_as_at_stage_0(name: str, stage: int, outc
     for ours, whole in zip(outcome_of(outcomes, name, stage), outcome_of(outcomes, name, 0)):
         assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-4)
         assert ours["losses"][-1] < ours["losses"][0]
-        assert ours["elements"] == pytest.approx(whole["elements"] / (2 if stage else 1), rel=0.01)
+        assert ours["elements"] == pytest.approx(whole["elements"] / (2 if stage == 3 else 1), rel=0.01)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -101,3 +101,35 @@ def test_a_closure_is_called_with_gradients_on() -> None:
 
     assert optimizer.step(closure) == 3.0
     assert optimizer.state[parameter]["step"] == 1
+
+
+def test_a_learning_rate_that_is_a_tensor_is_read_and_left_alone() -> None:
+    ours, theirs = [weight(), weight()], [weight(), weight()]
+    rate = torch.tensor(0.1)
+    for parameters, optimizer in ((ours, Lamb(ours, lr=rate)), (theirs, Lamb(theirs, lr=0.1))):  # type: ignore[arg-type]
+        for step in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.sin(torch.arange(4.0) + step)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    assert rate.item() == pytest.approx(0.1)
+
+
+def test_complex_parameters_are_pairs_of_real_ones() -> None:
+    ours, theirs = nn.Parameter(torch.tensor([3.0 - 4.0j, 12.0j])), weight()
+    theirs.data = torch.view_as_real(ours.detach()).flatten().clone()
+    for parameter in (ours, theirs):
+        optimizer = Lamb([parameter], lr=0.1)
+        for step in range(2):
+            grad = torch.sin(torch.arange(4.0) + step)
+            parameter.grad = torch.view_as_complex(grad.reshape(2, 2)) if parameter is ours else grad
+            optimizer.step()
+    torch.testing.assert_close(torch.view_as_real(ours.detach()).flatten(), theirs.detach())
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0), (1, 1)], ids=str)
+def test_parameters_of_any_size_are_trained(shape: tuple[int, ...]) -> None:
+    parameter = nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.ones(shape)
+    Lamb([parameter], lr=0.1, eps=0.0, bias_correction=False).step()
+    torch.testing.assert_close(parameter.detach(), torch.full(shape, 0.9))  # one tenth of its length

@@ -189,3 +189,28 @@ def test_its_groups_say_whose_they_are() -> None:
     if hasattr(torch.optim, "Muon"):
         assert isinstance(build(*matrix_and_vector()), Muon)
         assert [group["use_muon"] for group in build(*matrix_and_vector()).param_groups] == [True, False]
+
+
+@needs_muon
+@pytest.mark.parametrize("grouped", [False, True])
+def test_named_parameters_go_where_their_names_say(grouped: bool) -> None:
+    model = Small()
+    named: Any = list(model.named_parameters())
+    optimizer = build_optimizer("Muon", {"lr": 0.1}, [{"params": named}] if grouped else named)
+    muon, adam = optimizer.param_groups
+    assert muon["param_names"] == ["hidden.weight"] == members(model, muon)
+    assert adam["param_names"] == members(model, adam)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@needs_muon
+@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0), (1, 1)], ids=str)
+def test_parameters_of_any_size_are_trained(shape: tuple[int, ...]) -> None:
+    parameter = nn.Parameter(torch.ones(shape))
+    optimizer = build(parameter, lr=0.1)
+    parameter.grad = torch.ones(shape)
+    optimizer.step()
+    assert bool((parameter < 0.95).all()) and parameter.isfinite().all()
+    assert optimizer.param_groups[0]["use_muon"] is (shape == (1, 1))

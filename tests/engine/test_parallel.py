@@ -5,17 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from engine import initialize
-from engine.parallel import Alone
+from engine.parallel import DataParallel
 
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 
 
 def test_one_process_needs_no_wrapping() -> None:
     engine = initialize(nn.Linear(1, 1), CONFIG, device="cpu")
-    assert type(engine._parallel) is Alone
+    assert type(engine._parallel) is DataParallel
     assert engine._parallel.begin(last=True, hold=False) is engine.module
 
 
 def test_a_stage_on_one_process_is_stage_0() -> None:
     engine = initialize(nn.Linear(1, 1), {**CONFIG, "zero_optimization": {"stage": 3}}, device="cpu")
-    assert type(engine._parallel) is Alone
+    assert type(engine._parallel) is DataParallel

@@ -17,7 +17,6 @@ from torch.optim import lr_scheduler
 import engine.optimizers
 import schedulers
 from engine import ConfigError, Engine, EngineError, initialize, lean, load_config
-from engine.parallel import Alone
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25}}
 CONFIG = {"train_batch_size": 4, "optimizer": ADAM}
@@ -85,7 +84,7 @@ def test_plain_python_is_one_process_without_a_process_group() -> None:
     engine = start()
     assert (engine.global_rank, engine.world_size) == (0, 1)
     assert not torch.distributed.is_initialized()
-    assert type(engine._parallel) is Alone
+    assert engine._parallel.reduction.size == 1
 
 
 def test_torchruns_environment_for_one_process_makes_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +165,48 @@ def test_a_registered_optimizer_goes_by_its_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_an_optimizer_refuses_is_said_in_one_line() -> None:
-    with pytest.raises(EngineError, match="optimizer Adam: "):
+    with pytest.raises(EngineError, match=r"optimizer Adam: .*one of the params is int"):
+        start(model_parameters=[3])
+
+
+def frozen() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda model: {},
+        lambda model: {"model_parameters": model.parameters()},
+        lambda model: {"model_parameters": filter(lambda each: each.requires_grad, model.parameters())},
+        lambda model: {"model_parameters": [{"params": [*model[0].parameters()]}, {"params": model[1].parameters()}]},
+        lambda model: {"model_parameters": model.named_parameters()},
+        lambda model: {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
+        lambda model: {"optimizer": partial(torch.optim.SGD, lr=0.1)},
+    ],
+)
+def test_a_model_whose_parameters_are_all_frozen_is_refused_for_that(give: Any) -> None:
+    model = frozen()
+    with pytest.raises(EngineError, match=r"the model has 4 parameters, and all of them are frozen \(requires_grad"):
+        start(model=model, **give(model))
+
+
+def test_an_optimizer_of_frozen_parameters_alone_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    with pytest.raises(EngineError, match="none of the parameters that it got requires grad"):
+        start(model=model, model_parameters=model[0].parameters())
+    start(model=model, model_parameters=model.parameters())  # some of them train
+
+
+def test_a_model_without_parameters_is_refused_for_that() -> None:
+    with pytest.raises(EngineError, match="Flatten, has no parameters to train"):
         start(model=nn.Flatten())
+
+
+def test_a_frozen_model_can_be_evaluated() -> None:
+    engine = initialize(frozen(), {"train_batch_size": 4}, device="cpu")
+    assert engine(torch.ones(4, 2)).shape == (4, 1)
 
 
 def test_model_parameters_take_the_models_place() -> None:
@@ -241,6 +280,99 @@ def test_a_registered_schedule_goes_by_its_name(monkeypatch: pytest.MonkeyPatch)
 def test_reduce_on_plateau_is_refused() -> None:
     with pytest.raises(EngineError, match=r"ReduceLROnPlateau.*metric"):
         start({**CONFIG, "scheduler": {"type": "ReduceLROnPlateau"}})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lr_scheduler.ReduceLROnPlateau,
+        partial(lr_scheduler.ReduceLROnPlateau, patience=3),
+        lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer),
+    ],
+)
+def test_reduce_on_plateau_by_code_is_refused_and_can_be_stepped_by_the_script(make: Any) -> None:
+    with pytest.raises(EngineError, match=r"lr_scheduler ReduceLROnPlateau: its step\(\) wants a metric"):
+        start(lr_scheduler=make)
+    engine = start()
+    plateau = lr_scheduler.ReduceLROnPlateau(engine.optimizer, patience=0)
+    for _ in range(3):
+        take(engine, 1)
+        plateau.step(1.0)
+    assert engine.get_lr() == [pytest.approx(0.0025)]
+
+
+def test_a_schedule_whose_step_wants_more_is_refused_before_the_first_step() -> None:
+    class Timed(lr_scheduler.StepLR):
+        def step(self, epoch: int, metric: float | None = None) -> None:  # type: ignore[override]
+            super().step()
+
+        def _initial_step(self) -> None:
+            self._step_count, self.last_epoch = 0, 0
+
+    with pytest.raises(EngineError, match=r"lr_scheduler Timed: .*missing a required argument: 'epoch'"):
+        start(lr_scheduler=lambda optimizer: Timed(optimizer, 3))
+    with pytest.raises(EngineError, match="lr_scheduler: got int; expected a schedule"):
+        start(lr_scheduler=lambda optimizer: 3)
+
+
+# -- an optimizer that finds its own learning rate -----------------------------------------------------------
+
+
+class Own(torch.optim.SGD):
+    """Its lr is None, as of Adafactor with relative_step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            group["lr"] = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= 0.01 * parameter.grad
+
+
+def test_an_optimizer_that_finds_its_own_learning_rate_trains() -> None:
+    engine = start({"train_batch_size": 4, "steps_per_print": 1}, optimizer=Own)
+    take(engine, 2)
+    assert engine.get_lr() == [None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("LRRangeTest", {}),
+        ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}),
+        ("WarmupLR", {"warmup_max_lr": 0.1}),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 9, "cycle_momentum": False}),
+    ],
+)
+def test_a_schedule_with_rates_of_its_own_is_taken_with_a_warning(
+    kind: str, params: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = start({"train_batch_size": 4, "scheduler": {"type": kind, "params": params}}, optimizer=Own)
+    take(engine, 3)
+    assert (
+        f"optimizer Own: its lr was None, that is, it finds its own learning rate; what scheduler {kind}" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("WarmupLR", {}),
+        ("WarmupCosineLR", {"total_num_steps": 9, "warmup_num_steps": 2}),
+        ("StepLR", {"step_size": 2}),
+        ("CosineAnnealingLR", {"T_max": 2}),
+        ("LinearLR", {}),
+        ("CosineAnnealingWarmRestarts", {"T_0": 2}),
+    ],
+)
+def test_a_schedule_of_a_learning_rate_that_is_none_is_refused(kind: str, params: Any) -> None:
+    with pytest.raises(
+        EngineError, match=f"scheduler {kind}: it starts from the optimizer's learning rate, which is None"
+    ):
+        start({"train_batch_size": 4, "scheduler": {"type": kind, "params": params}}, optimizer=Own)
 
 
 def test_corrected_schedules_are_switched_on_as_one() -> None:
@@ -325,6 +457,34 @@ def test_each_quirk_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         f"OneCycle: the second beta is set to 0.99, {remedy}",
         "OneCycle sets the learning rate; the optimizer's own 0.25 is not used",
     ]
+
+
+GROWING = {"type": "OneCycle", "params": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 3,
+                                          "decay_step_size": 1, "decay_mom_rate": 0.05}}  # fmt: skip
+
+
+def test_a_momentum_that_grows_past_1_is_said_at_the_start_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
+    engine = start({**CONFIG, "scheduler": GROWING})
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage() == (
+        "scheduler OneCycle: the beta1 of parameter group 0 leaves what optimizers accept at optimizer step 9, counted "
+        "from 0: it is 1.035 there; expected 0 <= beta1 < 1; decay_mom_rate makes the momentum grow, as in DeepSpeed; "
+        '"redline": {"schedules": "corrected"} lets it fall instead, and decay_mom_rate 0 keeps it'
+    )
+    take(engine, 9)
+    assert engine.get_mom()[0][0] == pytest.approx(1.035)
+    caplog.clear()
+    corrected = start({**CONFIG, "scheduler": GROWING, "redline": {"schedules": "corrected"}})
+    take(corrected, 30)
+    assert caplog.text == "" and corrected.get_mom()[0][0] < 0.9
+
+
+def test_a_learning_rate_that_becomes_negative_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    start(lr_scheduler=partial(lr_scheduler.StepLR, step_size=3, gamma=-1.0))
+    assert (
+        "scheduler StepLR: the learning rate of parameter group 0 leaves what optimizers accept at optimizer step 3"
+        in (caplog.text)
+    )
 
 
 def test_a_corrected_schedule_has_nothing_to_confess(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,11 @@ def test_at_stage_0_fp32_weights_come_from_the_optimizer_by_the_order_of_paramet
     engine.load_checkpoint(FOLDER / name)
     assert engine.loss_scale == expected(name)["loss_scale"]
     masters = engine._masters
-    assert masters is not None and len(masters.weights) == 6
-    for low, master in zip(masters.model, masters.weights):
+    assert masters is not None and len(masters.of) == 6
+    for low, master in masters.of.items():
         assert torch.equal(master.to(low.dtype), low)
-    assert any(not torch.equal(master, low.float()) for low, master in zip(masters.model, masters.weights))
-    assert all(float(engine.optimizer.state[master]["step"]) >= 7 for master in masters.weights)
+    assert any(not torch.equal(master, low.float()) for low, master in masters.of.items())
+    assert all(float(engine.optimizer.state[master]["step"]) >= 7 for master in masters.of.values())
 
 
 def test_at_stage_0_another_order_of_parameters_is_found_out_and_nothing_is_loaded() -> None:
@@ -354,6 +355,40 @@ def test_a_pickle_with_code_in_it_is_refused_by_name_and_not_run(copied: Any, tm
         data = zipfile.ZipFile(opened_file).read(f"{Path(file).stem}/data.pkl")
     pickle.loads(data)
     assert (tmp_path / "ran").exists()
+
+
+class _By:
+    """Pickles as ``getattr(kind, name)``."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("stage1-fp32-two", "optimizer_states"), ("stage2-fp32", "gradients"),
+                        ("stage3-fp32-two-subgroups", "weights")],
+)  # fmt: skip
+def test_a_stage_that_an_early_python_3_11_pickled_by_its_name_is_read(
+    copied: Any, monkeypatch: pytest.MonkeyPatch, name: str, stage: str
+) -> None:
+    kind = type("ZeroStageEnum", (), {"__module__": "deepspeed.runtime.zero.config"})
+    folder = copied(name)
+    for place in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", "deepspeed.runtime.zero.config"):
+        monkeypatch.setitem(sys.modules, place, types.ModuleType(place))
+    monkeypatch.setattr(sys.modules["deepspeed.runtime.zero.config"], "ZeroStageEnum", kind, raising=False)
+    for path in folder.glob("*optim_states.pt"):
+        torch.save({"optimizer_state_dict": {"zero_stage": _By(kind, stage)}}, path)
+    assert DeepSpeedCheckpoint(folder).stage == int(name[5])
+
+
+def test_getattr_of_anything_else_is_refused(copied: Any) -> None:
+    folder = copied("stage0-fp32")
+    torch.save({"module": _By(torch.Tensor, "numpy")}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(EngineError, match="refused: it asks for getattr, which DeepSpeed does not write"):
+        DeepSpeedCheckpoint(folder)
 
 
 def test_an_object_that_is_not_on_the_list_is_refused_though_it_does_nothing(copied: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from engine import EngineError, initialize
+from engine.checkpoint.consolidate import consolidate
+from engine.checkpoint.manifest import Broken
+from engine.checkpoint.tensors import read_metadata
 from tests.resume import Case, build, trained
 
 WARM = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10}}}
@@ -100,19 +104,19 @@ def test_the_module_alone_leaves_all_else_as_it_is(tmp_path: Path) -> None:
 
 
 def test_without_the_optimizers_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
-    saved(tmp_path)
+    before = saved(tmp_path)
     engine = build(CASE)
     engine.load_checkpoint(tmp_path, load_optimizer_states=False)
     assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (0, 3, 2)
-    assert engine.get_lr() == build(CASE).get_lr()  # DeepSpeed's, too: the schedule writes with the next step
+    assert engine.get_lr() == before.get_lr()  # DeepSpeed's schedule writes it with the next step only
 
 
 def test_without_the_schedules_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
-    before = saved(tmp_path)
+    saved(tmp_path)
     engine = build(CASE)
     engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
     assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (9, 3, -1)
-    assert engine.get_lr() == before.get_lr()  # DeepSpeed's, too: they are in the optimizer's groups
+    assert engine.get_lr() == build(CASE).get_lr()  # DeepSpeed runs one step with what is in the optimizer's groups
 
 
 def test_client_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -158,6 +162,48 @@ def test_numpys_numbers_become_pythons(tmp_path: Path) -> None:
     saved(tmp_path, client_state={"best": numpy.float64(0.5), "step": numpy.int32(3)})
     back = build(CASE).load_checkpoint(tmp_path)[1]
     assert back == {"best": 0.5, "step": 3} and type(back["best"]) is float and type(back["step"]) is int
+
+
+# -- as other versions of Python write it --------------------------------------------------------------
+
+
+def test_a_checkpoint_of_an_early_python_3_11_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
+
+    with monkeypatch.context() as patched:  # how the enum module of 3.11.2 has it
+        patched.setattr(KIND, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self._name_)))
+        before = saved(tmp_path)
+    assert b"getattr" in (tmp_path / "global_step3" / ".metadata").read_bytes()
+    engine = build(CASE)
+    engine.load_checkpoint(tmp_path)
+    assert same(weights(engine), weights(before))
+    consolidate(tmp_path, tmp_path / "model.safetensors", progress=False)
+
+
+class Attribute:
+    """Pickles as ``getattr(of, name)``."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.of, self.name)
+
+
+def test_only_members_of_an_enum_are_looked_up(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    for of, name in (
+        (KIND, "mro"),
+        (KIND, "__class__"),
+        (Metadata, "__init__"),
+        (torch.float32, "to_real"),
+        (1, "real"),
+    ):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
+        with pytest.raises(Broken, match=rf"asks for getattr\(.*'{name}'\), which is no member of an enum"):
+            read_metadata(tmp_path)
 
 
 # -- models that differ --------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def cut_and_whole(folder: str, pairs: list[tuple[str, int]]) -> list[str]:
 
 def test_on_two_processes_a_run_that_is_cut_in_two_is_the_run_that_is_not(tmp_path: Path) -> None:
     pairs = [(case, stage) for case, stages in STAGES.items() for stage in stages]
-    assert run_ranks(cut_and_whole, 2, str(tmp_path), pairs, timeout=300) == [[], []]
+    assert run_ranks(cut_and_whole, 2, str(tmp_path), pairs) == [[], []]
 
 
 # -- on another number of processes ------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_a_process_that_dies_while_saving_ends_the_other_with_a_message(
 ) -> None:
     monkeypatch.setattr(distributed, "_GRACE_SECONDS", 15.0)  # the other asks around before it says who has gone
     with pytest.raises(RanksFailed, match="rank 1 of 2 died with exit code 9"):
-        run_ranks(one_dies, 2, str(tmp_path))
+        run_ranks(one_dies, 2, str(tmp_path), fresh=True)
     said = (tmp_path / "said").read_text()
     assert said.startswith("save_checkpoint: update 1: lost rank 1"), said
     assert float((tmp_path / "took").read_text()) < 30

@@ -230,3 +230,36 @@ def test_a_broken_policy_is_a_clear_error(policy: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate({"train_batch_size": 8}, policy=policy)
     assert str(caught.value).startswith(message)
+
+
+def test_a_schedule_that_leaves_what_its_optimizer_accepts_is_a_warning_with_the_step() -> None:
+    params = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 3, "decay_step_size": 1}
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "OneCycle", "params": {**params, "decay_mom_rate": 0.05}},
+    }
+    report = validate(config)
+    says = "the beta1 of parameter group 0 leaves what optimizers accept at optimizer step 9"
+    assert report.runnable and report.exit_code == 0
+    assert "valid; runs as written; 1 warning" in report.to_text() and says in report.to_text()
+    assert says in report.to_json()["keys"][-1]["note"]
+    assert validate({**config, "redline": {"schedules": "corrected"}}).warnings == []
+    sgd = {**config, "optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}
+    assert validate(sgd).warnings == [], "DeepSpeed leaves the momentum of SGD alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "step"),
+    [
+        ("CosineAnnealingLR", {"T_max": 4, "eta_min": -1.0}, 1),
+        ("StepLR", {"step_size": 3, "gamma": -1.0}, 3),
+        ("StepLR", {"step_size": 3}, None),
+        ("WarmupLR", {}, None),
+    ],
+)
+def test_torchs_schedules_are_foreseen_too(kind: str, params: dict[str, Any], step: int | None) -> None:
+    config = {"train_batch_size": 4, "optimizer": {"type": "RMSprop", "params": {"lr": 0.1}},
+              "scheduler": {"type": kind, "params": params}}  # fmt: skip
+    found = validate(config).warnings
+    assert (f"at optimizer step {step}" in found[0].message) if step is not None else found == []

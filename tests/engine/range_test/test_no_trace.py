@@ -284,5 +284,5 @@ def in_two_processes() -> dict[str, list[str]]:
 
 
 def test_several_processes_train_after_any_test_as_without_it() -> None:
-    for found in run_ranks(in_two_processes, 2, timeout=240):
+    for found in run_ranks(in_two_processes, 2):
         assert {name: changes for name, changes in found.items() if changes} == {}

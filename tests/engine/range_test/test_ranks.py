@@ -101,7 +101,7 @@ def on_each_rank() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(on_each_rank, 2, timeout=240)
+    return run_ranks(on_each_rank, 2)
 
 
 def text(result: RangeTestResult) -> str:

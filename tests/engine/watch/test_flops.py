@@ -84,7 +84,7 @@ def test_operations_are_counted_forward_and_backward_and_by_module(accumulation:
 
 
 def test_under_ddp_they_are_the_same_and_rank_zero_alone_counts() -> None:
-    first, second = run_ranks(rank_counts, 2, timeout=120)
+    first, second = run_ranks(rank_counts, 2)
     assert first == EXPECTED
     assert second == "no profiler"
 

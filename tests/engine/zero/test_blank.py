@@ -83,6 +83,122 @@ def test_a_tensor_that_nothing_begins_is_named() -> None:
         fill(model, model.named_modules(), CPU)
 
 
+class Constants(nn.Module):
+    """Buffers that its constructor computes, as many models have them."""
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("position_ids", torch.arange(4, device=device), persistent=False)
+        self.register_buffer("mask", torch.ones(3, 3, device=device).tril().bool())
+        self.register_buffer("phase", torch.full((2,), 1j, device=device))
+        self.register_buffer("nothing", torch.zeros(0, dtype=torch.int32, device=device))
+
+
+def on_meta(make: Any) -> Any:
+    with torch.device("meta"):
+        return make()
+
+
+def test_integers_and_booleans_that_nothing_gives_are_named_and_no_zeros() -> None:
+    model = on_meta(Constants)
+    with pytest.raises(EngineError, match=r'nothing gives position_ids, mask, phase a value; .*device="cpu"'):
+        fill(model, model.named_modules(), CPU)
+
+
+def test_what_the_constructor_made_on_the_cpu_stays_as_it_is() -> None:
+    model = on_meta(lambda: Constants("cpu"))
+    fill(model, model.named_modules(), CPU)
+    assert model.position_ids.tolist() == [0, 1, 2, 3] and int(model.mask.sum()) == 6 and not is_blank(model)
+
+
+@pytest.mark.parametrize("name", ["reset_parameters", "_reset_parameters", "reset_buffers", "_init_weights"])
+@pytest.mark.parametrize("way", ["in place", "through .data", "anew"])
+def test_a_modules_own_code_computes_its_constants_again(name: str, way: str) -> None:
+    def reset(self: Constants) -> None:
+        for key, value in Constants().named_buffers():
+            if way == "anew":
+                setattr(self, key, value)
+            else:
+                buffer = getattr(self, key)
+                (buffer if way == "in place" else buffer.data).copy_(value)
+
+    model = on_meta(type("Own", (Constants,), {name: reset}))
+    made = fill(model, model.named_modules(), CPU)
+    for (key, value), (_, wanted) in zip(model.named_buffers(), Constants().named_buffers()):
+        assert torch.equal(value, wanted), key
+    assert {id(each) for each in made.values()} == {id(each) for each in (*model.parameters(), *model.buffers())}
+
+
+def test_batch_norm_counts_from_zero_and_integers_shared_by_two_modules_are_named_once() -> None:
+    model = on_meta(lambda: nn.Sequential(nn.BatchNorm1d(3), Constants("cpu"), nn.Module(), nn.Module()))
+    with torch.device("meta"):
+        model[2].register_buffer("ids", torch.arange(2))
+        model[3].register_buffer("ids", model[2].ids)
+    with pytest.raises(EngineError, match=r"nothing gives 2\.ids a value"):
+        fill(model, model.named_modules(), CPU)
+    assert int(model[0].num_batches_tracked) == 0
+
+
+def test_what_a_module_says_of_those_within_it_counts() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 3))
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            nn.init.constant_(self.inner[0].weight, 3.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            return out
+
+    model = on_meta(lambda: nn.Sequential(Scaled(), nn.Linear(3, 3)))
+    fill(model, model.named_modules(), CPU)
+    assert torch.equal(model[0].inner[0].weight, torch.full((3, 3), 3.0))
+    assert float(model[1].weight.detach().abs().max()) < 1
+    mixed = on_meta(lambda: nn.Sequential(Scaled()))
+    mixed[0].inner[0] = nn.Linear(3, 3)  # has been trained before, say
+    before = mixed[0].inner[0].weight.detach().clone()
+    fill(mixed, mixed.named_modules(), CPU)
+    assert torch.equal(mixed[0].inner[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.LSTM(3, 3, batch_first=True), torch.ones(2, 3, 3)),
+        (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2), torch.ones(2, 3, 8)),
+    ],
+    ids=["LSTM", "TransformerEncoder"],
+)
+def test_modules_of_torch_that_reset_in_ways_of_their_own_train(make: Any, x: Tensor) -> None:
+    engine = initialize(on_meta(make), {**CONFIG, "train_micro_batch_size_per_gpu": 2}, device="cpu")
+    out = engine(x)
+    engine.backward((out[0] if isinstance(out, tuple) else out).square().mean())
+    engine.step()
+    assert engine.grad_norm > 0
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert", "GPT2", "T5", "Whisper"])
+def test_models_of_transformers_have_the_constants_and_scales_of_their_constructor(family: str) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers")
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "n_embd": 32,
+            "n_layer": 2, "n_head": 4, "d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "encoder_layers": 2,
+            "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "intermediate_size": 64,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32}  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**tiny)
+    kind = getattr(transformers, f"{family}Model")
+    wanted, model = kind(config), on_meta(lambda: kind(config))
+    fill(model, model.named_modules(), CPU)
+    for (name, value), (_, other) in zip(model.named_buffers(), wanted.named_buffers()):
+        assert torch.equal(value, other), name
+    for (name, value), (_, other) in zip(model.named_parameters(), wanted.named_parameters()):
+        if value.numel() >= 1024:  # so that chance moves a deviation by a few percent
+            assert float(value.detach().std()) == pytest.approx(float(other.detach().std()), rel=0.2), name
+
+
 def test_a_model_of_hugging_face_begins_with_its_own_rule() -> None:
     class Pretrained(Model):
         def _init_weights(self, module: nn.Module) -> None:
@@ -148,6 +264,43 @@ def test_a_model_that_is_shared_out_is_never_whole_anywhere() -> None:
     for losses, alive, size in run_ranks(work, 4, 3):
         assert losses[2] < losses[0]
         assert alive < 0.6 * size  # a quarter of it, and a block
+
+
+class Around(nn.Module):
+    """A model that gives blocks within it their weights."""
+
+    def __init__(self, constant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+        self.constant = constant
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=3.0)
+        if self.constant:
+            with torch.no_grad():
+                self.layers[0].bias.copy_(torch.arange(64.0))
+
+
+def weights_of_blocks(constant: bool) -> list[Tensor] | str:
+    torch.manual_seed(7)  # one seed, as scripts have it
+    model = on_meta(lambda: Around(constant))
+    try:
+        initialize(model, {**CONFIG, "zero_optimization": {"stage": 3}}, device="cpu")
+    except EngineError as error:
+        return str(error)
+    return [layer.weight.full_tensor().detach() for layer in model.layers]
+
+
+def test_a_model_around_sharded_blocks_draws_other_numbers_for_each_shard() -> None:
+    first, second = run_ranks(weights_of_blocks, 2, False)
+    for weight, other in zip(first, second):
+        assert torch.equal(weight, other)
+        assert float(weight.std()) == pytest.approx(3.0, rel=0.1)
+        assert not torch.equal(weight[:32], weight[32:])
+    for answer in run_ranks(weights_of_blocks, 2, True):
+        assert "Around gives blocks within it their weights, which are sharded already (aten.copy_" in answer
 
 
 def test_all_processes_begin_with_rank_zeros_weights() -> None:
