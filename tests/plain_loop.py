@@ -3,8 +3,8 @@
 One process with the full model in plain torch: no engine, no process group, no sharding, no fused kernels. It plays all
 ranks in turn. What it does is the contract of the engine:
 
-- The optimizer step takes the mean of the ranks' gradients, summed in fp32 over the micro-batches. A gradient that no loss
-  has reached is zero, so that weight decay and momentum still move the parameter. A frozen parameter does not move.
+- The optimizer step takes the mean of the ranks' gradients, summed in fp32 over the micro-batches. A gradient that no
+  loss has reached is zero, so that weight decay and momentum still move the parameter. A frozen one does not move.
 - In bf16 the optimizer has fp32 master params. What a script writes into the model replaces the elements of the master
   param that differ from it after rounding.
 - The norm is that before clipping, over the optimizer's parameters that require gradients. In fp32 at ZeRO stage 0 the
@@ -33,7 +33,6 @@ CLEARED = "clearing within an accumulation"
 NO_GRADIENT = "step without a gradient on any rank"
 NO_GRAPH = "loss without a graph"
 NEVER_SHARDED = "add_param_group of parameters that stage 3 never sharded"
-MIXED_FLUSH = "flush of losses that were scaled in two ways"
 
 LEFT_OUT = "late"  # the module that the optimizer does not have at first
 BROKEN = "out of memory"
@@ -89,7 +88,7 @@ class Net(nn.Module):
         if "branch" in route:
             hidden = hidden + self.branch(hidden)
         if breaks == "backward":  # the heads have their gradients by then
-            hidden = _BreaksInBackward.apply(hidden)
+            hidden = _BreaksInBackward.apply(hidden)  # type: ignore[no-untyped-call]
         heads = [getattr(self, name)(hidden) for name in route if name != "branch"]
         return torch.stack(heads).sum(0)
 
@@ -469,7 +468,7 @@ class Loop:
         if hasattr(self.model, "new") or self.accumulating:
             raise Impossible("one new head, between steps")
         if self.setup.sharded and self.setup.low:
-            raise Impossible("neither bf16 nor fp32 parameters would be right among fp32 shards that are gathered in bf16")
+            raise Impossible("whether its dtype is that of the shards or that of the forward is nobody's business")
         self.model.add_head(self.setup.dtype)
         for name, param in self.model.new.named_parameters():
             self.masters[f"new.{name}"] = nn.Parameter(param.detach().float().clone())

@@ -3,20 +3,25 @@
     python -m tests.programs --count 2000 --ranks 2 --seed 7
 
 A program is a setup and a list of operations. Each operation has the lines that a script would have, which are what the
-engine runs, and its meaning on `tests.plain_loop.Loop`. After each optimizer step weights and gradient norm must agree, or
-the engine must have refused with an EngineError that the loop expects. Programs come from a seed alone; on two ranks, two
-processes run one after another on one process group, as a script with several engines does.
+engine runs, and its meaning on `tests.plain_loop.Loop`. After each operation the weights must agree, after an optimizer
+step the gradient norm as well, or the engine must have refused with an EngineError that the loop expects. Programs come
+from a seed alone. On two ranks many of them run one after another on one process group, as a script with several
+engines does.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
+import os
 import random
 import tempfile
 import time
 import traceback
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +37,7 @@ from engine import EngineError, initialize
 from tests.distributed import RanksFailed, run_ranks
 from tests.plain_loop import LEFT_OUT, NEVER_SHARDED, Broken, Impossible, Loop, Net, Setup, batch, mse
 
-__all__ = ["Outcome", "Program", "generate", "run", "run_alone", "run_together", "shrink"]
+__all__ = ["Outcome", "Program", "generate", "report", "run", "run_alone", "run_together", "shrink"]
 
 HEADS = ("a", "b")
 MODULES = ("trunk", "gain", "branch", "a", "b", LEFT_OUT)
@@ -71,7 +76,7 @@ class Loss:
                 }[how]
             )
         total = " + ".join(parts)
-        return total if self.factor == 1.0 else f"({total}) * {self.factor}" if len(parts) > 1 else f"{total} * {self.factor}"
+        return total if self.factor == 1.0 else f"{self.factor} * ({total})"
 
     def lines(self, setup: Setup) -> list[str]:
         return [batch_line(setup, self.number), f"loss = {self.text(setup)}"]
@@ -92,7 +97,8 @@ class Loss:
                 else:
                     term = loop.call(rank, self.number, route, flipped=place > 0)
                 total = term if total is None else total + term
-            return total if self.factor == 1.0 else total * self.factor
+            scaled: Tensor = total if self.factor == 1.0 else total * self.factor
+            return scaled
 
         if loop.setup.blocks and loop.setup.sharded and any(len(set(routes)) > 1 for _, routes in self.terms):
             raise Impossible("ranks that gather different modules")
@@ -212,9 +218,8 @@ class UnevenFlush(Operation):
     def apply(self, loop: Loop) -> None:
         if len(self.counts) != loop.setup.ranks or loop.setup.sharded or loop.pending:
             raise Impossible("ranks that gather at different times")
-        if loop.setup.managed and (
-            loop.boundary or (loop.boundary is None and loop.ranks[0].micro_batches + max(self.counts) >= loop.setup.accumulation)
-        ):
+        most = loop.ranks[0].micro_batches + max(self.counts)
+        if loop.setup.managed and (loop.boundary or (loop.boundary is None and most >= loop.setup.accumulation)):
             raise Impossible("a step that only one rank takes")
         for rank, count in enumerate(self.counts):
             for i in range(count):
@@ -348,10 +353,24 @@ _WRITES = {
         "engine.train()",
     ],
     "snapshot": ["ema = {{n: p.detach().clone() for n, p in model.named_parameters()}}"],
-    "average": ["for n, p in model.named_parameters():", "    if n in ema:", "        ema[n].mul_(0.5).add_(p.detach(), alpha=0.5)"],
-    "adopt": ["params = dict(model.named_parameters())", "for n, v in ema.items():", "    params[n].data.copy_(v)", "engine.train()"],
-    "adopt_copy": ["params = dict(model.named_parameters())", "with torch.no_grad():", "    for n, v in ema.items():", "        params[n].copy_(v)"],
-}  # fmt: skip
+    "average": [
+        "for n, p in model.named_parameters():",
+        "    if n in ema:",
+        "        ema[n].mul_(0.5).add_(p.detach(), alpha=0.5)",
+    ],
+    "adopt": [
+        "params = dict(model.named_parameters())",
+        "for n, v in ema.items():",
+        "    params[n].data.copy_(v)",
+        "engine.train()",
+    ],
+    "adopt_copy": [
+        "params = dict(model.named_parameters())",
+        "with torch.no_grad():",
+        "    for n, v in ema.items():",
+        "        params[n].copy_(v)",
+    ],
+}
 _ON_MODULE = ("mul", "clamp", "copy", "init", "data", "data_copy", "data_set", "vector")
 _ON_FULL_PARAMETERS = ("data_set", "vector")  # FSDP2 keeps shards as views, which no other tensor can replace
 
@@ -373,7 +392,7 @@ class Write(Operation):
             raise Impossible("a module that is not there")
         if self.kind in ("average", "adopt", "adopt_copy") and not loop.snapshot:
             raise Impossible("an average that was never begun")
-        space = {"model": loop.model, "torch": torch, "ema": loop.snapshot, "engine": loop.model}
+        space: dict[str, Any] = {"model": loop.model, "torch": torch, "ema": loop.snapshot, "engine": loop.model}
         exec("\n".join(self.lines(loop.setup)), space)
         loop.snapshot = space["ema"]
         loop.written()
@@ -459,7 +478,8 @@ class Program:
         groups = []
         for options, modules in setup.group_names:
             listed = " + ".join(f"list(model.{name}.parameters())" for name in modules)
-            groups.append("{" + ", ".join([f'"params": {listed}', *(f"{k!r}: {v!r}" for k, v in options.items())]) + "}")
+            items = [f'"params": {listed}', *(f"{key!r}: {value!r}" for key, value in options.items())]
+            groups.append("{" + ", ".join(items) + "}")
         given = f"[{', '.join(groups)}]"
         if setup.own_optimizer:
             arguments = ", ".join(f"{key}={value!r}" for key, value in setup.arguments.items())
@@ -552,14 +572,15 @@ class _Author:
         rare = 0.5
         if loop.pending:
             kinds = {
-                self._step: 60, self._backward: 3, self._plain: rare, self._evaluate: 4, self._write: 4, self._freeze: 2,
-                self._thaw: 2, self._clear: rare, self._flush: 3, self._save: 2, self._break: 1, self._boundary: 1,
+                self._step: 60, self._backward: 3, self._plain: rare, self._evaluate: 4, self._write: 4,
+                self._freeze: 2, self._thaw: 2, self._clear: rare, self._flush: 3, self._save: 2, self._break: 1,
+                self._boundary: 1,
             }  # fmt: skip
         else:
             kinds = {
-                self._backward: 45, self._twice: 3, self._no_sync: 4, self._plain: 1.5, self._evaluate: 6, self._write: 9,
-                self._freeze: 5, self._thaw: 5, self._only: 1.5, self._clear: rare if loop.accumulating else 4,
-                self._flush: 3, self._uneven: 4, self._break: 4, self._boundary: 2, self._save: 4,
+                self._backward: 45, self._twice: 3, self._no_sync: 4, self._plain: 1.5, self._evaluate: 6,
+                self._write: 9, self._freeze: 5, self._thaw: 5, self._only: 1.5,
+                self._clear: rare if loop.accumulating else 4, self._flush: 3, self._uneven: 4, self._break: 4, self._boundary: 2, self._save: 4,
                 self._load: 8 if loop.saved else 0, self._add_group: 3, self._add_head: 2,
             }  # fmt: skip
         if loop.plain:  # most scripts clear it
@@ -666,8 +687,6 @@ class _Author:
 
 def _try(loop: Loop, operation: Operation) -> Loop | None:
     """The loop after an operation, or None where it can't be; the loop itself is then as it was."""
-    import copy
-
     after = copy.deepcopy(loop)
     after.begin_operation()
     try:
@@ -702,7 +721,7 @@ class Outcome:
     def symptom(self) -> str:
         """What shorter programs must have in common with this one."""
         last = self.why.strip().splitlines()[-1] if self.why else ""
-        known = ("the norm", "differs by", "weights differ", "evaluations", "went on", "refused", "not all ranks", "hangs")
+        known = ("the norm", "differs by", "weights differ", "evaluations", "went on", "not all ranks", "refused")
         return f"{self.kind} {next((word for word in known if word in last), last[:40])}"
 
 
@@ -713,24 +732,32 @@ class _Together:
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if ranks > 1 else None
         self.rank = dist.get_rank() if ranks > 1 else 0
 
-    def outcomes(self, own: Outcome) -> list[Outcome]:
-        """Every rank's; where all is well, by one small collective."""
-        if self._group is None:
-            return [own]
-        fine = torch.tensor([own.kind == "right"], dtype=torch.int32)
-        dist.all_reduce(fine, dist.ReduceOp.MIN, group=self._group)
-        every: list[Any] = [own] * dist.get_world_size()
-        if not fine:
-            dist.all_gather_object(every, own, group=self._group)
-        return every
+    def agree(self, own: Outcome, weights: str = "") -> Outcome:
+        """What came of an operation on all ranks; where all is well, by one small collective.
 
-    def all_equal(self, values: Tensor) -> bool:
+        Args:
+            own: on this rank.
+            weights: what has to be the same on all ranks.
+        """
         if self._group is None:
-            return True
-        least, most = values.clone(), values.clone()
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        return torch.equal(least, most)
+            return own
+        digest = zlib.crc32(weights.encode())
+        least = torch.tensor([own.kind == "right", digest, -digest], dtype=torch.int64)
+        try:
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(f"the other rank hangs, while this one is {own.kind}: {own.why}") from error
+        fine, least_digest, most_digest = least.tolist()
+        if fine:
+            return own if least_digest == -most_digest else replace(own, kind="wrong", why="the ranks' weights differ")
+        every: list[Any] = [own] * dist.get_world_size()
+        dist.all_gather_object(every, own, group=self._group)
+        failed = [each for each in every if each.failed]
+        if failed or all(each.kind == "refused" for each in every):
+            first: Outcome = (failed or every)[0]
+            return first
+        said = "; ".join(f"rank {rank}: {each.kind} {each.why}" for rank, each in enumerate(every))
+        return replace(own, kind="wrong", why=f"not all ranks refuse: {said}")
 
 
 def run(program: Program, folder: Path, together: _Together | None = None) -> Outcome:
@@ -741,41 +768,42 @@ def run(program: Program, folder: Path, together: _Together | None = None) -> Ou
         "initialize": initialize, "Net": Net, "batch": batch, "mse": mse, "Broken": Broken, "torch": torch,
         "rank": together.rank, "seen": [], "folder": str(folder), "ema": {},
     }  # fmt: skip
-    places = [(-1, program.beginning(), None)]
-    places += [(place, each.lines(program.setup), each) for place, each in enumerate(program.operations)]  # type: ignore[misc]
-    for place, lines, operation in places:
+    operations: list[Operation | None] = [None, *program.operations]
+    for place, operation in enumerate(operations, -1):
         loop.begin_operation()
         steps = loop.steps
         if operation is not None:
-            operation.apply(loop)  # type: ignore[attr-defined]
-        own = replace(_one(lines, space, loop, loop.steps > steps, together), place=place)
-        every = together.outcomes(own)
-        if all(each.kind == "right" for each in every):
-            continue
-        kinds = {each.kind for each in every}
-        if len(kinds) > 1 and not kinds & {"wrong", "crashed"}:
-            said = "; ".join(f"rank {rank}: {each.kind} {each.why}" for rank, each in enumerate(every))
-            return Outcome("wrong", f"not all ranks refuse: {said}", place)
-        return next((each for each in every if each.failed), every[0])
+            operation.apply(loop)
+        lines = program.beginning() if operation is None else operation.lines(program.setup)
+        outcome = together.agree(_executed(lines, place, space, loop))
+        if outcome.kind != "right":
+            return outcome
+        engine = space["engine"]
+        mine = weights_of(engine)
+        why = _difference(mine, space["seen"], loop, together.rank)
+        if why is None and loop.steps > steps:
+            why = _difference_of_norm(engine.get_global_grad_norm(), loop)
+        weights = "" if loop.setup.sharded else str({name: value.tolist() for name, value in mine.items()})
+        outcome = together.agree(outcome if why is None else replace(outcome, kind="wrong", why=why), weights)
+        if outcome.kind != "right":
+            return outcome
     return Outcome("right")
 
 
-def _one(lines: list[str], space: dict[str, Any], loop: Loop, steps: bool, together: _Together) -> Outcome:
-    """Run one operation's lines, which take an optimizer step or do not, and compare."""
+def _executed(lines: list[str], place: int, space: dict[str, Any], loop: Loop) -> Outcome:
+    """Run one operation's lines on the engine."""
     try:
         exec(compile("\n".join(lines), "<program>", "exec"), space)
-        engine = space["engine"]
-        if loop.must_refuse:
-            return Outcome("wrong", f"went on after: {loop.must_refuse}")
-        mine = weights_of(engine)
     except EngineError as error:
         reason = loop.must_refuse or loop.may_refuse
         if reason:
-            return Outcome("refused", reason)
-        return Outcome("wrong", f"refused without a reason: {error}")
+            return Outcome("refused", reason, place)
+        return Outcome("wrong", f"refused without a reason: {error}", place)
     except Exception:
-        return Outcome("crashed", traceback.format_exc(limit=-6))
-    return Outcome("right") if (why := _differs(mine, engine, steps, loop, space, together)) is None else Outcome("wrong", why)
+        return Outcome("crashed", traceback.format_exc(limit=-6), place)
+    if loop.must_refuse:
+        return Outcome("wrong", f"went on after: {loop.must_refuse}", place)
+    return Outcome("right", place=place)
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
@@ -786,33 +814,36 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def _differs(
-    mine: dict[str, Tensor], engine: Any, steps: bool, loop: Loop, space: dict[str, Any], together: _Together
-) -> str | None:
-    """What is not as it must be; None where all is."""
-    low = loop.setup.low
-    rough = (2e-2, 4e-3) if low else (1e-4, 2e-5)  # relative, absolute
+def _tolerances(loop: Loop) -> tuple[float, float]:
+    """Relative and absolute; in bf16 a last digit that is rounded otherwise moves what comes after it."""
+    return (2e-2, 4e-3) if loop.setup.low else (1e-4, 2e-5)
+
+
+def _difference(mine: dict[str, Tensor], seen: Sequence[float], loop: Loop, rank: int) -> str | None:
+    """How the engine's weights and evaluations differ from the loop's; None where they agree."""
+    relative, absolute = _tolerances(loop)
     params = loop.params
     if set(mine) != set(params):
         return f"the model has {sorted(mine)} instead of {sorted(params)}"
     faults = []
     for name, value in mine.items():
         want = params[name].detach().float()
-        if not torch.allclose(value, want, *rough):
+        if not torch.allclose(value, want, relative, absolute):
             gap = (value - want).abs().max().item()
             faults.append(f"{name} differs by {gap:.2g} of {want.abs().max().item():.2g}")
     if faults:
         return f"after step {loop.steps}: {'; '.join(faults)}"
-    if not loop.setup.sharded and not together.all_equal(torch.cat([each.reshape(-1) for each in mine.values()])):
-        return "the ranks' weights differ"
-    if steps:
-        norm = engine.get_global_grad_norm()
-        if norm is None or loop.norm is None or abs(norm - loop.norm) > rough[0] * loop.norm + 1e-6:
-            return f"after step {loop.steps}: the norm is {norm} instead of {loop.norm}"
-    seen, want_seen = space["seen"], loop.seen[together.rank]
-    if len(seen) != len(want_seen) or any(abs(a - b) > rough[0] * abs(b) + rough[1] for a, b in zip(seen, want_seen)):
+    want_seen = loop.seen[rank]
+    if len(seen) != len(want_seen) or any(abs(a - b) > relative * abs(b) + absolute for a, b in zip(seen, want_seen)):
         return f"evaluations gave {seen} instead of {want_seen}"
     return None
+
+
+def _difference_of_norm(norm: float | None, loop: Loop) -> str | None:
+    assert loop.norm is not None
+    if norm is not None and abs(norm - loop.norm) <= _tolerances(loop)[0] * loop.norm + 1e-6:
+        return None
+    return f"after step {loop.steps}: the norm is {norm} instead of {loop.norm}"
 
 
 def run_alone(programs: Sequence[Program]) -> Iterator[Outcome]:
@@ -835,9 +866,6 @@ class _quiet:
 
 def _rank(programs: Sequence[Program], folder: str) -> None:
     """One of the processes that run programs together; what came of each goes to a file."""
-    import os
-    import warnings
-
     warnings.simplefilter("ignore")  # other tests see to them; one on one rank would end the other's collective
     dist.init_process_group("gloo", timeout=2 * _PATIENCE)
     try:
@@ -900,8 +928,10 @@ def _smaller(program: Program) -> Iterator[Program]:
             yield replace(program, operations=(*operations[:start], *operations[start + size :]))
         size //= 2
     plain = Setup(ranks=setup.ranks)
-    for name in ("frozen", "groups", "own_optimizer", "clipping", "precision", "accumulation", "managed", "seed_per_rank",
-                 "blocks", "optimizer", "stage"):  # fmt: skip
+    for name in (
+        "frozen", "groups", "own_optimizer", "clipping", "precision", "accumulation", "managed", "seed_per_rank",
+        "blocks", "optimizer", "stage",
+    ):  # fmt: skip
         if getattr(setup, name) != getattr(plain, name):
             yield replace(program, setup=replace(setup, **{name: getattr(plain, name)}))
     for place, operation in enumerate(operations):
