@@ -580,8 +580,9 @@ class _Author:
             kinds = {
                 self._backward: 45, self._twice: 3, self._no_sync: 4, self._plain: 1.5, self._evaluate: 6,
                 self._write: 9, self._freeze: 5, self._thaw: 5, self._only: 1.5,
-                self._clear: rare if loop.accumulating else 4, self._flush: 3, self._uneven: 4, self._break: 4, self._boundary: 2, self._save: 4,
-                self._load: 8 if loop.saved else 0, self._add_group: 3, self._add_head: 2,
+                self._clear: rare if loop.accumulating else 4, self._flush: 3, self._uneven: 4, self._break: 4,
+                self._boundary: 2, self._save: 4, self._load: 8 if loop.saved else 0, self._add_group: 3,
+                self._add_head: 2,
             }  # fmt: skip
         if loop.plain:  # most scripts clear it
             kinds[self._clear] = 60
