@@ -44,23 +44,6 @@ class MasterParams:
         self._versions: list[int] = []
         self._compare_values = False
 
-    def attach(self, optimizer: Optimizer, clear: Callable[[], None]) -> None:
-        """Let the optimizer answer for the model's parameters, which a script knows, as well as for the master params.
-
-        Args:
-            optimizer: its `state` is found under either, and its `zero_grad` clears both.
-            clear: clears the gradients of the model's parameters.
-        """
-        optimizer.state = _StateByParam(self.of, optimizer.state)
-        zero_grad = optimizer.zero_grad
-
-        def zero_both(set_to_none: bool = True) -> None:
-            zero_grad(set_to_none)
-            clear()
-
-        # An attribute of this optimizer alone: torch has no hook for it.
-        optimizer.zero_grad = zero_both  # type: ignore[method-assign]
-
     def add(self, param: Tensor) -> Tensor:
         """Make the master param of a model parameter, from its value."""
         value = param.detach().to(self._dtype or param.dtype)
@@ -200,6 +183,24 @@ class TrainedParams:
         self._followed: list[Tensor] = []
         self._known: set[int] = set()
         self.refresh()
+        if optimizer is not None:
+            self._attach(optimizer)
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        """Let the optimizer answer for the model's parameters, which a script knows, and not for master params alone.
+
+        Its `state` is found under either, and its `zero_grad` clears the whole model.
+        """
+        if self.masters is not None:
+            optimizer.state = _StateByParam(self.masters.of, optimizer.state)
+        zero_grad = optimizer.zero_grad
+
+        def zero_all(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none)
+            self._module.zero_grad(set_to_none)
+
+        # An attribute of this optimizer alone: torch has no hook for it.
+        optimizer.zero_grad = zero_all  # type: ignore[method-assign]
 
     def refresh(self) -> bool:
         """Follow the groups and the flags; whether something has changed.

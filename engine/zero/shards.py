@@ -216,6 +216,7 @@ class FullyShard:
 
     def reduce(self, status: Sequence[float]) -> Reduced:
         if self._held:
+            fill_held(self._units)
             send_held(self.module)
             self._synced, self._held = True, False
         gradients: list[Tensor] = []
