@@ -14,8 +14,8 @@ import argparse
 import json
 import logging
 import random
-import shutil
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -872,20 +872,19 @@ def run_together(programs: Sequence[Program]) -> Iterator[Outcome]:
 # -- shrinking -----------------------------------------------------------------------------------
 
 
-def shrink(program: Program, symptom: str, *, attempts: int = 60) -> tuple[Program, Outcome | None]:
+def shrink(program: Program, symptom: str, *, seconds: float = 60.0) -> tuple[Program, Outcome | None]:
     """A shorter program with the same symptom, by leaving out and simplifying, and what comes of it."""
     runner = run_alone if program.setup.ranks == 1 else run_together
     found: Outcome | None = None
-    left = attempts
+    end = time.monotonic() + seconds
     again = True
-    while again and left > 0:
+    while again:
         again = False
         for smaller in _smaller(program):
-            if left <= 0:
-                break
+            if time.monotonic() > end:
+                return program, found
             if not smaller.rehearse():
                 continue
-            left -= 1
             (outcome,) = runner([smaller])
             if outcome.failed and outcome.symptom == symptom:
                 program, found, again = smaller, outcome, True
@@ -936,10 +935,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="number of programs")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--seed", type=int, default=0, help="of the first program; the others follow it")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these programs only")
     parser.add_argument("--show", type=int, default=3, help="failures to print, made as short as may be")
     parser.add_argument("--only", default="", help="show only failures whose description contains this")
     arguments = parser.parse_args()
-    seeds = range(arguments.seed, arguments.seed + arguments.count)
+    seeds = arguments.seeds or range(arguments.seed, arguments.seed + arguments.count)
     programs = [generate(seed, arguments.ranks) for seed in seeds]
     counts: Counter[str] = Counter()
     failures = []
@@ -950,7 +950,7 @@ def main() -> None:
             print(f"{seed}: {outcome.kind}: {outcome.why.strip().splitlines()[-1]}", flush=True)
     for seed, program, outcome in [each for each in failures if arguments.only in each[2].why][: arguments.show]:
         print("\n" + report(seed, program, outcome))
-    print(f"\n{arguments.count} programs on {arguments.ranks} rank(s), from seed {arguments.seed}")
+    print(f"\n{len(programs)} programs on {arguments.ranks} rank(s), from seed {seeds[0]}")
     for kind, count in sorted(counts.items()):
         print(f"{count:6d} {kind}")
 
