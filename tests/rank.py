@@ -117,6 +117,9 @@ def _end_what_runs() -> None:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
+    # DDP models go while their process group is still there. A Reducer that is the last to hold a gloo group waits for
+    # the group's threads with the GIL held, which one of them may need to end: a deadlock, now and then.
+    gc.collect()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
