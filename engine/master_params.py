@@ -39,7 +39,7 @@ class MasterParams:
         self.of: dict[Tensor, Tensor] = {}
         self.sharding = sharding
         self._dtype, self._rounded = dtype, rounded
-        self._model: list[Tensor] = []  # those that train now, and their master params
+        self._model: list[Tensor] = []  # those of `of`, frozen ones included, and their master params
         self._masters: list[Tensor] = []
         self._versions: list[int] = []
         self._compare_values = False
@@ -58,16 +58,10 @@ class MasterParams:
         """What makes a full tensor one that is sharded as a master param; None for a master param that is whole."""
         return self.sharding.shard_of if self.sharding is not None and hasattr(master, "_local_tensor") else None
 
-    def follow(self, model: list[Tensor]) -> None:
-        """Note which model parameters train now; all have a master param."""
+    def follow(self) -> None:
+        """Take up master params that were added."""
         self.adopt_writes()  # with the lists of before
-        followed = {id(param) for param in self._model}
-        self._model = model
-        self._masters = [self.of[param] for param in model]
-        with torch.no_grad():
-            for param, master in zip(model, self._masters):
-                if id(param) not in followed:  # it may have been written into while it was frozen
-                    self._adopt(param, master)
+        self._model, self._masters = list(self.of), list(self.of.values())
         self._note_versions()
 
     def compare_values(self) -> None:
@@ -226,7 +220,7 @@ class TrainedParams:
         own = {id(param) for param in self._grouped}
         self.others = [param for param in self._followed if param.requires_grad and id(param) not in own]
         if self.masters is not None:
-            self.masters.follow(self.model)
+            self.masters.follow()
         return True
 
     def _read_groups(self, groups: list[dict[str, Any]]) -> None:
