@@ -135,8 +135,6 @@ class Engine(nn.Module):
         )
         self._loss: Tensor | None = None  # mean over the micro-batches so far, of the update under way
         self._last_loss: Tensor | None = None
-        if self._masters is not None and parts.optimizer is not None:
-            self._masters.attach(parts.optimizer, parts.module.zero_grad)
         weakref.finalize(self, _report_unfinished, self._accumulation)
 
     # -- the step loop ---------------------------------------------------------------------------

@@ -39,27 +39,10 @@ class MasterParams:
         self.of: dict[Tensor, Tensor] = {}
         self.sharding = sharding
         self._dtype, self._rounded = dtype, rounded
-        self._model: list[Tensor] = []  # those that train now, and their master params
+        self._model: list[Tensor] = []  # those of `of`, frozen ones included, and their master params
         self._masters: list[Tensor] = []
         self._versions: list[int] = []
         self._compare_values = False
-
-    def attach(self, optimizer: Optimizer, clear: Callable[[], None]) -> None:
-        """Let the optimizer answer for the model's parameters, which a script knows, as well as for the master params.
-
-        Args:
-            optimizer: its `state` is found under either, and its `zero_grad` clears both.
-            clear: clears the gradients of the model's parameters.
-        """
-        optimizer.state = _StateByParam(self.of, optimizer.state)
-        zero_grad = optimizer.zero_grad
-
-        def zero_both(set_to_none: bool = True) -> None:
-            zero_grad(set_to_none)
-            clear()
-
-        # An attribute of this optimizer alone: torch has no hook for it.
-        optimizer.zero_grad = zero_both  # type: ignore[method-assign]
 
     def add(self, param: Tensor) -> Tensor:
         """Make the master param of a model parameter, from its value."""
@@ -75,16 +58,10 @@ class MasterParams:
         """What makes a full tensor one that is sharded as a master param; None for a master param that is whole."""
         return self.sharding.shard_of if self.sharding is not None and hasattr(master, "_local_tensor") else None
 
-    def follow(self, model: list[Tensor]) -> None:
-        """Note which model parameters train now; all have a master param."""
+    def follow(self) -> None:
+        """Take up master params that were added."""
         self.adopt_writes()  # with the lists of before
-        followed = {id(param) for param in self._model}
-        self._model = model
-        self._masters = [self.of[param] for param in model]
-        with torch.no_grad():
-            for param, master in zip(model, self._masters):
-                if id(param) not in followed:  # it may have been written into while it was frozen
-                    self._adopt(param, master)
+        self._model, self._masters = list(self.of), list(self.of.values())
         self._note_versions()
 
     def compare_values(self) -> None:
@@ -200,6 +177,24 @@ class TrainedParams:
         self._followed: list[Tensor] = []
         self._known: set[int] = set()
         self.refresh()
+        if optimizer is not None:
+            self._attach(optimizer)
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        """Let the optimizer answer for the model's parameters, which a script knows, and not for master params alone.
+
+        Its `state` is found under either, and its `zero_grad` clears the whole model.
+        """
+        if self.masters is not None:
+            optimizer.state = _StateByParam(self.masters.of, optimizer.state)
+        zero_grad = optimizer.zero_grad
+
+        def zero_all(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none)
+            self._module.zero_grad(set_to_none)
+
+        # An attribute of this optimizer alone: torch has no hook for it.
+        optimizer.zero_grad = zero_all  # type: ignore[method-assign]
 
     def refresh(self) -> bool:
         """Follow the groups and the flags; whether something has changed.
@@ -225,7 +220,7 @@ class TrainedParams:
         own = {id(param) for param in self._grouped}
         self.others = [param for param in self._followed if param.requires_grad and id(param) not in own]
         if self.masters is not None:
-            self.masters.follow(self.model)
+            self.masters.follow()
         return True
 
     def _read_groups(self, groups: list[dict[str, Any]]) -> None:

@@ -182,6 +182,8 @@ class DataParallel:
         # The smallest master param, and a gradient that only shows whether the optimizer's zero_grad() was called.
         self._master_token: tuple[Tensor, Tensor] | None = None
         self._on_master: Tensor | None = None  # the gradient that it has now
+        # The same for the model's zero_grad(), once the gradients have gone to the master params.
+        self._token: Tensor | None = None
         self._shards: dict[Tensor, Any] = {}  # the DTensor that is the gradient of each sharded master param
         self._expected = Expected()
         self._slots: list[tuple[dict[str, Any], str, Tensor, nn.Module]] = []
@@ -229,8 +231,9 @@ class DataParallel:
             if param is not None and id(param) in grouped
         ]
         masters = self.params.masters
-        self._master_token = None
+        self._master_token = self._token = None
         if masters is not None and model:
+            self._token = min(model, key=Tensor.numel)
             master = min(self.params.updated, key=Tensor.numel)
             self._master_token = master, torch.zeros_like(master, requires_grad=False)
         self._shards = {}
@@ -246,8 +249,10 @@ class DataParallel:
     def _set_aside(self) -> None:
         """Keep what is reduced already apart from the gradients that a further backward leaves on this rank."""
         for target in self._targets:
-            self._earlier[target] = target.grad  # type: ignore[assignment]
+            self._earlier[target] = _local(target.grad)
             target.grad = None
+        if self._token is not None:
+            self._token.grad = None
         self._reduced = self._on_master = None
 
     def collect(self) -> None:
@@ -307,6 +312,8 @@ class DataParallel:
             self._apart, self._sums = False, [None] * len(self._sums)
         self._reduced = reduced.gradients
         if self.reduction.size > 1:
+            if self._token is not None:
+                self._token.grad = torch.zeros_like(self._token)
             self._expected.note(self._reduced_params)
         if self._master_token is not None:
             self._on_master = self._master_token[0].grad
@@ -316,7 +323,7 @@ class DataParallel:
         """Add the reduced gradients of earlier backwards, in place."""
         for target in self._targets:
             if target in self._earlier:
-                _local(target.grad).add_(_local(self._earlier[target]))
+                _local(target.grad).add_(self._earlier[target])
         self._earlier = {}
 
     def _reduce(self, status: Sequence[float]) -> Reduced:

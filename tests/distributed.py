@@ -76,7 +76,9 @@ def run_ranks(
                 process.kill()
     else:
         # The store is there before its port is told: no other process can take the port in between.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         environments = [_environment(each, world_size, store.port) | agent for each in range(world_size)]
         call = _Call(_pool.first(world_size), timeout)
@@ -129,12 +131,13 @@ class _Process:
         self._process: BaseProcess = context.Process(
             target=rank.serve, args=(its_end, its_dump, once), name=f"rank {number}", daemon=True
         )
+        self.is_used_up = False  # and ends, or has ended
         self._process.start()
         its_end.close()  # so that this end notices when the process is gone
         its_dump.close()
 
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
+    def can_serve(self) -> bool:
+        return not self.is_used_up and self._process.is_alive()
 
     def exit_code(self) -> int | None:
         """The exit code of a process that has closed its connection."""
@@ -169,8 +172,10 @@ class _Pool:
         """The first ranks, started where there are none yet."""
         if self._owner != os.getpid():  # the ranks are the parent's, which this process was forked from
             self._processes, self._owner = [], os.getpid()
-        if not all(each.is_alive() for each in self._processes):
-            self.kill()
+        for each, process in enumerate(self._processes):
+            if not process.can_serve():
+                process.kill()
+                self._processes[each] = _Process(each)
         self._processes += [_Process(each) for each in range(len(self._processes), number)]
         return self._processes[:number]
 
@@ -245,7 +250,8 @@ class _Call:
             self._fault(number, f"died with exit code {process.exit_code()} and {answer}")
             self.under_way.discard(number)
             return
-        if message is None:
+        if isinstance(message, bool):
+            process.is_used_up = not message
             self.under_way.discard(number)
             return
         value, traceback = message

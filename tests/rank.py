@@ -24,7 +24,9 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -63,8 +65,8 @@ def serve(calls: Connection, dump: Connection, once: bool = False) -> None:
         once: whether to end after the first call, as a script does, and without imports that it may not need.
 
     A call is a pickled (environment, folder, pickled (function, arguments)). To each there are two answers: first
-    (pickled value, None) or (None, traceback), at once, since other ranks may wait for this one in vain; then None
-    when the state is clean again.
+    (pickled value, None) or (None, traceback), at once, since other ranks may wait for this one in vain; then whether
+    the state is clean again. Where it is not, this process ends.
     """
     faulthandler.register(DUMP_SIGNAL, file=dump.fileno())
     torch.set_num_threads(1)  # torch was imported before the environment was set
@@ -85,9 +87,10 @@ def serve(calls: Connection, dump: Connection, once: bool = False) -> None:
         _end_what_runs()
         if clean:
             clean.restore()
-        calls.send(None)
-        if once:
-            return
+        fit = clean is not None and not _has_connections()
+        calls.send(fit)
+        if not fit:
+            os._exit(0)  # at once: another rank may wait for this one's connections to break
 
 
 def _run(work: bytes, imported: Callable[[], None] | None = None) -> tuple[bytes | None, str | None]:
@@ -114,7 +117,24 @@ def _end_what_runs() -> None:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
+    # DDP models go while their process group is still there. A Reducer that is the last to hold a gloo group waits for
+    # the group's threads with the GIL held, which one of them may need to end: a deadlock, now and then.
+    gc.collect()
     atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def _has_connections() -> bool:
+    """Whether a process group is left, though it has been destroyed: something in C++ still refers to it.
+
+    An exception out of FSDP's hooks may leave a cycle through the autograd graph, which nothing collects. The group's
+    threads and its connections to the other ranks then stay.
+    """
+    tasks = Path("/proc/self/task")
+    with suppress(OSError):  # a thread that ends while it is looked at; no Linux
+        return any("gloo" in (task / "comm").read_text() for task in tasks.iterdir())
+    return False
 
 
 class _CleanState:
@@ -157,8 +177,6 @@ class _CleanState:
         self._restore_torch()
 
     def _restore_python(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         os.chdir(self._folder)
         for name, value in self._sys.items():
             setattr(sys, name, value)
@@ -169,7 +187,7 @@ class _CleanState:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         warnings.resetwarnings()  # forgets, too, which warnings have been shown
-        warnings.filters[:], warnings.showwarning = self._warnings
+        warnings.filters[:], warnings.showwarning = self._warnings  # type: ignore[index]
         logging.disable(logging.NOTSET)
         for logger, handlers, filters, level, propagate, disabled in self._loggers:
             logger.handlers[:], logger.filters[:] = handlers, filters

@@ -1,8 +1,9 @@
-"""The pool of ranks: what a call gets and returns, that it sees nothing of the one before, what a hang or death does."""
+"""The pool of ranks: what a call gets and returns, that no call sees traces of another, what a hang or death does."""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import io
 import itertools
@@ -22,7 +23,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +75,7 @@ def test_the_pool_serves_one_call_after_the_other_and_grows() -> None:
     assert not set(run_ranks(pid, 2, fresh=True)) & set(four)
 
 
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 4), st.floats(-4, 4, width=32))
 def test_a_property_may_call_them_many_times(world_size: int, x: float) -> None:
     with ranks(world_size) as pool:
@@ -206,6 +207,17 @@ def alive() -> list[str]:
 def test_no_model_of_an_earlier_call_is_left() -> None:
     run_ranks(in_buckets, 2)
     assert run_ranks(alive, 2) == [[], []]
+
+
+def leak_a_process_group() -> int:
+    dist.init_process_group("gloo")
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))  # as a cycle through C++ does
+    return os.getpid()
+
+
+def test_a_rank_whose_process_group_cannot_be_freed_is_replaced() -> None:
+    leaking = run_ranks(leak_a_process_group, 2)
+    assert not set(run_ranks(pid, 2)) & set(leaking)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------

@@ -198,11 +198,15 @@ class FullyShard:
                     f"optimizer: it was given a parameter of shape {tuple(param.shape)} that was not part of the model when "
                     "ZeRO stage 3 sharded it; add modules before initialize, or use zero_optimization.stage 2"
                 )
-        trained = set(self.params.model)
-        for param in self.params.all:
-            if param not in trained:
-                param.grad = None
+        self._drop_frozen()
         follow_flags(self._units)
+
+    def _drop_frozen(self) -> None:
+        """Drop gradients of parameters that do not train, which FSDP2 may still have held."""
+        trained = {id(param) for param in self.params.model}
+        for param in self.params.all:
+            if id(param) not in trained:
+                param.grad = None
 
     def prepare(self) -> None: ...
 
@@ -216,8 +220,10 @@ class FullyShard:
 
     def reduce(self, status: Sequence[float]) -> Reduced:
         if self._held:
+            fill_held(self._units)
             send_held(self.module)
             self._synced, self._held = True, False
+        self._drop_frozen()
         gradients: list[Tensor] = []
         whole: list[Tensor] = []
         for param in self.params.model:

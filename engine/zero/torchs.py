@@ -79,6 +79,9 @@ def follow_flags(units: Iterable[Any]) -> None:
     """Take up which parameters require gradients: a block of which none did has no dtypes of gradients yet."""
     for group in _groups(units):
         group._init_mp_dtypes()
+        for each in group.fsdp_params:
+            if hasattr(each, "_unsharded_param"):  # otherwise it is told at the next forward, which may leave it out
+                each._unsharded_param.requires_grad_(each.sharded_param.requires_grad)
 
 
 def replaced_params(units: Iterable[Any]) -> Iterator[str]:

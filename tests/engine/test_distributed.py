@@ -341,6 +341,7 @@ def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.long
 def test_a_script_under_torchrun_speaks_with_one_voice_and_ends_cleanly_every_time(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

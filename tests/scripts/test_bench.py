@@ -46,6 +46,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 # -- a whole run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_tells_where_when_and_of_what_it_is(quick: tuple[dict[str, Any], str, str]) -> None:
     results, *_ = quick
     assert results.keys() == {"date", "command", "machine", "versions", "comparisons", "start"}
@@ -54,6 +55,7 @@ def test_a_run_tells_where_when_and_of_what_it_is(quick: tuple[dict[str, Any], s
     assert results["command"].startswith("scripts/bench --device cpu")
 
 
+@pytest.mark.long
 def test_every_kind_of_figure_is_there_for_the_loop_and_the_engine(quick: tuple[dict[str, Any], str, str]) -> None:
     results, *_ = quick
     figures = {
@@ -73,6 +75,7 @@ def test_every_kind_of_figure_is_there_for_the_loop_and_the_engine(quick: tuple[
         assert results["start"][subject].keys() == {"import_s", "build_s", "first_s", "start_s"}
 
 
+@pytest.mark.long
 def test_the_engine_repeats_the_loops_losses(quick: tuple[dict[str, Any], str, str]) -> None:
     results, *_ = quick
     for comparison in results["comparisons"]:
@@ -80,6 +83,7 @@ def test_the_engine_repeats_the_loops_losses(quick: tuple[dict[str, Any], str, s
         assert comparison["subjects"]["Redline"]["loss_difference"] <= 1e-6
 
 
+@pytest.mark.long
 def test_two_processes_send_each_gradient_once_both_ways(quick: tuple[dict[str, Any], str, str]) -> None:
     (sending,) = [each for each in quick[0]["comparisons"] if "bytes" in each["measures"]]
     # A ring of two: each sends half of the sum's parts, then half of the sum.
@@ -90,6 +94,7 @@ def test_two_processes_send_each_gradient_once_both_ways(quick: tuple[dict[str, 
     assert sending["subjects"]["Redline"]["sent_bytes"] == expected
 
 
+@pytest.mark.long
 def test_the_tables_are_printed_and_written(quick: tuple[dict[str, Any], str, str]) -> None:
     _, page, printed = quick
     for title in ("Overhead a step (us)", "Throughput", "Sent for an update", "Peak memory (MiB)", "Start (s)"):

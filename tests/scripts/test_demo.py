@@ -35,6 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, ran.stdout
 
 
+@pytest.mark.long
 def test_it_tells_the_story_and_says_where_things_are(demo: tuple[Path, str]) -> None:
     out, said = demo
     assert [f"\n{number}. " in said for number in range(1, 6)] == [True] * 5
@@ -43,6 +44,7 @@ def test_it_tells_the_story_and_says_where_things_are(demo: tuple[Path, str]) ->
         assert (out / line.split()[0]).exists(), line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", ["one_process", "two_processes"])
 def test_the_picture_shows_what_it_should(demo: tuple[Path, str], folder: str) -> None:
     result = RangeTestResult.load(demo[0] / folder)
@@ -62,6 +64,7 @@ def first_below(curve: object, loss: float) -> int:
     return next(updates for updates, value in curve.validation if value < loss)  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("folder", "batch", "updates"), [("one_process", 32, 400), ("two_processes", 128, 100)])
 def test_the_suggested_config_runs_and_fills_the_training(
     demo: tuple[Path, str], folder: str, batch: int, updates: int
@@ -73,6 +76,7 @@ def test_the_suggested_config_runs_and_fills_the_training(
     assert arguments["cycle_first_step_size"] + arguments["cycle_second_step_size"] == updates
 
 
+@pytest.mark.long
 def test_the_suggestion_is_no_worse_than_the_best_of_the_grid(demo: tuple[Path, str]) -> None:
     methods = json.loads((demo[0] / "comparison.json").read_text())
     ends = {name: mean(run[-1]["loss"] for run in method["runs"]) for name, method in methods.items()}
@@ -80,6 +84,7 @@ def test_the_suggestion_is_no_worse_than_the_best_of_the_grid(demo: tuple[Path, 
     assert ends["1Cycle"] < 1.05 * best  # 0.88 where it was written; other machines add up in another order
 
 
+@pytest.mark.long
 def test_every_number_of_the_comparison_is_in_the_csv(demo: tuple[Path, str]) -> None:
     with (demo[0] / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -18,6 +18,7 @@ def kill_test(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [("--stage", "0"), ("--stage", "3", "--async")], ids=" ".join)
 def test_runs_that_are_killed_lose_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
     ran = kill_test(tmp_path, "--count", "2", "--victims", "all", *arguments)
@@ -28,6 +29,7 @@ def test_runs_that_are_killed_lose_nothing(arguments: tuple[str, ...], tmp_path:
     assert list(tmp_path.glob("kill_test-*")) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("sabotage", "found"), [("data", "the same: rank "), ("save", "not less: step ")])
 def test_restarts_that_lose_something_are_found(sabotage: str, found: str, tmp_path: Path) -> None:
     ran = kill_test(tmp_path, "--count", "8", "--processes", "1", "--sabotage", sabotage)

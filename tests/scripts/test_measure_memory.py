@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_a_small_run_writes_a_table_in_which_the_estimate_holds(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- by scripts/measure_memory.py -->\nold\n<!-- end -->\n\nafter\n")

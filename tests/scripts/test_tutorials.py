@@ -46,6 +46,7 @@ def tables() -> ModuleType:
         return tutorial_tables
 
 
+@pytest.mark.long
 def test_it_says_where_things_are(rehearsal: tuple[Path, str]) -> None:
     out, said = rehearsal
     lines = said.partition("All of it is in ")[2].splitlines()
@@ -55,6 +56,7 @@ def test_it_says_where_things_are(rehearsal: tuple[Path, str]) -> None:
         assert (out / line.split()[0]).exists(), line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_every_config_is_one_that_runs(rehearsal: tuple[Path, str], task: str) -> None:
     configs = {path.name: load_config(path) for path in (rehearsal[0] / task / "configs").iterdir()}
@@ -63,6 +65,7 @@ def test_every_config_is_one_that_runs(rehearsal: tuple[Path, str], task: str) -
     assert {config.train_batch_size for name, config in configs.items() if not name.startswith("1x")} == {64}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("task", "updates"), [("digits", 8), ("text", 8)])
 def test_1cycle_has_the_boundaries_of_the_range_test_and_fills_the_training(
     rehearsal: tuple[Path, str], task: str, updates: int
@@ -75,6 +78,7 @@ def test_1cycle_has_the_boundaries_of_the_range_test_and_fills_the_training(
     assert arguments["cycle_first_step_size"] + arguments["cycle_second_step_size"] == updates
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_every_number_of_the_trainings_is_in_the_csv(rehearsal: tuple[Path, str], task: str) -> None:
     with (rehearsal[0] / task / "runs.csv").open() as file:
@@ -89,6 +93,7 @@ def test_every_number_of_the_trainings_is_in_the_csv(rehearsal: tuple[Path, str]
     assert {row["schedule"]: float(row["validation_loss"]) for row in rows} == ends  # a schedule's last row
 
 
+@pytest.mark.long
 def test_the_rehearsal_has_the_tables_that_the_pages_have(rehearsal: tuple[Path, str], tables: ModuleType) -> None:
     written = (rehearsal[0] / "tables.md").read_text()
     names = [found["name"] for page in PAGES for found in tables.BLOCK.finditer(page.read_text())]

@@ -23,6 +23,7 @@ def hosts_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("redline")]
 
 
+@pytest.mark.long
 def test_the_readmes_recipes_train_as_one_host_does_and_a_lost_host_ends_the_other() -> None:
     ran = two_hosts()
     if ran.returncode == 77:
