@@ -157,7 +157,8 @@ class Setup:
         """Of torch's optimizer."""
         if self.optimizer == "SGD":
             return {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
-        return {"lr": 0.05, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.5}
+        # With a small eps the first steps are the sign of a gradient, which is a matter of rounding near zero.
+        return {"lr": 0.05, "betas": [0.9, 0.99], "eps": 1e-2, "weight_decay": 0.5}
 
     @property
     def group_names(self) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
@@ -222,7 +223,7 @@ class Loop:
         self.ranks = [_Rank() for _ in range(setup.ranks)]
         self.boundary: bool | None = None
         self.scalings: set[bool] = set()  # of the losses of this accumulation
-        self.plain = self.cleared = self.maybe_cleared = self.no_graph = False
+        self.plain = self.cleared = self.no_graph = False
         self.never_sharded = False  # whether the optimizer has parameters that stage 3 has not seen
         self.frozen_within: set[str] = set()  # during this accumulation
         self.saved: dict[str, dict[str, Any]] = {}
@@ -239,6 +240,8 @@ class Loop:
     def begin_operation(self) -> None:
         """Forget why the last operation might be refused."""
         self.must_refuse, self.may_refuse = "", NEVER_SHARDED if self.never_sharded else ""
+        if self.no_graph:  # the ranks may find it out together at any time before the optimizer step
+            self.may_refuse = NO_GRAPH
 
     # -- what trains -----------------------------------------------------------------------------
 
@@ -336,8 +339,6 @@ class Loop:
         """Note what the engine has to say about gradients that are not those it has left; `now`: at the latest here."""
         if self.cleared:
             self.must_refuse, self.may_refuse = (CLEARED if now else ""), CLEARED
-        elif self.maybe_cleared:
-            self.may_refuse = CLEARED
         elif self.plain:
             self.may_refuse = PLAIN
 
@@ -381,7 +382,10 @@ class Loop:
         if self.no_graph and not self.must_refuse:
             self.must_refuse = self.may_refuse = NO_GRAPH
         if not any(name in rank.gradients for rank in self.ranks for name in trained) and not self.must_refuse:
-            self.must_refuse = self.may_refuse = NO_GRADIENT
+            self.may_refuse = NO_GRADIENT
+            # A loss that reached what the optimizer does not have, or what is frozen by now, may count as a gradient.
+            if not trained or not (self.frozen_within or any(rank.gradients for rank in self.ranks)):
+                self.must_refuse = NO_GRADIENT
         if self.must_refuse:
             return
         gradients = {name: self._mean(name) * factor for name in trained}
@@ -420,17 +424,16 @@ class Loop:
         """Begin a new accumulation; nothing of the old one is left."""
         self.ranks = [_Rank() for _ in self.ranks]
         self.scalings, self.frozen_within = set(), set()
-        self.plain = self.cleared = self.maybe_cleared = self.no_graph = False
+        self.plain = self.cleared = self.no_graph = False
 
     def zero_grad(self) -> None:
         self.plain = False
         if not self.accumulating:
             return
         trained = self.trained
-        if all(any(name in rank.gradients for name in trained) for rank in self.ranks):
-            self.cleared = True
-        else:  # on some rank there may have been nothing to clear
-            self.maybe_cleared = True
+        if not all(any(name in rank.gradients for name in trained) for rank in self.ranks):
+            raise Impossible("some ranks have nothing to clear, and have another fault")
+        self.cleared = True
 
     def broken(self, where: str) -> None:
         """A forward or a backward that raised on all ranks; the accumulation of a broken backward is void."""
@@ -497,7 +500,7 @@ class Loop:
         saved = copy.deepcopy(self.saved.get(tag))
         if saved is None or set(saved["state"]) != set(self.grouped) or set(saved["params"]) != set(self.params):
             raise Impossible("what was saved is of another model")
-        if self.plain or self.cleared or self.maybe_cleared:
+        if self.plain or self.cleared:
             raise Impossible("which of two faults counts is nobody's business")
         for name, param in self.params.items():
             param.copy_(saved["params"][name])
