@@ -111,6 +111,7 @@ def build_parts(
             precision.params,
             accumulate=precision.accumulate if apart else None,
             counts_all=_counts_all(config),
+            always_reduces=sharding is not None and config.redline.zero.accumulate == "shared",
             keeps_sparse=isinstance(chosen, SparseAdam),
         )
     start = None if chosen is None else ScheduleStart(schedule, chosen)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
+    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
     "sum_unused",
 ]  # fmt: skip
 
@@ -118,6 +118,20 @@ def held_versions(units: Iterable[Any]) -> list[tuple[int, int]]:
             if grad is not None:
                 held.append((id(grad), grad._version))
     return held
+
+
+def break_off_forward(model: Any, units: Iterable[Any]) -> None:
+    """Bring blocks back to where they are between forwards, after one that has raised; gradients stay."""
+    state = model._get_fsdp_state()
+    for each in state._state_ctx.all_states:
+        each._training_state = TrainingState.IDLE
+        getattr(each, "_modules_to_run_forward", set()).clear()
+    for group in _groups(units):
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        group._training_state = TrainingState.IDLE
+        group.reshard()
+    state._state_ctx.iter_forward_root = None
 
 
 def forget(model: Any, units: Iterable[Any]) -> None:
