@@ -145,7 +145,7 @@ def forget(model: Any, units: Iterable[Any]) -> None:
             group.wait_for_unshard()
         if not resets:
             group._post_forward_indices.clear()
-            group.comm_ctx.post_forward_order.clear()
+            getattr(group.comm_ctx, "post_forward_order", []).clear()  # it is there from the first forward on
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
