@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 import schedulers
+from engine.compiled import plain_names
 from engine.data import CollateFn, build_loader
 from engine.distributed import World, join_alone
 from engine.errors import EngineError
@@ -68,6 +69,9 @@ def build_parts(
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
     if chosen is not None:
         _check_parameters(chosen, module)
+        for group in chosen.param_groups:
+            if "param_names" in group:  # it was given named parameters, perhaps of a compiled module
+                group["param_names"] = plain_names(group["param_names"])
     if chosen is not None and sharding is not None:
         unfuse_on_shards(chosen)
     schedule = _choose_schedule(config, chosen, lr_scheduler)
@@ -111,6 +115,7 @@ def build_parts(
             precision.params,
             accumulate=precision.accumulate if apart else None,
             counts_all=_counts_all(config),
+            always_reduces=sharding is not None and config.redline.zero.accumulate == "shared",
             keeps_sparse=isinstance(chosen, SparseAdam),
         )
     start = None if chosen is None else ScheduleStart(schedule, chosen)

@@ -156,8 +156,11 @@ class Engine(nn.Module):
                 return model(*args, **kwargs)
             with torch.autocast(self.device.type, self._precision.autocast):
                 return model(*args, **kwargs)
-        except RuntimeError as error:
-            reason = explain_forward_error(error, self._module, self._precision.compute)
+        except BaseException as error:
+            self._parallel.recover()
+            reason = None
+            if isinstance(error, RuntimeError):
+                reason = explain_forward_error(error, self._module, self._precision.compute)
             if reason is None:
                 raise
             if self._input_casts is not None:
@@ -209,7 +212,8 @@ class Engine(nn.Module):
             self._loss = share if self._loss is None else self._loss + share
             accumulation.add_backward(divided=scale_wrt_gas)
             self._last_exception = _shown_exception()
-            if self._reduces_at_boundary and accumulation.is_boundary() and not accumulation.in_no_sync:
+            ends = self._parallel.always_reduces or accumulation.is_boundary()
+            if self._reduces_at_boundary and ends and not accumulation.in_no_sync:
                 self._reduce()  # as DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks
         except BaseException as error:
             self._drop(f"backward was broken off by {type(error).__name__}")
@@ -296,6 +300,8 @@ class Engine(nn.Module):
         super().zero_grad(set_to_none)
         if not self._accumulation.backwards:
             self._parallel.clear()
+        for param in self._parallel.params.all:  # also where the model shows others, as FSDP2's gathered ones
+            param.grad = None
 
     def drop_update(self) -> None:
         """Forget the micro-batches since the last optimizer step, and their gradients."""

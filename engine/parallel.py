@@ -43,11 +43,13 @@ class Parallel(Protocol):
         reduction: how the gradients of all ranks become one.
         params: what trains.
         reduces_in_backward: whether every backward is a collective already.
+        always_reduces: whether gradients are to be reduced after every backward, and not at the boundary alone.
     """
 
     reduction: Reduction
     params: TrainedParams
     reduces_in_backward: bool
+    always_reduces: bool
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         """What to call for a forward whose backward ends an accumulation (`last`), or is to stay on this rank (`hold`)."""
@@ -85,6 +87,9 @@ class Parallel(Protocol):
 
     def clear(self) -> None:
         """Drop all gradients, and what a forward or backward that broke off has left."""
+
+    def recover(self) -> None:
+        """Undo what a forward that has raised left unfinished; gradients stay."""
 
     def reshard(self) -> None:
         """Free full parameters that are only a copy: they are about to be older than the shards."""
@@ -152,6 +157,7 @@ class DataParallel:
             then kept apart from the model's ``.grad``. None where ``.grad`` itself adds up.
         counts_all: whether gradients of parameters that the optimizer does not have count in the norm and are clipped,
             as DeepSpeed's are at stage 0 in fp32.
+        always_reduces: whether gradients are reduced after every backward, so that none add up in full.
         keeps_sparse: whether the optimizer takes sparse gradients only.
     """
 
@@ -165,12 +171,14 @@ class DataParallel:
         *,
         accumulate: torch.dtype | None,
         counts_all: bool = False,
+        always_reduces: bool = False,
         keeps_sparse: bool = False,
     ) -> None:
         sparse = (each for each in module.modules() if getattr(each, "sparse", False))
         self._sparse = {param for each in sparse for param in each.parameters(recurse=False)}
         self.module, self.reduction, self.params = module, reduction, params
         self._accumulate, self._counts_all, self._keeps_sparse = accumulate, counts_all, keeps_sparse
+        self.always_reduces = always_reduces
         self._sharding = None if params.masters is None else params.masters.sharding
         self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
         self._summed: list[Tensor] = []  # params.model when they were
@@ -485,6 +493,8 @@ class DataParallel:
         # What module.compile() does, but for the function above: the compiler passes over frames of torch's own, so
         # that module.compile() leaves an nn.Sequential as it is, without a word.
         module._compiled_call_impl = torch.compile(call, **options)
+
+    def recover(self) -> None: ...
 
     def reshard(self) -> None: ...
 

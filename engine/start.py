@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from engine.agreement import check_agreement
 from engine.build import OptimizerLike, ScheduleLike, build_parts
+from engine.compiled import unwrap_compiled
 from engine.data import CollateFn, Loader
 from engine.distributed import World, join_world
 from engine.engine import Engine
@@ -47,7 +48,8 @@ def initialize(
     Alone under plain ``python``; under torchrun every process calls this and they train together.
 
     Args:
-        model: any module; it is moved to the engine's device.
+        model: any module; it is moved to the engine's device. One that `torch.compile` has wrapped, or that has such
+            modules in it, runs compiled; the module without its wrapper is the engine's, so that names stay plain.
         config: DeepSpeed's JSON: a path, a dict, JSON text, or what `load_config` returned.
         optimizer: takes the place of the config's: an optimizer, or a function of the parameters.
         model_parameters: what the config's optimizer gets: parameters, or groups with rates of their own;
@@ -72,6 +74,7 @@ def initialize(
     loaded = load_config(config)
     if loaded.scheduler is not None and loaded.optimizer is None and optimizer is None and lr_scheduler is None:
         raise _unscheduled(loaded)
+    model = unwrap_compiled(model)
     world = join_world(device, timeout=loaded.redline.distributed_timeout)
     loaded = load_config(loaded, world_size=world.size)
     check_agreement(loaded, world, model, training_data)

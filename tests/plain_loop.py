@@ -305,6 +305,8 @@ class Loop:
 
     def backward_of(self, rank: int, loss: Tensor, *, scale: bool = True, sync: bool = True) -> None:
         self._refuse_lost_gradients(now=True)
+        if self.no_graph:  # of an earlier micro-batch, on one rank: all find out when they reduce
+            self.may_refuse = self.may_refuse or NO_GRAPH
         self.scalings.add(scale)
         state = self.ranks[rank]
         if loss.requires_grad:

@@ -26,6 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schedulers",),
     (
         "engine.arguments",
+        "engine.compiled",
         "engine.device",
         "engine.errors",
         "engine.fused",

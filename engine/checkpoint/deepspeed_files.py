@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.compiled import plain_names
 from engine.errors import EngineError
 
 __all__ = ["Files", "Mapped", "files_of", "is_deepspeeds"]
@@ -123,7 +124,11 @@ def _load(path: Path) -> dict[str, Any]:
         raise EngineError(f"{path}: it is broken, or no file of DeepSpeed's: {reason}") from error
     if not isinstance(content, dict):
         raise EngineError(f"{path}: it holds {type(content).__name__}, not what DeepSpeed writes")
-    return content
+    return {key: plain_names(value) if key in _NAMED else value for key, value in content.items()}
+
+
+# Where the names of parameters and buffers are: DeepSpeed writes those of a compiled module with its wrapper in them.
+_NAMED = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments")
 
 
 def _why_refused(path: Path, message: str) -> str:

@@ -20,6 +20,7 @@ from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.safetensors import Entry, Writer, in_order
 from engine.checkpoint.shares import is_sharded
 from engine.checkpoint.state import aliases_of
+from engine.compiled import plain_name
 from engine.errors import EngineError
 from engine.log import log
 
@@ -78,11 +79,12 @@ def _model(engine: Engine, exclude_frozen: bool) -> tuple[dict[str, Tensor], dic
     module = engine.module
     aliases = aliases_of(module)
     left_out = {
-        name
+        plain_name(name)
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if exclude_frozen and not parameter.requires_grad
     }
-    state = {name: value for name, value in module.state_dict().items() if name not in aliases and name not in left_out}
+    state = {plain_name(name): value for name, value in module.state_dict().items()}
+    state = {name: value for name, value in state.items() if name not in aliases and name not in left_out}
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     others: dict[str, Any] = {}
     for name, value in state.items():

@@ -13,11 +13,12 @@ from engine.checkpoint import layout
 from engine.checkpoint.files import why_unreadable
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken
+from engine.compiled import plain_names
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["Opened", "open_checkpoint"]
+__all__ = ["Opened", "open_checkpoint", "with_plain_names"]
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,13 @@ def open_checkpoint(found: Found, rank: int) -> Opened:
         mine = torch.load(own, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's loader stumbles in many ways
         raise Broken(why_unreadable(own, error)) from error
+    if not isinstance(mine, dict):
+        raise Broken(f"{own}: it holds {type(mine).__name__}, not what a checkpoint has")
     metadata = read_metadata(found.folder)
-    return Opened(found, metadata, metadata.state_dict_metadata, shared, mine, is_own)
+    own_state = {key: plain_names(value) if key == "buffers" else value for key, value in mine.items()}
+    return Opened(found, metadata, metadata.state_dict_metadata, with_plain_names(shared), own_state, is_own)
+
+
+def with_plain_names(shared: dict[str, Any]) -> dict[str, Any]:
+    """What all processes share, by the model's plain names; the script's own things as they are."""
+    return {key: value if key in ("client_state", "data") else plain_names(value) for key, value in shared.items()}

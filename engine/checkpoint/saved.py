@@ -16,6 +16,7 @@ from engine.checkpoint import layout
 from engine.checkpoint.files import why_unreadable
 from engine.checkpoint.layout import Found
 from engine.checkpoint.manifest import Broken
+from engine.checkpoint.opened import with_plain_names
 from engine.checkpoint.stored import PART, Stored
 
 __all__ = ["SavedCheckpoint"]
@@ -131,12 +132,12 @@ class SavedCheckpoint:
         self._metadata = read_metadata(found.folder)
         self._entries: Mapping[str, Any] = self._metadata.state_dict_metadata  # each of a tensor
         try:
-            shared = json.loads((found.folder / layout.STATE).read_text(encoding="utf-8"))
+            shared = with_plain_names(json.loads((found.folder / layout.STATE).read_text(encoding="utf-8")))
             self.aliases: dict[str, str] = dict(shared["aliases"])
             self.buffers: list[str] = list(shared["buffers"])
             self.left_out: list[str] = list(shared["left_out"])
             self._names: list[str] = [*shared["weights"], *self.buffers]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Broken(f"{found.folder / layout.STATE}: it is not a checkpoint's: {error!r}") from error
 
     def tensors(self) -> dict[str, Stored]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from engine.checkpoint.frames import memory_of
 from engine.checkpoint.plain import pack
+from engine.compiled import plain_name
 from engine.errors import EngineError
 from engine.randomness import random_state
 from engine.schedule_state import portable_state
@@ -73,7 +74,7 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
     tensors: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
     weights = weights_of(engine)
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    frozen = [plain_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad]
     left_out = frozen if exclude_frozen else []
     tensors |= {f"model.{name}": weight for name, weight in weights.items() if name not in left_out}
     buffers = buffers_of(module)
@@ -111,7 +112,8 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
     """What the optimizer updates, by the names of the model's parameters; of others the parameters themselves."""
     masters = {} if engine._masters is None else engine._masters.of
-    return {name: masters.get(parameter, parameter) for name, parameter in engine.module.named_parameters()}
+    named = engine.module.named_parameters()
+    return {plain_name(name): masters.get(parameter, parameter) for name, parameter in named}
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
         for prefix, each in module.named_modules()
         for name in each._non_persistent_buffers_set
     }
-    return {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+    return {plain_name(name): buffer for name, buffer in module.named_buffers() if name not in passing}
 
 
 def aliases_of(module: nn.Module) -> dict[str, str]:
@@ -131,7 +133,7 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
     for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in named:
             if first.setdefault(id(tensor), name) != name:
-                aliases[name] = first[id(tensor)]
+                aliases[plain_name(name)] = plain_name(first[id(tensor)])
     return aliases
 
 
@@ -139,7 +141,7 @@ def extra_states_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have state of their own making."""
     for name, each in module.named_modules():
         if type(each).get_extra_state is not nn.Module.get_extra_state:
-            yield name, each
+            yield plain_name(name), each
 
 
 def model_tensors(engine: Engine) -> dict[str, Tensor]:

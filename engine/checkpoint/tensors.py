@@ -16,6 +16,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,7 @@ from torch.futures import Future
 from engine.checkpoint.files import Checksummed, Record, why_unreadable
 from engine.checkpoint.frames import write_tensor
 from engine.checkpoint.manifest import Broken
+from engine.compiled import plain_name
 
 __all__ = ["METADATA", "Writing", "read", "read_metadata"]
 
@@ -165,7 +167,7 @@ class _Checksumming(FileSystem):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Which tensors a checkpoint has, and where they are.
+    """Which tensors a checkpoint has, and where they are; those of a model by its plain names.
 
     Raises:
         Broken: the file holds anything but that.
@@ -186,7 +188,14 @@ def read_metadata(folder: Path) -> Metadata:
         name = place.relative_path
         if Path(name).name != name or not name.endswith(".distcp") or getattr(place, "transform_descriptors", None):
             raise Broken(f"{path}: {index.fqn} is said to be in {name!r}, which is no plain file of this folder")
+    entries, storage = metadata.state_dict_metadata, metadata.storage_data or {}
+    metadata.state_dict_metadata = {_plain(key): entry for key, entry in entries.items()}
+    metadata.storage_data = {replace(index, fqn=_plain(index.fqn)): place for index, place in storage.items()}
     return metadata
+
+
+def _plain(key: str) -> str:
+    return key if key.startswith(("client_state.", "data.")) else plain_name(key)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -124,10 +124,8 @@ def estimate(
     """
     everything, trained = elements.trained + elements.frozen, elements.trained
     has_masters = numbers.updated != numbers.computed
-    # DDP keeps its buckets of low gradients beside the masters' gradients, from update to update.
-    buckets = trained * numbers.computed if has_masters and processes > 1 else 0
     parameters = everything * numbers.computed + (trained * numbers.updated if has_masters else 0)
-    gradients, state = trained * numbers.updated + buckets, round(trained * numbers.state)
+    gradients, state = trained * numbers.updated, round(trained * numbers.state)
     none_shared = Held(parameters, gradients, state, parameters + gradients + state)
     if processes == 1 and not offloaded:
         return dict.fromkeys((0, 1, 2, 3), none_shared)
@@ -139,25 +137,29 @@ def estimate(
     # A block that is being put together is there twice: as it has come, and as its parameters.
     shared, rest = everything - elements.whole, elements.rest
     block, around = (elements.largest, rest) if elements.largest else (rest, 0)
-    gathered = dict.fromkeys((1, 2), max(shared + block, 2 * rest)) | {3: max(around + 2 * block, 2 * rest)}
+    gathered = max(around + 2 * block, 2 * rest)
     copied = math.ceil((shared - around - block) / second_copy) if 1 < second_copy < processes else 0
     on_their_way = (around + block) * numbers.computed  # gradients in a backward that are still to be shared out
     shares, state = share(everything) * numbers.updated, round(share(trained) * numbers.state)
     held = {0: none_shared}
-    for stage, once in gathered.items():
+    for stage in (1, 2):  # parameters in full, and the gradients of a backward until it ends
         whole = micro_batches > 1 and stage in add_up_whole
-        gradients = trained * numbers.summed if whole else share(trained) * numbers.updated
-        there = gradients if micro_batches > 1 else 0  # when a forward begins
-        forward = shares + once * numbers.computed
-        if stage < 3:  # frees a block's parameters when it has shared out its gradients; none while they add up whole
-            moments = [shares + shared * numbers.computed + there + on_their_way]
-            moments += [forward] if whole else [forward + there]
-        else:  # gathers the last blocks when there are nearly all gradients, and the copy has been used up
-            late = there or share(max(trained - around - 2 * block, 0)) * numbers.updated
-            moments = [forward + late + on_their_way]
-            forward += copied * numbers.computed
-            moments += [forward + there + on_their_way]
-        held[stage] = Held(forward, gradients, state, state + max(*moments, shares + gradients))
+        parameters = everything * numbers.computed + share(trained) * numbers.updated
+        gradients = share(trained) * numbers.updated
+        apart = numbers.computed != numbers.summed
+        there = 0 if micro_batches == 1 else gradients if not whole else trained * numbers.summed if apart else 0
+        most = parameters + state + max(gradients, there + trained * numbers.computed)
+        held[stage] = Held(parameters, max(gradients, trained * numbers.summed if whole else 0), state, most)
+    whole = micro_batches > 1 and 3 in add_up_whole
+    gradients = trained * numbers.summed if whole else share(trained) * numbers.updated
+    there = gradients if micro_batches > 1 else 0  # when a forward begins
+    forward = shares + gathered * numbers.computed
+    # Gathers the last blocks when there are nearly all gradients, and the copy has been used up.
+    late = there or share(max(trained - around - 2 * block, 0)) * numbers.updated
+    moments = [forward + late + on_their_way]
+    forward += copied * numbers.computed
+    moments += [forward + there + on_their_way]
+    held[3] = Held(forward, gradients, state, state + max(*moments, shares + gradients))
     return held
 
 

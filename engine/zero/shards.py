@@ -30,6 +30,7 @@ from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import adds_up_whole, memory_of
 from engine.zero.outputs import find_outputs
 from engine.zero.torchs import (
+    break_off_forward,
     fill_held,
     follow_flags,
     forget,
@@ -137,6 +138,7 @@ class FullyShard:
     """
 
     reduces_in_backward = True
+    always_reduces = False  # FSDP2 does
 
     def __init__(
         self,
@@ -156,6 +158,7 @@ class FullyShard:
         self._group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shards
         self._synced = True  # whether the next backward gives every rank its shard of the gradients
         self._held = False  # whether a backward has left whole gradients on this rank
+        self._reached = False  # whether a backward has left a gradient
         self._num_sharded = 0  # of the gradients that were reduced last; whole ones follow them
         self._expected = Expected()
         self._held_expected: list[tuple[int, int]] = []
@@ -212,11 +215,18 @@ class FullyShard:
 
     def collect(self) -> None:
         self._held = self._held or not self._synced
-        self._expected.note(self.params.model)
         self._held_expected = held_versions(self._units)
+        if self._held_expected or self._expected.note(self.params.model):
+            self._reached = True
+        token = min(self.params.model, key=Tensor.numel, default=None)
+        if self._held and token is not None and token.grad is None:
+            # FSDP2 holds gradients where zero_grad() does not see them; this one, to which it adds, shows that it was
+            # called.
+            token.grad = torch.zeros_like(token, requires_grad=False)
+        self._expected.note(self.params.model)
 
     def reached(self) -> bool:
-        return bool(self._held_expected) or any(param.grad is not None for param in self.params.model)
+        return self._reached
 
     def reduce(self, status: Sequence[float]) -> Reduced:
         if self._held:
@@ -257,6 +267,9 @@ class FullyShard:
     def update(self, optimizer: Optimizer) -> None:
         step_on_shards(optimizer)
 
+    def recover(self) -> None:
+        break_off_forward(self.module, self._units)
+
     def reshard(self) -> None:
         for unit in self._units:
             unit.reshard()
@@ -273,7 +286,7 @@ class FullyShard:
 
     def clear(self) -> None:
         forget(self.module, self._units)
-        self._held = False
+        self._held = self._reached = False
         for param in self.params.all:
             param.grad = None
         self._expected.note_none(self.params.model)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
+    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
     "sum_unused",
 ]  # fmt: skip
 
@@ -120,6 +120,20 @@ def held_versions(units: Iterable[Any]) -> list[tuple[int, int]]:
     return held
 
 
+def break_off_forward(model: Any, units: Iterable[Any]) -> None:
+    """Bring blocks back to where they are between forwards, after one that has raised; gradients stay."""
+    state = model._get_fsdp_state()
+    for each in state._state_ctx.all_states:
+        each._training_state = TrainingState.IDLE
+        getattr(each, "_modules_to_run_forward", set()).clear()
+    for group in _groups(units):
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        group._training_state = TrainingState.IDLE
+        group.reshard()
+    state._state_ctx.iter_forward_root = None
+
+
 def forget(model: Any, units: Iterable[Any]) -> None:
     """Drop gradients that are held, and what a forward or backward that has broken off left in between."""
     state = model._get_fsdp_state()
@@ -131,7 +145,7 @@ def forget(model: Any, units: Iterable[Any]) -> None:
             group.wait_for_unshard()
         if not resets:
             group._post_forward_indices.clear()
-            group.comm_ctx.post_forward_order.clear()
+            getattr(group.comm_ctx, "post_forward_order", []).clear()  # it is there from the first forward on
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):

@@ -136,7 +136,7 @@ def test_each_is_printed_after_its_update_and_the_table_when_asked_for(ranks: li
     assert [line.partition(" in ")[0] for line in verbose] == [f"step={n}: all_reduce: 28 B" for n in (1, 2)]
     assert table[0] == "collectives of process 0 of 2"
     assert table[1].split() == ["collective", "size", "count", "ms", "ms", "each", "bus", "Gbit/s"]
-    assert table[2].split()[:4] == ["all_reduce", "20", "B", "2"]
+    assert table[2].split()[:4] == ["all_reduce", "28", "B", "2"]
     assert other == ([], [])
 
 

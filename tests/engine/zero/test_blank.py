@@ -234,6 +234,13 @@ def test_one_process_trains_a_model_from_the_meta_device() -> None:
     assert losses[2] < losses[0]
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    try:
+        return tensor.device.type == "cpu"
+    except RuntimeError:  # the garbage collector also finds tensors that torch has not finished, without a device
+        return False
+
+
 def work(stage: int) -> tuple[list[float], int, int]:
     """Losses; the largest number of elements alive on this process while the model was shared out; its size."""
     torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 7)
@@ -247,7 +254,7 @@ def work(stage: int) -> tuple[list[float], int, int]:
         held = {
             each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() // 4
             for each in gc.get_objects()
-            if type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and each.dtype is torch.float32
+            if type(each) in (Tensor, nn.Parameter) and is_on_cpu(each) and each.dtype is torch.float32
         }
         alive[0] = max(alive[0], sum(held.values()))
         return value

