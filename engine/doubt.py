@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from engine.transfer import HostCopy
 
 __all__ = ["Doubt", "can_skip"]
 
@@ -21,17 +22,11 @@ class Doubt:
     def __init__(self, loss: Tensor, norm: Tensor | float, undo: Callable[[], None]) -> None:
         self.loss = loss
         self.undo = undo
-        self._norm, self._arrived = norm, None
-        if isinstance(norm, Tensor) and norm.is_cuda:
-            self._norm = torch.empty((), pin_memory=True).copy_(norm, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        self._norm = HostCopy(norm)
 
     def norm(self) -> float:
         """Waits for the end of that update's backward, when the next forward is under way already."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._norm)
+        return self._norm.read()[0]
 
 
 def can_skip(optimizer: Optimizer | None) -> bool:

@@ -38,6 +38,7 @@ from engine.optimizer_step import OptimizerStep
 from engine.parts import Parts
 from engine.peers import explains_losses
 from engine.schedule_state import step_undoably
+from engine.transfer import reads_cost_nothing
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -350,7 +351,7 @@ class Engine(nn.Module):
         status = reduced.status
         self._ranks_reached = self._ranks_reached or reached
         # What this rank knows without asking the device is enough while all is well.
-        if status is not None and (status.device.type == "cpu" or no_graph or not reached):
+        if status is not None and (reads_cost_nothing(status.device) or no_graph or not reached):
             ranks_reached, ranks_without_graph = status.tolist()
             self._ranks_reached = self._ranks_reached or ranks_reached > 0.5
             if ranks_without_graph > 0.5:

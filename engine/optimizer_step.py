@@ -12,6 +12,7 @@ from engine.doubt import can_skip
 from engine.gradients import clip, scale_by
 from engine.parallel import Parallel
 from engine.precision import Precision
+from engine.transfer import reads_cost_nothing
 
 __all__ = ["OptimizerStep"]
 
@@ -45,7 +46,7 @@ class OptimizerStep:
         scale = 1.0 if precision.loss_scale is None else precision.loss_scale.value
         # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip a step by themselves, and the
         # engine learns of it when the next one begins; other optimizers have to be told, which waits.
-        reads_norm = gradients[0].device.type == "cpu" or (precision.skips and not can_skip(optimizer))
+        reads_norm = reads_cost_nothing(gradients[0].device) or (precision.skips and not can_skip(optimizer))
         if precision.master_params is not None:
             precision.master_params.adopt_writes()
         if reads_norm:
