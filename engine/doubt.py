@@ -1,7 +1,7 @@
 """An update of which only the device knows yet whether it was made.
 
-In fp16 and bf16 an update with a gradient that is not finite is skipped. On CUDA torch's fused optimizers do so by
-themselves; that the schedule has moved all the same is found out, and undone, when the next update begins.
+In fp16 and bf16 an update with a gradient that is not finite is skipped. On CUDA the device does so by
+itself (`engine.skipping`); that the schedule has moved all the same is found out, and undone, when the next update begins.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from engine.transfer import HostCopy
 
-__all__ = ["Doubt", "can_skip"]
+__all__ = ["Doubt"]
 
 
 class Doubt:
@@ -27,10 +26,3 @@ class Doubt:
     def norm(self) -> float:
         """Waits for the end of that update's backward, when the next forward is under way already."""
         return self._norm.read()[0]
-
-
-def can_skip(optimizer: Optimizer | None) -> bool:
-    """Whether the optimizer leaves an update out by itself where `found_inf` says so."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return False
-    return optimizer is not None and all(group.get("fused") for group in optimizer.param_groups)

@@ -109,6 +109,8 @@ class Engine(nn.Module):
         self._precision = parts.precision
         self._masters = parts.precision.master_params
         self.scaler = parts.precision.loss_scale
+        # Autocast knows no meta device; a run without values goes without its casts.
+        self._autocast_device = "cpu" if parts.world.device.type == "meta" else parts.world.device.type
         self._input_casts: InputCasts | None = None
         if parts.precision.compute is not torch.float32:
             self._input_casts = InputCasts(parts.module, parts.precision.compute, parts.world.device.type)
@@ -155,7 +157,7 @@ class Engine(nn.Module):
                 return self._input_casts.call(model, args, kwargs)
             if self._precision.autocast is None:
                 return model(*args, **kwargs)
-            with torch.autocast(self.device.type, self._precision.autocast):
+            with torch.autocast(self._autocast_device, self._precision.autocast):
                 return model(*args, **kwargs)
         except BaseException as error:
             self._parallel.recover()
@@ -442,6 +444,7 @@ class Engine(nn.Module):
         skipped = not math.isfinite(norm)
         if skipped:
             doubt.undo()
+            self._optimizer_step.undo()
         self._judge(skipped, doubt.loss, norm)
         if self.scaler is not None:
             self.scaler.update(skipped)

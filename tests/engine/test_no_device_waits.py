@@ -10,6 +10,7 @@ pageable memory. Both are replaced here, and counted or refused.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,8 +78,9 @@ def train(engine: Engine, rows: Tensor, steps: int) -> None:
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch and the engine choose on the meta device what they choose on CUDA; kernels that it lacks do nothing."""
-    monkeypatch.setattr("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["cuda", "cpu", "meta"])
-    monkeypatch.setattr("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
+    chooses = importlib.import_module("torch.optim.optimizer")  # torch.optim has taken its name away
+    monkeypatch.setattr(chooses, "_get_fused_kernels_supported_devices", lambda: ["cuda", "cpu", "meta"])
+    monkeypatch.setattr(chooses, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
     monkeypatch.setattr("engine.fused._DEVICES", ("cpu", "cuda", "meta"))
     for name in _FUSED:
         monkeypatch.setattr(torch, name, lambda *args, **kwargs: None)
@@ -116,3 +118,135 @@ def test_a_step_reads_nothing_from_the_device(
     train(engine, torch.zeros(2, dtype=torch.long, device="meta"), steps=4)
     assert engine.global_steps == 4
     assert isinstance(engine.grad_norm, Tensor) and engine.grad_norm.device.type == "meta"
+
+
+# -- a device that runs on its own, played by the CPU ----------------------------------------------------------------
+
+
+class Arrivals:
+    """Takes the place of page-locked memory and CUDA's events: what is sent to the host arrives at once.
+
+    Attributes:
+        waits: how often the host has waited for an arrival.
+    """
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def send(self, values: Sequence[Tensor | float]) -> tuple[list[float], Arrivals]:
+        with unwatched():
+            return [float(value) for value in values], self
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@contextmanager
+def cpu_like_cuda() -> Iterator[Arrivals]:
+    """Have the engine take the branch of CUDA on the CPU."""
+    arrivals = Arrivals()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "_READ_AT_ONCE", ())
+        patch.setattr(transfer, "_send", arrivals.send)
+        yield arrivals
+
+
+def weights_after(optimizer: str, precision: str, overflows: Sequence[int]) -> tuple[list[Tensor], Any, list[Any]]:
+    """Train, with a loss that is not finite at some steps."""
+    engine = initialize(model_of(), config_of(optimizer, precision, 1), device="cpu")
+    for step in range(6):
+        loss = engine(torch.arange(2)).float().square().mean()
+        engine.backward(loss * float("inf") if step in overflows else loss)
+        engine.step()
+    return [param.detach() for param in engine.module.parameters()], engine.get_lr(), [
+        engine.skipped_steps, engine.loss_scale
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "autocast fp16"])
+def test_steps_that_the_device_skips_leave_what_skipped_steps_leave(precision: str, optimizer: str) -> None:
+    overflows = [0, 3, 4]
+    expected = weights_after(optimizer, precision, overflows)
+    with cpu_like_cuda():
+        weights, lr, counts = weights_after(optimizer, precision, overflows)
+    assert (lr, counts) == expected[1:] and counts[0] == len(overflows)
+    for weight, wanted in zip(weights, expected[0]):
+        assert weight.isfinite().all()
+        torch.testing.assert_close(weight, wanted, rtol=1e-3, atol=1e-5)
+
+
+# -- collectives -----------------------------------------------------------------------------------------------------
+
+_READS = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim")
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where a value is read, except from an optimizer's step counters, which are on the host."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in _READS and not any(args[0] is each for each in self._counters()):
+            raise AssertionError(f"{func} reads a value of shape {tuple(args[0].shape)}")
+        return func(*args, **(kwargs or {}))
+
+    def _counters(self) -> list[Any]:
+        names = ("step", "mu_product")
+        return [state[name] for state in self._optimizer.state.values() for name in names if name in state]
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+def test_a_read_on_the_cpu_is_noticed() -> None:
+    values = torch.ones(3)
+    optimizer = torch.optim.SGD([nn.Parameter(values)])
+    for read in (lambda: values[0].item(), lambda: values.tolist(), lambda: bool(values[0]), lambda: values[values > 0],
+                 lambda: torch.equal(values, values), lambda: values.nonzero(), lambda: float(values.sum())):  # fmt: skip
+        with pytest.raises(AssertionError, match="reads a value"), NoReads(optimizer):
+            read()
+    engine = initialize(model_of(), config_of("AdamW", "fp32", 1), device="cpu")
+    with pytest.raises(AssertionError, match="reads a value"), NoReads(engine.optimizer):
+        train(engine, torch.arange(2), steps=1)
+
+
+def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
+    """How often three steps wait for a number of the step before, for each (stage, optimizer, precision, accumulation)."""
+    dist.init_process_group("gloo")
+    found = []
+    for stage, optimizer, precision, accumulation in cases:
+        rest = {"zero_optimization": {"stage": stage}, "redline": {"zero": {"smallest_block": 1}}}
+        with cpu_like_cuda() as arrivals:
+            engine = initialize(model_of(), config_of(optimizer, precision, accumulation, **rest), device="cpu")
+            rows = torch.arange(2) + dist.get_rank()
+            train(engine, rows, steps=1)  # compares the ranks' first batches, and makes the optimizer's state
+            engine.settle()
+            arrivals.waits = 0
+            try:
+                with NoReads(engine.optimizer):
+                    train(engine, rows, steps=3)
+            except AssertionError as error:
+                raise AssertionError(f"stage {stage}, {optimizer}, {precision}, accumulation {accumulation}") from error
+            found.append(arrivals.waits)
+            assert isinstance(engine.grad_norm, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_of_two_ranks_reads_nothing(stage: int) -> None:
+    """Where steps may be skipped, a backward waits for the norm of the step before, whose loss scale it needs."""
+    optimizers = ["AdamW", "SGD with momentum", "Adagrad", "Lamb", "Lion", "Muon", "RMSprop"]
+    cases = [(stage, "AdamW", precision, steps) for precision in PRECISIONS for steps in (1, 3)]
+    cases += [(stage, optimizer, precision, 1) for optimizer in optimizers[1:] for precision in ("fp32", "bf16")]
+    expected = [2 if precision in ("bf16", "fp16", "autocast fp16") else 0 for _, _, precision, _ in cases]
+    for waits in run_ranks(waits_of_steps, 2, cases):
+        assert waits == expected
