@@ -38,6 +38,7 @@ from engine.optimizer_step import OptimizerStep
 from engine.parts import Parts
 from engine.peers import explains_losses
 from engine.schedule_state import step_undoably
+from engine.transfer import reads_cost_nothing
 
 if TYPE_CHECKING:
     from engine.checkpoint.background import Background
@@ -108,6 +109,8 @@ class Engine(nn.Module):
         self._precision = parts.precision
         self._masters = parts.precision.master_params
         self.scaler = parts.precision.loss_scale
+        # Autocast knows no meta device; a run without values goes without its casts.
+        self._autocast_device = "cpu" if parts.world.device.type == "meta" else parts.world.device.type
         self._input_casts: InputCasts | None = None
         if parts.precision.compute is not torch.float32:
             self._input_casts = InputCasts(parts.module, parts.precision.compute, parts.world.device.type)
@@ -154,7 +157,7 @@ class Engine(nn.Module):
                 return self._input_casts.call(model, args, kwargs)
             if self._precision.autocast is None:
                 return model(*args, **kwargs)
-            with torch.autocast(self.device.type, self._precision.autocast):
+            with torch.autocast(self._autocast_device, self._precision.autocast):
                 return model(*args, **kwargs)
         except BaseException as error:
             self._parallel.recover()
@@ -350,7 +353,7 @@ class Engine(nn.Module):
         status = reduced.status
         self._ranks_reached = self._ranks_reached or reached
         # What this rank knows without asking the device is enough while all is well.
-        if status is not None and (status.device.type == "cpu" or no_graph or not reached):
+        if status is not None and (reads_cost_nothing(status.device) or no_graph or not reached):
             ranks_reached, ranks_without_graph = status.tolist()
             self._ranks_reached = self._ranks_reached or ranks_reached > 0.5
             if ranks_without_graph > 0.5:
@@ -441,6 +444,7 @@ class Engine(nn.Module):
         skipped = not math.isfinite(norm)
         if skipped:
             doubt.undo()
+            self._optimizer_step.undo()
         self._judge(skipped, doubt.loss, norm)
         if self.scaler is not None:
             self.scaler.update(skipped)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 
-import torch
 from torch import Tensor
 
 from engine.log import log
+from engine.transfer import HostCopy, reads_cost_nothing
 
 __all__ = ["FiniteWatch"]
 
@@ -22,14 +22,17 @@ class FiniteWatch:
 
     def __init__(self) -> None:
         self._count = 0
-        self._on_the_way: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        self._on_the_way: deque[tuple[int, HostCopy]] = deque()
 
     def see(self, step: int, loss: Tensor, norm: Tensor | float) -> None:
         """Look at an update that was made."""
-        if loss.is_cuda:
-            self._later(step, loss, norm)
-        else:
+        if reads_cost_nothing(loss.device):
             self._look(step, float(loss), float(norm))
+            return
+        while self._on_the_way and self._on_the_way[0][1].has_arrived():
+            earlier, values = self._on_the_way.popleft()
+            self._look(earlier, *values.read())
+        self._on_the_way.append((step, HostCopy(loss, norm)))
 
     def skipped(self, step: int, loss: Tensor, norm: float, then: str) -> None:
         """Report an update that was left out; `then` says what follows from it."""
@@ -48,20 +51,6 @@ class FiniteWatch:
                 "the learning rate, clip gradients, or look at this update's data%s",
                 step, loss, norm, self._so_far(),
             )  # fmt: skip
-
-    def _later(self, step: int, loss: Tensor, norm: Tensor | float) -> None:
-        while self._on_the_way and self._on_the_way[0][2].query():  # type: ignore[no-untyped-call]
-            earlier, values, _ = self._on_the_way.popleft()
-            self._look(earlier, float(values[0]), float(values[1]))
-        values = torch.empty(2, pin_memory=True)
-        values[0].copy_(loss, non_blocking=True)
-        if isinstance(norm, Tensor):
-            values[1].copy_(norm, non_blocking=True)
-        else:
-            values[1] = norm
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self._on_the_way.append((step, values, arrived))
 
     def _says_this_one(self) -> bool:
         self._count += 1

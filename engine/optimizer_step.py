@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from engine.doubt import can_skip
 from engine.gradients import clip, scale_by
 from engine.parallel import Parallel
 from engine.precision import Precision
+from engine.skipping import can_put_back, can_skip, num_state_tensors, step_or_put_back
+from engine.transfer import HostCopy, reads_cost_nothing
 
 __all__ = ["OptimizerStep"]
 
@@ -32,6 +34,13 @@ class OptimizerStep:
     def __init__(self, optimizer: Optimizer | None, parallel: Parallel, precision: Precision, clip_norm: float) -> None:
         self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
         self.grad_norm: Tensor | float | None = None
+        self._undo: Callable[[], None] | None = None
+        self._stepped: tuple[list[Tensor], int] | None = None  # what was updated last, and how many tensors of state it had
+
+    def undo(self) -> None:
+        """Put back what is left on the host of a step that the device has skipped."""
+        if self._undo is not None:
+            self._undo()
 
     def run(self, gradients: list[Tensor]) -> bool | None:
         """Make a step.
@@ -43,13 +52,18 @@ class OptimizerStep:
         assert optimizer is not None
         norm = self._parallel.norm(gradients)
         scale = 1.0 if precision.loss_scale is None else precision.loss_scale.value
-        # The CPU's numbers cost nothing to read. On CUDA torch's fused optimizers skip a step by themselves, and the
-        # engine learns of it when the next one begins; other optimizers have to be told, which waits.
-        reads_norm = gradients[0].device.type == "cpu" or (precision.skips and not can_skip(optimizer))
+        self._undo = None
+        # The CPU's numbers cost nothing to read. On CUDA the device skips a step by itself, and the engine learns of it
+        # when the next one begins. Only the step that creates an optimizer's state, unless its kernels can skip, and
+        # steps of optimizers of which it is not known what they change, wait for the norm.
+        free = reads_cost_nothing(gradients[0].device)
+        puts_back = not free and precision.skips and not can_skip(optimizer)
+        updated = self._parallel.params.updated
+        reads_norm = free or (puts_back and not (can_put_back(optimizer) and self._has_state(optimizer, updated)))
         if precision.master_params is not None:
             precision.master_params.adopt_writes()
         if reads_norm:
-            self.grad_norm = value = norm.item() / scale
+            self.grad_norm = value = (norm.item() if free else HostCopy(norm).read()[0]) / scale
             if precision.skips and not math.isfinite(value):
                 return True
             clips = limit > 0 and not value + 1e-6 <= limit
@@ -58,6 +72,7 @@ class OptimizerStep:
             elif clips:
                 clip(gradients, norm, limit)
             self._parallel.update(optimizer)
+            self._stepped = updated, 0 if free else num_state_tensors(optimizer)
         else:
             self.grad_norm = norm / scale if scale != 1.0 else norm
             if scale != 1.0:
@@ -65,14 +80,28 @@ class OptimizerStep:
                 scale_by(gradients, 1.0 / (scale * larger))
             elif limit > 0:
                 clip(gradients, norm, limit)
-            if precision.skips:
-                optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            try:
-                self._parallel.update(optimizer)
-            finally:
-                if precision.skips:
-                    optimizer.found_inf = None  # type: ignore[attr-defined]
+            self._update(optimizer, norm, puts_back=puts_back)
         if precision.publish is not None:
             precision.publish()
         self._parallel.reshard()
         return False if reads_norm else None
+
+    def _has_state(self, optimizer: Optimizer, updated: list[Tensor]) -> bool:
+        """Whether the optimizer has all state that its step needs, as an earlier step left it."""
+        stepped = self._stepped
+        return stepped is not None and stepped[0] is updated and stepped[1] == num_state_tensors(optimizer)
+
+    def _update(self, optimizer: Optimizer, norm: Tensor, *, puts_back: bool) -> None:
+        """Let the optimizer make its step, or the device skip it."""
+        if not self._precision.skips:
+            self._parallel.update(optimizer)
+            return
+        found_inf = norm.isfinite().logical_not().float()
+        if puts_back:
+            self._undo = step_or_put_back(optimizer, lambda: self._parallel.update(optimizer), found_inf)
+            return
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        try:
+            self._parallel.update(optimizer)
+        finally:
+            optimizer.found_inf = None  # type: ignore[attr-defined]

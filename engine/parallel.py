@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.gradients import Reduction, norm_of
 from engine.master_params import TrainedParams
 from engine.sharding import Sharding, Show, buckets_of
+from engine.transfer import numbers_on
 
 __all__ = ["DataParallel", "Expected", "Parallel", "Reduced", "all_reduce"]
 
@@ -387,7 +388,7 @@ class DataParallel:
         divided = set(sharded)
         whole = [index for index in range(len(params)) if index not in divided]
         gradients: list[Tensor] = []
-        numbers = torch.tensor(status, dtype=torch.float32, device=params[0].device if params else None)
+        numbers = numbers_on(params[0].device if params else None, status)
         sums: Tensor | None = None
         if sharded:
             sums = self._scatter(params, targets, [(index, local[index]) for index in sharded], numbers, gradients)

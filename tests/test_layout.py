@@ -37,6 +37,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.randomness",
         "engine.rendezvous",
         "engine.textplot",
+        "engine.skipping",
+        "engine.transfer",
     ),
     ("engine.config", "engine.network", "engine.optimizers", "engine.peers"),
     ("engine.distributed",),

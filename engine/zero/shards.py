@@ -24,6 +24,7 @@ from engine.log import log
 from engine.master_params import TrainedParams
 from engine.parallel import Expected, Reduced, all_reduce, step_on_shards
 from engine.sharding import Show, make_mesh, unfuse_on_shards
+from engine.transfer import numbers_on
 from engine.zero.blank import Blank
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
@@ -246,7 +247,7 @@ class FullyShard:
         if self._factor != 1.0:
             scale_by(gradients, self._factor)
         self._num_sharded = len(gradients)
-        numbers = torch.tensor(status, dtype=torch.float32, device=self.params.model[0].device if self.params.model else None)
+        numbers = numbers_on(self.params.model[0].device if self.params.model else None, status)
         totals, sums = all_reduce([param.grad for param in whole], whole, self.reduction, numbers)
         for param, total in zip(whole, totals):
             param.grad = total.to(param.dtype)
