@@ -5,8 +5,9 @@
         engine.backward(loss)
         engine.step()
 
-Owns the step loop and its counters; is handed finished parts (`build.py` makes them). Nothing here
-waits for the device: losses and norms stay tensors until somebody asks for their value.
+Owns the step loop and its counters; `build.py` makes the parts. Gradients add up on each rank, and are reduced in
+the backward() that ends an accumulation, or in step() where only that ends it; see `engine.parallel`. Nothing here
+waits for the device: losses and norms stay tensors until their value is asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ __all__ = ["Engine", "Observer"]
 
 
 class Observer(Protocol):
-    """What looks at the engine after every update, before rate and momentum move on."""
+    """What looks at the engine after every optimizer step, before learning rate and momentum move on."""
 
     def updated(self, engine: Engine) -> None: ...
 
@@ -58,24 +59,26 @@ class Engine(nn.Module):
     Made by :func:`engine.initialize`. The names are DeepSpeed's.
 
     Attributes:
-        module: the model as it was given, on the engine's device.
-        optimizer: None when neither config nor script gave one; the engine then only evaluates.
-        lr_scheduler: None for a fixed rate.
+        module: the model as it was given, on the engine's device. Up to ZeRO stage 2 its parameters are full on every
+            rank, in the dtype of the computation; at stage 3 they are DTensors, of which each rank has its fp32 shard.
+        optimizer: None when neither config nor script gave one; the engine then only evaluates. Its groups have the
+            master params in low precision and at stages 1 and 2 (there as DTensors), else the model's own.
+        lr_scheduler: None for a fixed learning rate.
         training_dataloader: over `training_data`, if that was given.
         config: the config in force, batch sizes resolved.
         device: where the model is.
-        global_rank, local_rank, world_size: this process among all.
-        global_steps: updates done, skipped ones included.
-        global_samples: samples of these updates, over all processes.
+        global_rank, local_rank, world_size: this rank among all.
+        global_steps: optimizer steps done, skipped ones included.
+        global_samples: samples of these steps, over all ranks.
         micro_steps: micro-batches done.
         is_compiled: whether the model runs as :meth:`compile` made it.
         scaler: of the loss, in fp16; None elsewhere.
         recorder: of a range test, if the config asks for one.
-        observers: what looks at every update, in this order.
-        after_update: what is called when an update is whole, rate and momentum of the next one included.
+        observers: what looks at every optimizer step, in this order.
+        after_update: what is called when an optimizer step is complete, and learning rate and momentum have moved.
         client_state_on_sigterm: gives the `client_state` of the checkpoint that SIGTERM asks for; None for none.
-        steps_per_print: updates between two lines about progress; None for no lines. May be changed at any time, on
-            all processes alike.
+        steps_per_print: optimizer steps between two progress lines; None for no lines. May be changed at any time, on
+            all ranks alike.
     """
 
     _module: nn.Module
@@ -225,7 +228,7 @@ class Engine(nn.Module):
 
     @explains_losses
     def step(self) -> None:
-        """End a micro-batch; at the accumulation boundary update the weights, then learning rate and momentum.
+        """End a micro-batch; at the accumulation boundary make an optimizer step, then move learning rate and momentum.
 
         Raises:
             EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; gradients that did
@@ -451,7 +454,7 @@ class Engine(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within this block backward passes keep their gradients to this process."""
+        """Within this block backward passes keep their gradients on this rank; the next reduction includes them."""
         self._accumulation.in_no_sync = True
         try:
             yield
@@ -459,17 +462,17 @@ class Engine(nn.Module):
             self._accumulation.in_no_sync = False
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch under way is the last one of its update.
+        """Whether the current micro-batch is the last one of its accumulation.
 
-        With `managed_gradient_accumulation` false nothing tells before step(), which always updates.
+        With `managed_gradient_accumulation` false this is False, since every step() is an optimizer step.
         """
         return self._accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say whether the micro-batches from here on, one by one, end their update; the engine stops counting.
+        """Set whether the micro-batches from here on, one by one, end their accumulation; the engine stops counting.
 
         Raises:
-            EngineError: with `managed_gradient_accumulation` false, where every step() updates.
+            EngineError: with `managed_gradient_accumulation` false, where every step() is an optimizer step.
         """
         if not self._accumulation.managed:
             raise EngineError(
@@ -479,21 +482,18 @@ class Engine(nn.Module):
         self._accumulation.set_boundary(bool(is_boundary))
 
     def settle(self) -> None:
-        """Know whether the last update was made or skipped, as the next one will; on CUDA this may wait for it."""
+        """Find out whether the last optimizer step was made or skipped, as the next one will; on CUDA this may wait."""
         self._know()
 
     def put_away(self) -> None:
-        """Let `module` and the optimizer have the weights of now, sharded where they are.
-
-        What a script has written into the model's weights goes into the master params first.
-        """
+        """Copy what was written into the model to the master params; free full parameters that only copy shards."""
         self._parallel.reshard()
         if self._masters is not None:
             self._masters.compare_values()
             self._masters.adopt_writes()
 
     def train(self, mode: bool = True) -> Engine:
-        """Set the training mode, as of any module."""
+        """Set the training mode, as of any module; the next optimizer step also finds writes through ``.data``."""
         if self._masters is not None:
             # Weights are swapped (for their average, say) around an evaluation, by writes that leave no trace.
             self._masters.compare_values()
@@ -656,9 +656,9 @@ class Engine(nn.Module):
     ) -> None:
         """From here on run the model as `torch.compile` makes it; once is enough, a second call does nothing.
 
-        In place: parameters, `module` and the keys of the state dict stay as they are. On several processes DDP
-        stays around the compiled model, where torch's compiler finds it and splits the graph at its buckets, so that
-        gradients are still sent while the backward runs; a model that is shared out is compiled block by block.
+        In place: parameters, `module` and the keys of the state dict stay as they are. Up to ZeRO stage 2 the model is
+        compiled as one, on any number of ranks, since gradients are reduced after the backward; at stage 3 it is
+        compiled block by block.
 
         Args:
             backend: as in `torch.compile`.
@@ -678,12 +678,12 @@ class Engine(nn.Module):
 
     @property
     def loss(self) -> Tensor | None:
-        """This process's mean loss over the micro-batches of the last update, on the device; None before it."""
+        """This rank's mean loss over the last optimizer step's micro-batches, on the device; None before it."""
         return self._last_loss
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that were left out for a gradient that was not finite; 0 in fp32."""
+        """Optimizer steps that were skipped for a gradient that was not finite; 0 in fp32."""
         self._know()
         return self._skipped
 
@@ -693,7 +693,7 @@ class Engine(nn.Module):
 
     @property
     def grad_norm(self) -> Tensor | float | None:
-        """The last update's gradient norm before clipping, over all processes; on CUDA a tensor there."""
+        """The last optimizer step's gradient norm before clipping, over all ranks; on CUDA a tensor there."""
         return self._optimizer_step.grad_norm
 
     @property
@@ -703,20 +703,21 @@ class Engine(nn.Module):
         return None if self.scaler is None else self.scaler.value
 
     def get_lr(self) -> list[Any]:
-        """The rate of each parameter group, for the update to come."""
+        """The learning rate of each parameter group, for the next optimizer step."""
         self._know()
         return [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
-        """The momentum, or betas, of each parameter group, for the update to come."""
+        """The momentum, or betas, of each parameter group, for the next optimizer step."""
         self._know()
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group["betas"] if "betas" in group else group.get("momentum") for group in groups]
 
     def get_global_grad_norm(self) -> float | None:
-        """The last update's gradient norm before clipping, over all processes; None before it.
+        """The last optimizer step's gradient norm before clipping, over all ranks; None before it.
 
-        Not finite after an update that was skipped for that. Waits for the device.
+        Of the optimizer's parameters that require grad; at stage 0 without fp16 or bf16, of all that have a gradient.
+        Not finite after a step that was skipped for that. Waits for the device.
         """
         norm = self._optimizer_step.grad_norm
         return None if norm is None else float(norm)

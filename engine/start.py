@@ -45,15 +45,15 @@ def initialize(
 ) -> Engine:
     """Make an engine that trains `model` as `config` says.
 
-    Alone under plain ``python``; under torchrun every process calls this and they train together.
+    One rank under plain ``python``; under torchrun every rank calls this, and all start with rank 0's weights.
 
     Args:
         model: any module; it is moved to the engine's device. One that `torch.compile` has wrapped, or that has such
             modules in it, runs compiled; the module without its wrapper is the engine's, so that names stay plain.
         config: DeepSpeed's JSON: a path, a dict, JSON text, or what `load_config` returned.
         optimizer: takes the place of the config's: an optimizer, or a function of the parameters.
-        model_parameters: what the config's optimizer gets: parameters, or groups with rates of their own;
-            default all that require gradients.
+        model_parameters: what the config's optimizer gets: parameters, or groups with settings of their own; default
+            all that require grad now. Those of them that require grad at a step are what that step trains.
         training_data: a dataset, map-style or iterable, such as a list of samples; neither a DataLoader nor a
             generator. ``engine.training_dataloader`` deals it out in micro-batches.
         lr_scheduler: takes the place of the config's: a schedule, or a function of the optimizer.

@@ -112,9 +112,9 @@ class ZeroOptionsConfig(Section):
     )
     accumulate: Literal["local", "shared"] | None = Field(
         default=None,
-        description="Where gradients of micro-batches add up: on each process, whole and sent once an update; or "
-        "shared out and sent each time. Null: local in stages 1 and 2, and in stage 3 where they take at most a "
-        "quarter of the device's memory.",
+        description="Where gradients of micro-batches add up: local, in full on each rank and reduced once per "
+        "optimizer step; shared, sharded and reduced after every backward. Null: local at stages 1 and 2, and at stage "
+        "3 where full gradients take at most a quarter of the device's memory.",
     )
 
 
@@ -126,8 +126,8 @@ class RedlineConfig(Section):
     )
     find_unused_parameters: bool = Field(
         default=False,
-        description="Let a forward pass leave parameters unused, on some processes or all: at some cost per step with "
-        "DDP; a model that is shared out needs it only where processes differ in what they use.",
+        description="No longer needed: a forward may leave out parameters at any time, on some ranks or all; their "
+        "gradients are zero.",
     )
     distributed_timeout: Positive = Field(
         default=600.0,

@@ -61,7 +61,7 @@ _TABLE = (
     # Communication
     Key("prescale_gradients", HONOURED, "divides before the sum; gradient_predivide_factor then counts for nothing; "
         "from zero_optimization.stage 1 on torch divides", False),
-    Key("gradient_predivide_factor", HONOURED, "DeepSpeed's arithmetic; torch's from stage 1 on", 1.0),
+    Key("gradient_predivide_factor", HONOURED, "DeepSpeed's arithmetic; torch's at stage 3", 1.0),
     Key("gradient_allreduce_op", HONOURED, "the mean, or the sum", "mean"),
     Key("communication_data_type", HONOURED, "null sums in fp32, in every precision; DeepSpeed in the training's"),
     Key("managed_gradient_accumulation", HONOURED, "false: every step() is an update, and sends the gradients", True),
@@ -87,7 +87,8 @@ _TABLE = (
     Key("torch_autocast", HONOURED, "weights stay fp32; fp16 has torch's loss scale"),
     Key("data_types", HONOURED, "which format gradients add up in, and buffers have"),
     # Memory and parallelism
-    Key("zero_optimization", HONOURED, "stage 0 is DDP, 1 to 3 are torch's FSDP2", False, switch="stage"),
+    Key("zero_optimization", HONOURED,
+        "parameters are full on every rank up to stage 2; stage 3 is torch's FSDP2", False, switch="stage"),
     _harmless("zero_allow_untested_optimizer", bool, False,
               "Let ZeRO run with any optimizer.", "every optimizer may be used"),
     _harmless("zero_force_ds_cpu_optimizer", bool, True,
@@ -144,13 +145,13 @@ _TABLE = (
     _removed("graph_harvesting", "Run the model as a CUDA graph.", "use torch.compile", bool),
 )  # fmt: skip
 
-_BY_BLOCK = "a block is sent as one, see redline.zero.blocks"
+_BY_BLOCK = "buckets have 25 MiB up to stage 2; at stage 3 a block is sent as one, see redline.zero.blocks"
 _ONE_BLOCK = "one block is whole at a time, and the next on its way, see redline.zero.blocks"
-_OWN_ORDER = "torch has its own order: each process gets its share of a block's sum, while backward goes on"
+_OWN_ORDER = "gradients are reduced after the last backward up to stage 2, and block by block during it at stage 3"
 _ONLY_DEEPSPEEDS = "only DeepSpeed's own code reads it"
 _NO_NVME = 'nothing is kept on a disk; keep it in the CPU\'s memory with "cpu"'
 _ONLY_NVME = "only NVMe offload reads it"
-_BOTH = "on CUDA; torch keeps weights, gradients and optimizer state in one place, so that either key offloads all"
+_BOTH = "on CUDA; sharded weights, gradients and optimizer state are in one place, so that either key offloads all"
 _NO_PARTS = f"all of it is offloaded, or nothing; {_LEAVE_OUT}"
 _NO_QUANTIZED = f"there is no quantized communication; {_LEAVE_OUT}"
 _FP32_STATE = f"weights and moments are kept in fp32; {_LEAVE_OUT}"
@@ -176,7 +177,7 @@ _INSIDE = (
     *_own("data_types", REFUSED, "parameters have the format of fp16 or bf16, or fp32", "param_dtype"),
     # ZeRO
     Key("zero_optimization.stage", HONOURED,
-        "1 is 2 here: torch gives a gradient only to the process that updates with it"),
+        "1 is 2 here: a gradient is reduced to the rank that owns its shard"),
     *_own("zero_optimization", HONOURED, _BOTH, "offload_param", "offload_optimizer"),
     Key("zero_optimization.zero_hpz_partition_size", HONOURED,
         "with stage 3; from forward to backward the parameters are shared out among so few"),

@@ -51,11 +51,21 @@ def measure(engine: Any, batches: Iterable[Any], loss: Callable[[Tensor, Any], T
 
         return call
 
-    # Before a forward FSDP2's own hook has run already, which gathers; after one it has freed already. When it shares
-    # out a block's gradients, they are all there.
+    def look_around(then: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            look()
+            result = then(*arguments)
+            look(within=False)  # the gradients that the optimizer gets
+            return result
+
+        return call
+
+    # Before a forward FSDP2's own hook has run already, which gathers; after one it has freed already. When a block's
+    # gradients, or up to stage 2 those of a backward, are about to be reduced, they are all there.
     handles = [each.register_forward_pre_hook(look) for each in engine.module.modules()]
     for group in _groups(engine.module):
         group.post_backward = look_first(group.post_backward)
+    engine._parallel.reduce = look_around(engine._parallel.reduce)
     for inputs, targets in batches:
         out = engine(inputs)
         engine.backward(loss(out, targets))

@@ -27,9 +27,9 @@ class Stage(NamedTuple):
     Attributes:
         stage: the stage, and the key beside it.
         shared: what each process has its share of.
-        torch: what FSDP2's `fully_shard` is given as `reshard_after_forward`.
-        sent: by each process, per update.
-        memory: of each process, activations apart.
+        torch: what FSDP2's `fully_shard` is given as `reshard_after_forward`; "-" where FSDP2 is not used.
+        sent: by each rank, per optimizer step.
+        memory: of each rank, activations apart.
     """
 
     stage: str
@@ -40,8 +40,8 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("0", "nothing", "(DDP)", "2G", "w + W + G + S; in fp32 W + G + S"),
-    Stage("1, 2", "gradients, optimizer state", "False", "w + G", "w + (W + G + S)/N"),
+    Stage("0", "nothing", "-", "2G", "w + W + G + S; in fp32 W + G + S"),
+    Stage("1, 2", "optimizer state, master params", "-", "w + G", "w + g + (W + S)/N"),
     Stage("3", "parameters, too", "True", "2w per micro-batch, G", "(W + G + S)/N + w of a block or two"),
     Stage(
         "3, hpz n", "and a copy of them among n", "n", "w, w among n per micro-batch, G", "as 3, and w/n until backward"
@@ -51,8 +51,9 @@ STAGES = (
     ),
 )
 LETTERS = (
-    "N processes; W weights as the optimizer has them, w as the model computes with them; G gradients; S optimizer "
-    "state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a mesh of N/n by n."
+    "N processes; W weights as the optimizer has them, w as the model computes with them; G gradients as they are "
+    "reduced, g as a backward makes them; S optimizer state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a "
+    "mesh of N/n by n."
 )
 
 
@@ -132,7 +133,7 @@ class ZeroConfig(Section):
     }  # fmt: skip
 
     stage: Annotated[Integer, Field(ge=0, le=3, json_schema_extra={"enum": [0, 1, 2, 3]})] = Field(
-        0, description="0 shares out nothing, 1 the optimizer's state, 2 gradients as well, 3 parameters as well."
+        0, description="0 shards nothing, 1 optimizer state, 2 gradients as well, 3 parameters as well."
     )
     contiguous_gradients: bool = Field(True, description="Copy gradients into one buffer as they are made.")
     reduce_scatter: bool = Field(True, description="Reduce each gradient to the process that owns it only.")

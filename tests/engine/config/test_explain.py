@@ -18,21 +18,22 @@ from engine.errors import EngineError
 def test_a_key_has_meaning_values_default_auto_and_status_and_the_stages_a_table() -> None:
     assert explain("zero_optimization.stage") == (
         "zero_optimization.stage\n"
-        "  0 shares out nothing, 1 the optimizer's state, 2 gradients as well, 3 parameters as well.\n"
+        "  0 shards nothing, 1 optimizer state, 2 gradients as well, 3 parameters as well.\n"
         "  values   0, 1, 2 or 3\n"
         "  default  0\n"
         '  "auto"   the default\n'
-        "  status   honoured: 1 is 2 here: torch gives a gradient only to the process that updates with it"
-        "\n\n"
-        "  stage        shared out                  reshard_after_forward  sent per update                  memory per process\n"  # noqa: E501
-        "  0            nothing                     (DDP)                  2G                               w + W + G + S; in fp32 W + G + S\n"  # noqa: E501
-        "  1, 2         gradients, optimizer state  False                  w + G                            w + (W + G + S)/N\n"  # noqa: E501
-        "  3            parameters, too             True                   2w per micro-batch, G            (W + G + S)/N + w of a block or two\n"  # noqa: E501
-        "  3, hpz n     and a copy of them among n  n                      w, w among n per micro-batch, G  as 3, and w/n until backward\n"  # noqa: E501
-        "  1-3, mics n  as the stage, but among n   as the stage           as the stage, and 2G/n           as the stage, n for N\n"  # noqa: E501
+        "  status   honoured: 1 is 2 here: a gradient is reduced to the rank that owns its shard\n"
         "\n"
-        "  N processes; W weights as the optimizer has them, w as the model computes with them; G gradients; S optimizer state.\n"  # noqa: E501
-        "  hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a mesh of N/n by n."
+        "  stage        shared out                      reshard_after_forward  sent per update                  memory per process\n"  # noqa: E501
+        "  0            nothing                         -                      2G                               w + W + G + S; in fp32 W + G + S\n"  # noqa: E501
+        "  1, 2         optimizer state, master params  -                      w + G                            w + g + (W + S)/N\n"  # noqa: E501
+        "  3            parameters, too                 True                   2w per micro-batch, G            (W + G + S)/N + w of a block or two\n"  # noqa: E501
+        "  3, hpz n     and a copy of them among n      n                      w, w among n per micro-batch, G  as 3, and w/n until backward\n"  # noqa: E501
+        "  1-3, mics n  as the stage, but among n       as the stage           as the stage, and 2G/n           as the stage, n for N\n"  # noqa: E501
+        "\n"
+        "  N processes; W weights as the optimizer has them, w as the model computes with them; G gradients as they are reduced,\n"  # noqa: E501
+        "  g as a backward makes them; S optimizer state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, a mesh of N/n\n"  # noqa: E501
+        "  by n."
     )
 
 
