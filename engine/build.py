@@ -22,8 +22,8 @@ from engine.distributed import World, join_alone
 from engine.errors import EngineError
 from engine.gradients import Reduction
 from engine.log import log
-from engine.optimizers import build_optimizer, guard_steps
 from engine.master_params import broadcast_from_rank_0
+from engine.optimizers import build_optimizer, guard_steps
 from engine.parallel import DataParallel, Parallel
 from engine.parts import Parts, Schedule
 from engine.precision import Formats, set_precision, to_dtype

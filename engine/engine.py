@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from engine.accumulation import AccumulationState
@@ -326,7 +325,14 @@ class Engine(nn.Module):
             )  # fmt: skip
 
     def _check_gradients(self, doing: str) -> None:
-        """Refuse gradients that the engine has not left so."""
+        """Refuse gradients that the engine has not left so, and optimizer steps that it has not made."""
+        if self._optimizer_step.called_elsewhere():
+            self.drop_update()
+            raise EngineError(
+                f"{doing}: the optimizer's own step() was called since the last engine.step(): it knows nothing of "
+                "clipping, the loss scale, gradient accumulation or the learning rate schedule; call engine.step() alone "
+                "after engine.backward(loss)"
+            )
         if self._parallel.untouched():
             return
         if self._accumulation.backwards:

@@ -20,7 +20,7 @@ from torch.optim import optimizer as _torchs
 
 from engine.fused import FusedInputs, Inputs, by_kind, fuse_again, prepare_step, unfuse_where_needed
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "guard_fused", "lean"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "count_steps", "guard_fused", "lean"]
 
 
 class _Call(NamedTuple):
@@ -36,9 +36,11 @@ class _Lean(Optimizer):
     """The step that the four share; the class after it in line is torch's."""
 
     _inputs: FusedInputs | None = None
+    num_steps = 0  # calls of step(), for `count_steps`
 
     def step(self, closure: Any = None) -> Any:
         """As torch's. Without closure, hooks and profiler straight to the kernel."""
+        self.num_steps += 1
         calls = self._calls() if closure is None and self._unobserved() else None
         if calls is None:
             return self._torchs_step(closure)
@@ -209,6 +211,20 @@ def lean(cls: type[Optimizer]) -> type[Optimizer]:
     """The lean class for torch's, or the class itself where there is none or this torch lacks the kernel."""
     own, kernel = _KERNELS.get(cls, (cls, ""))
     return own if hasattr(torch, kernel) else cls
+
+
+def count_steps(optimizer: Optimizer) -> Callable[[], int]:
+    """Count an optimizer's calls of step() from here on; what is returned tells how many there were."""
+    if isinstance(optimizer, _Lean):  # a hook would take it off its short way
+        return lambda: optimizer.num_steps
+    calls = 0
+
+    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    optimizer.register_step_pre_hook(count)
+    return lambda: calls
 
 
 def guard_fused(optimizer: Optimizer) -> None:

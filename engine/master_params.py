@@ -234,7 +234,7 @@ class TrainedParams:
         self._known |= {id(param) for param in new}
 
     def _make_masters(self, groups: list[dict[str, Any]]) -> None:
-        assert self.masters is not None and self._optimizer is not None or not groups
+        assert (self.masters is not None and self._optimizer is not None) or not groups
         for group in groups:
             for index, param in enumerate(group["params"]):
                 # A frozen parameter has no master param, and costs nothing, until it is thawed.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.gradients import clip, scale_by
+from engine.lean import count_steps
 from engine.parallel import Parallel
 from engine.precision import Precision
 from engine.skipping import can_put_back, can_skip, num_state_tensors, step_or_put_back
@@ -34,13 +35,25 @@ class OptimizerStep:
     def __init__(self, optimizer: Optimizer | None, parallel: Parallel, precision: Precision, clip_norm: float) -> None:
         self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
         self.grad_norm: Tensor | float | None = None
+        self._num_steps = (lambda: 0) if optimizer is None else count_steps(optimizer)
+        self._seen_steps = self._num_steps()
         self._undo: Callable[[], None] | None = None
-        self._stepped: tuple[list[Tensor], int] | None = None  # what was updated last, and how many tensors of state it had
+        self._stepped: tuple[list[Tensor], int] | None = (
+            None  # what was updated last, and how many tensors of state it had
+        )
 
     def undo(self) -> None:
         """Put back what is left on the host of a step that the device has skipped."""
         if self._undo is not None:
             self._undo()
+
+    def called_elsewhere(self) -> bool:
+        """Whether the optimizer's step() was called since the last :meth:`run`, or since this was last asked."""
+        steps = self._num_steps()
+        if steps == self._seen_steps:
+            return False
+        self._seen_steps = steps
+        return True
 
     def run(self, gradients: list[Tensor]) -> bool | None:
         """Make a step.
@@ -48,6 +61,12 @@ class OptimizerStep:
         Returns:
             Whether it was skipped; None where only the device knows.
         """
+        try:
+            return self._run(gradients)
+        finally:
+            self._seen_steps = self._num_steps()
+
+    def _run(self, gradients: list[Tensor]) -> bool | None:
         optimizer, precision, limit = self._optimizer, self._precision, self._clip_norm
         assert optimizer is not None
         norm = self._parallel.norm(gradients)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from engine.errors import EngineError
 from engine.gradients import Reduction, norm_of
 from engine.master_params import TrainedParams
-from engine.sharding import Sharding, Show, buckets_of
+from engine.sharding import Show, buckets_of
 from engine.transfer import numbers_on
 
 __all__ = ["DataParallel", "Expected", "Parallel", "Reduced", "all_reduce"]
@@ -363,7 +363,9 @@ class DataParallel:
             if grad is None:
                 given = self._zeros(master)
             elif grad.dtype == master.dtype or grad.is_sparse:
-                given = grad.to(master.dtype) if self._keeps_sparse or not grad.is_sparse else grad.to_dense().to(master)
+                given = (
+                    grad.to(master.dtype) if self._keeps_sparse or not grad.is_sparse else grad.to_dense().to(master)
+                )
             else:
                 given = torch.empty_like(master, requires_grad=False)
                 cast[0].append(given)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from engine.errors import LossScaleError
@@ -311,8 +311,6 @@ class AmpLossScale(LossScale):
     def _grow(self) -> None:
         if (self._updates - self._last_overflow) % self._window == 0:
             self.value *= 2
-
-
 
 
 def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:

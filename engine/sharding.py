@@ -22,7 +22,7 @@ from engine.log import log
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["BUCKET_BYTES", "Show", "Sharding", "buckets_of", "make_mesh", "unfuse_on_shards"]
+__all__ = ["BUCKET_BYTES", "Sharding", "Show", "buckets_of", "make_mesh", "unfuse_on_shards"]
 
 BUCKET_BYTES = 25 * 2**20  # of one collective; DDP's default
 

@@ -70,9 +70,7 @@ def step_or_put_back(optimizer: Optimizer, step: Callable[[], None], found_inf: 
     on_device += [(_local(state[key]), then) for state, key, then in kept]
     for now, then in on_device:
         torch.where(skip, then, now, out=now)
-    changed = [
-        (state, key, then) for state, key, then in on_host if isinstance(then, Tensor) or state.get(key) != then
-    ]
+    changed = [(state, key, then) for state, key, then in on_host if isinstance(then, Tensor) or state.get(key) != then]
 
     def put_back() -> None:
         for state, key, then in changed:

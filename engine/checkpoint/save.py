@@ -23,6 +23,7 @@ from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.state import Captured, capture, checksum
 from engine.errors import EngineError
 from engine.log import log
+from engine.peers import name_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["save_checkpoint"]
 
 _DOING = "save_checkpoint"
+_SHOWN = 8  # names in a warning
 
 
 def save_checkpoint(
@@ -99,6 +101,7 @@ class _Offer:
     folder: str
     plan: SavePlan
     buffers: dict[str, int]
+    params: dict[str, int]
 
 
 @dataclass
@@ -145,12 +148,13 @@ class _Save:
             sums = (
                 {name: checksum(values[key]) for name, key in captured.buffers.items()} if self.ranks.size > 1 else {}
             )
-            return _Offer(self.tag, partial.name, writing[0].plan, sums)
+            return _Offer(self.tag, partial.name, writing[0].plan, sums, captured.params)
 
         try:
             offers = self.ranks.agree(_DOING, offer)
             assert captured is not None
             self._check_tags([each.tag for each in offers])
+            self._compare_params([each.params for each in offers])
             self.tag = offers[0].tag
             partial = self.parent / offers[0].folder
             size = writing[0].settle([each.plan for each in offers])
@@ -172,6 +176,24 @@ class _Save:
         if self.validation == "fail":
             raise EngineError(f"{said}; checkpoint.tag_validation is Fail; give the same tag on all ranks")
         log.warning("%s; all of it is saved under rank 0's; give the same tag on all ranks", said)
+
+    def _compare_params(self, checksums: list[dict[str, int]]) -> None:
+        """Warn where a model's parameters are not the same on all ranks, as they are after every optimizer step."""
+        first = checksums[0]
+        different: dict[str, list[int]] = {}
+        for rank, own in enumerate(checksums):
+            for name in sorted(first.keys() | own.keys()):
+                if first.get(name) != own.get(name):
+                    different.setdefault(name, []).append(rank)
+        if not different:
+            return
+        ranks = sorted({rank for each in different.values() for rank in each})
+        shown = ", ".join([*list(different)[:_SHOWN], *(["..."] if len(different) > _SHOWN else [])])
+        log.warning(
+            "%s: %d of the model's parameters differ between rank 0 and %s: %s; a script has probably written into them "
+            "on some ranks only; write the same values on all ranks; nothing was repaired",
+            _DOING, len(different), name_ranks(ranks), shown,
+        )  # fmt: skip
 
     def _check_room(self, partial: Path, size: int) -> None:
         if not partial.is_dir():

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "Captured", "aliases_of", "buffers_of", "capture", "checksum", "extra_states_of", "model_tensors", "schedule_of",
+    "Captured", "aliases_of", "buffers_of", "capture", "checksum", "checksums", "extra_states_of", "model_tensors", "schedule_of",
     "set_setting", "settings_of", "weights_of",
 ]  # fmt: skip
 
@@ -45,6 +46,7 @@ class Captured:
         own: what is this process's alone.
         buffers: the keys of the model's buffers in `values`, by name: they may differ between processes.
         further: buffers of a process that is not rank 0, which `tensors` leaves out.
+        params: checksums of the model's parameters that every rank has in full, by name; empty on a single rank.
     """
 
     tensors: dict[str, Tensor]
@@ -52,6 +54,7 @@ class Captured:
     own: dict[str, Any]
     buffers: dict[str, str]
     further: dict[str, Tensor]
+    params: dict[str, int]
 
     def values(self) -> dict[str, Tensor]:
         """What this process has of each tensor, by key; not copied."""
@@ -106,7 +109,8 @@ def capture(engine: Engine, client_state: Mapping[str, Any], *, exclude_frozen: 
     if engine.global_rank == 0:  # of what may differ between processes, rank 0's counts
         tensors |= own | further
         further = {}
-    return Captured(tensors, shared, {"random": random_state()}, places, further)
+    params = checksums(dict(module.named_parameters())) if engine.world_size > 1 else {}
+    return Captured(tensors, shared, {"random": random_state()}, places, further, params)
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
@@ -281,6 +285,26 @@ def checksum(tensor: Tensor) -> int:
     """Of a tensor's values as they lie in memory; 0 for none."""
     whole = tensor.detach().cpu().contiguous()
     return zlib.crc32(memory_of(whole)) if whole.nbytes else 0
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of many tensors, on their device and read from it at once: the sum of their bits, taken as integers.
+
+    Sharded tensors are left out.
+    """
+    whole = {name: each.detach() for name, each in tensors.items() if not hasattr(each, "_local_tensor")}
+    if not whole:
+        return {}
+    sums = torch.stack([_bits(each).sum(dtype=torch.int64) for each in whole.values()])
+    return dict(zip(whole, sums.tolist()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _local(tensor: Tensor) -> Tensor:

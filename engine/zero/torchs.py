@@ -50,7 +50,10 @@ def let_methods_compute(model: Any) -> None:
         for cls in type(model).__mro__[: type(model).__mro__.index(nn.Module)]
         if cls is not FSDPModule
         for name, value in vars(cls).items()
-        if inspect.isfunction(value) and not name.startswith("_") and name != "forward" and not hasattr(FSDPModule, name)
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and name != "forward"
+        and not hasattr(FSDPModule, name)
     }
     for name in names:
         setattr(model, name, functools.partial(_compute, model, getattr(model, name)))

@@ -227,7 +227,12 @@ def thaw(stage: int) -> tuple[list[float], list[float]]:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     model[0].requires_grad_(False)
     sgd = {"type": "SGD", "params": {"lr": 0.0, "momentum": 0.9, "dampening": 0.5}}
-    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": sgd, "gradient_clipping": 0, "zero_optimization": {"stage": stage}}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": sgd,
+        "gradient_clipping": 0,
+        "zero_optimization": {"stage": stage},
+    }
     engine = initialize(model, config, device="cpu", model_parameters=list(model.parameters()))
     assert engine.optimizer is not None
     seen: tuple[list[float], list[float]] = [], []

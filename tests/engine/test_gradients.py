@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine import EngineError, initialize
 from engine.engine import Engine
-from engine.gradients import Reduction, clip, norm_of
+from engine.gradients import clip, norm_of
 from tests.distributed import run_ranks
 
 SGD = {"type": "SGD", "params": {"lr": 1.0}}

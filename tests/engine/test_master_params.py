@@ -1,0 +1,219 @@
+"""What trains: the optimizer's parameters that require gradients now, in every precision, at every stage, on 1 to 3 ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Engine, EngineError
+from tests.by_hand import ByHand, Case, build, differences, exact, failures, grid, loss_of
+from tests.distributed import run_ranks
+from tests.plain_loop import Net
+
+RANKS = (1, 2, 3)
+BOTH = ("branch", "a", "b")
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def step(case: Case, engine: Engine, hand: ByHand, first: int, *routes: tuple[str, ...]) -> None:
+    """One optimizer step of both."""
+    routes = routes or (BOTH,)
+    rank = engine.global_rank
+    for number in range(first, first + case.accumulation):
+        route = routes[rank % len(routes)]
+        engine.backward(loss_of(engine, number, rank, *route, dtype=case.dtype))
+        engine.step()
+        hand.micro_batch(number, *routes)
+    hand.step()
+
+
+def pair(case: Case, frozen: tuple[str, ...] = (), **arguments: Any) -> tuple[Engine, ByHand]:
+    """An engine and the loop, of equal models of which some modules are frozen."""
+    models = Net(), Net()
+    for model in models:
+        for name in frozen:
+            getattr(model, name).requires_grad_(False)
+    return build(case, models[0], **arguments), ByHand(case, world_size(), models[1])
+
+
+def set_flags(engine: Engine, hand: ByHand, flag: bool, *names: str) -> None:
+    for model in (engine.module, hand.model):
+        for name in names:
+            getattr(model, name).requires_grad_(flag)
+
+
+# -- kinds: each returns what is wrong ---------------------------------------------------------------------
+
+
+def frozen_in_the_optimizer(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case, ("branch", "a"))
+    before = exact(engine)
+    for number in range(3):
+        step(case, engine, hand, 10 * number)
+    after = exact(engine)
+    moved = [
+        name for name in after if name.split(".")[0] in ("branch", "a") and not torch.equal(before[name], after[name])
+    ]
+    frozen = [p for name in ("branch", "a") for p in getattr(engine.module, name).parameters()]
+    masters = {} if engine._masters is None else engine._masters.of
+    optimizer = engine.optimizer
+    assert optimizer is not None
+    costs = [p.shape for p in frozen if p in masters or p in optimizer.state or p.grad is not None]
+    return differences(case, engine, hand) or (f"moved: {moved}; cost memory: {costs}" if moved or costs else None)
+
+
+def frozen_later(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case)
+    step(case, engine, hand, 0)
+    before = exact(engine)
+    set_flags(engine, hand, False, "branch", "b")
+    for number in range(1, 3):
+        step(case, engine, hand, 10 * number)
+    after = exact(engine)
+    moved = [
+        name for name in after if name.split(".")[0] in ("branch", "b") and not torch.equal(before[name], after[name])
+    ]
+    return differences(case, engine, hand) or (f"moved: {moved}" if moved else None)
+
+
+def thawed_later(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case, ("branch", "a"))
+    step(case, engine, hand, 0)
+    set_flags(engine, hand, True, "branch")
+    step(case, engine, hand, 10)
+    step(case, engine, hand, 20)
+    set_flags(engine, hand, False, "trunk")
+    set_flags(engine, hand, True, "a")
+    step(case, engine, hand, 30)
+    set_flags(engine, hand, True, "trunk")
+    step(case, engine, hand, 40)
+    return differences(case, engine, hand)
+
+
+def written_while_frozen(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case, ("branch",))
+    step(case, engine, hand, 0)
+    set_flags(engine, hand, True, "branch")
+    step(case, engine, hand, 10)
+    set_flags(engine, hand, False, "branch")
+    step(case, engine, hand, 20)
+    value = torch.linspace(-1, 1, 36).view(6, 6).to(case.dtype).float()
+    with torch.no_grad():
+        param: Any = engine.module.branch.weight
+        if hasattr(param, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            param.copy_(distribute_tensor(value, param.device_mesh, param.placements))
+        else:
+            param.copy_(value)
+    hand.write("branch.weight", value)
+    step(case, engine, hand, 30)
+    set_flags(engine, hand, True, "branch")
+    step(case, engine, hand, 40)
+    return differences(case, engine, hand)
+
+
+def given_later(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case)
+    step(case, engine, hand, 0, ("a", "late"))
+    assert engine.optimizer is not None
+    engine.optimizer.add_param_group({"params": list(engine.module.late.parameters()), "lr": 0.02})
+    hand.add("late", lr=0.02)
+    for number in range(1, 3):
+        step(case, engine, hand, 10 * number, ("a", "late"))
+    return differences(case, engine, hand)
+
+
+def never_sharded(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case)
+    step(case, engine, hand, 0)
+    torch.manual_seed(rank)
+    engine.module.new = nn.Linear(6, 3).to(case.dtype)
+    hand.model.new = nn.Linear(6, 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hand.model.new.reset_parameters()
+    hand.masters |= {f"new.{name}": p.detach().clone() for name, p in hand.model.new.named_parameters()}
+    hand.model.new.to(case.dtype)
+    for name, value in hand.model.new.named_parameters():
+        hand.masters[f"new.{name}"].copy_(value)
+    assert engine.optimizer is not None
+    engine.optimizer.add_param_group({"params": list(engine.module.new.parameters())})
+    hand.add("new")
+    try:
+        step(case, engine, hand, 10, ("a", "new"))
+    except EngineError as error:
+        return None if case.stage == 3 and world_size() > 1 and "stage 3" in str(error) else f"refused: {error}"
+    if case.stage == 3 and world_size() > 1:
+        return "trained what is not sharded"
+    return differences(case, engine, hand)
+
+
+def clipped(case: Case, rank: int) -> str | None:
+    """The optimizer lacks `late`, which has gradients, and has `branch`, which is frozen."""
+    engine, hand = pair(case, ("branch",))
+    for number in range(3):
+        step(case, engine, hand, 10 * number, ("branch", "a", "late"))
+    return differences(case, engine, hand)
+
+
+def one_head_a_step(case: Case, rank: int) -> str | None:
+    engine, hand = pair(case)
+    for number, route in enumerate([("a",), ("b",), ("branch", "b"), ("a",)]):
+        step(case, engine, hand, 10 * number, route)
+    return differences(case, engine, hand)
+
+
+def another_head_on_each_rank(case: Case, rank: int) -> str | None:
+    if case.stage == 3:
+        case = Case(case.precision, 3, case.accumulation, more={"redline": {"progress": False}})  # sharded as one block
+    engine, hand = pair(case)
+    for number in range(3):
+        step(case, engine, hand, 10 * number, ("a",), ("branch", "b"), ("b",))
+    return differences(case, engine, hand)
+
+
+def seeded_per_rank(case: Case, rank: int) -> str | None:
+    engine = build(case, Net(seed=rank))
+    hand = ByHand(case, world_size(), Net(seed=0))
+    start = exact(engine)
+    wrong = [name for name, value in start.items() if name in hand.names and not torch.equal(value, hand.masters[name])]
+    step(case, engine, hand, 0)
+    return differences(case, engine, hand) or (f"not rank 0's: {wrong}" if wrong else None)
+
+
+KINDS: dict[str, tuple[Callable[[Case, int], str | None], dict[str, Any]]] = {
+    "frozen parameters in the optimizer": (frozen_in_the_optimizer, {}),
+    "parameters frozen later": (frozen_later, {}),
+    "parameters thawed later": (thawed_later, {}),
+    "parameters written while frozen": (written_while_frozen, {"accumulations": (1,)}),
+    "parameters given to the optimizer later": (given_later, {}),
+    "parameters new to the model": (never_sharded, {"accumulations": (1,)}),
+    "clipping": (clipped, {"clipping": 0.3}),
+    "one head a step": (one_head_a_step, {}),
+    "another head on each rank": (another_head_on_each_rank, {}),
+    "a seed on each rank": (seeded_per_rank, {"accumulations": (1,)}),
+}
+
+
+def on_all(ranks: int) -> dict[str, list[str]]:
+    return {name: failures(check, grid(ranks, **options)) for name, (check, options) in KINDS.items()}
+
+
+_found: dict[int, list[dict[str, list[str]]]] = {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_it_trains_as_the_loop_by_hand_does(ranks: int, kind: str) -> None:
+    if ranks not in _found:
+        _found[ranks] = run_ranks(on_all, ranks, ranks)
+    assert [each[kind] for each in _found[ranks]] == [[] for _ in range(ranks)]
