@@ -134,8 +134,8 @@ def _place(
     """Bring the model to the device, in place, with rank 0's weights: full, or sharded as ZeRO stage 3 says.
 
     Returns:
-        What shards it at stage 3; how stages 1 and 2 shard the rest; the new parameters in the place of those that had to
-        go.
+        What shards it at stage 3; how stages 1 and 2 shard the rest; the new parameters in the place of those that had
+        to go.
     """
     own = config.redline
     blocks = find_blocks(module, own.zero.blocks, own.zero.smallest_block)

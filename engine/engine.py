@@ -176,8 +176,8 @@ class Engine(nn.Module):
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Accumulate this micro-batch's gradients.
 
-        Several calls before a :meth:`step` add up. If it raises, on all ranks, the accumulation under way is dropped, and the
-        next micro-batch begins a new one.
+        Several calls before a :meth:`step` add up. If it raises, on all ranks, the accumulation under way is dropped,
+        and the next micro-batch begins a new one.
 
         Args:
             loss: scalar; the mean over the micro-batch.
@@ -219,7 +219,8 @@ class Engine(nn.Module):
             self._last_exception = _shown_exception()
             ends = self._parallel.always_reduces or accumulation.is_boundary()
             if self._reduces_at_boundary and ends and not accumulation.in_no_sync:
-                self._reduce()  # as DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks
+                # As DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks.
+                self._reduce()
         except BaseException as error:
             self._drop(f"backward was broken off by {type(error).__name__}")
             raise
@@ -230,9 +231,9 @@ class Engine(nn.Module):
         """End a micro-batch; at the accumulation boundary make an optimizer step, then move learning rate and momentum.
 
         Raises:
-            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; gradients that did
-                not come from :meth:`backward`; no loss of the accumulation has reached a parameter that trains; in fp16,
-                an overflow with the loss scale at its minimum.
+            EngineError: there was no backward since the last step, or it stands inside :meth:`no_sync`; gradients
+                that did not come from :meth:`backward`; no loss of the accumulation has reached a parameter that
+                trains; in fp16, an overflow with the loss scale at its minimum.
         """
         accumulation = self._accumulation
         if not accumulation.pending or accumulation.in_no_sync:
@@ -257,10 +258,10 @@ class Engine(nn.Module):
 
     @explains_losses
     def flush(self) -> bool:
-        """Step now, with the mean over the micro-batches since the last optimizer step: for an accumulation that ends early.
+        """Step now, with the mean over the micro-batches so far: for an accumulation that ends early.
 
-        The mean is over all ranks, which may have accumulated different numbers of micro-batches; every rank calls this.
-        Losses that the script has scaled itself (``scale_wrt_gas=False``) are taken as they are.
+        The mean is over all ranks, which may have accumulated different numbers of micro-batches; every rank calls
+        this. Losses that the script has scaled itself (``scale_wrt_gas=False``) are taken as they are.
 
         Returns:
             Whether there were any.
@@ -282,8 +283,8 @@ class Engine(nn.Module):
             return False
         if mixed or (engine_scaled and script_scaled):
             raise EngineError(
-                "flush: some losses of this accumulation were divided by gradient_accumulation_steps and others were not "
-                "(scale_wrt_gas=False), so that their mean is not known; scale all of them in one way"
+                "flush: some losses of this accumulation were divided by gradient_accumulation_steps and others were "
+                "not (scale_wrt_gas=False), so that their mean is not known; scale all of them in one way"
             )
         self._follow_params()
         gradients = self._reduce_for_step()
@@ -299,8 +300,8 @@ class Engine(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients of the model and of the optimizer.
 
-        :meth:`step` leaves none. Within an accumulation this loses gradients that count in the next optimizer step, which
-        the next :meth:`backward` or :meth:`step` refuses; :meth:`drop_update` begins an accumulation anew.
+        :meth:`step` leaves none. Within an accumulation this loses gradients that count in the next optimizer step,
+        which the next :meth:`backward` or :meth:`step` refuses; :meth:`drop_update` begins an accumulation anew.
         """
         super().zero_grad(set_to_none)
         if not self._accumulation.backwards:
@@ -320,7 +321,8 @@ class Engine(nn.Module):
         self.drop_update()
         if count:
             log.warning(
-                "backward: %s; the gradients of %d micro-batch%s are dropped, and the next one begins a new accumulation",
+                "backward: %s; the gradients of %d micro-batch%s are dropped, and the next one begins a new "
+                "accumulation",
                 why, count, "es" if count > 1 else "",
             )  # fmt: skip
 
@@ -330,20 +332,21 @@ class Engine(nn.Module):
             self.drop_update()
             raise EngineError(
                 f"{doing}: the optimizer's own step() was called since the last engine.step(): it knows nothing of "
-                "clipping, the loss scale, gradient accumulation or the learning rate schedule; call engine.step() alone "
-                "after engine.backward(loss)"
+                "clipping, the loss scale, gradient accumulation or the learning rate schedule; call engine.step() "
+                "alone after engine.backward(loss)"
             )
         if self._parallel.untouched():
             return
         if self._accumulation.backwards:
             raise EngineError(
-                f"{doing}: gradients of the accumulation under way were changed since the last engine.backward(): cleared "
-                "by zero_grad(), added to by a plain loss.backward(), or written into; call engine.backward(loss) for every "
-                "loss and leave clearing to engine.step(), or begin the accumulation anew with engine.drop_update()"
+                f"{doing}: gradients of the accumulation under way were changed since the last engine.backward(): "
+                "cleared by zero_grad(), added to by a plain loss.backward(), or written into; call "
+                "engine.backward(loss) for every loss and leave clearing to engine.step(), or begin the accumulation "
+                "anew with engine.drop_update()"
             )
         raise EngineError(
-            f"{doing}: the parameters have gradients that did not come from engine.backward(), such as those of a plain "
-            "loss.backward(); call engine.backward(loss) for every loss, or clear them with engine.zero_grad()"
+            f"{doing}: the parameters have gradients that did not come from engine.backward(), such as those of a "
+            "plain loss.backward(); call engine.backward(loss) for every loss, or clear them with engine.zero_grad()"
         )
 
     def _follow_params(self) -> None:
@@ -386,12 +389,13 @@ class Engine(nn.Module):
         count = len(self._parallel.params.model)
         if count == 0:
             return (
-                "step: none of the optimizer's parameters requires gradients now, so that there is nothing to train; thaw "
-                "some with requires_grad_(True)"
+                "step: none of the optimizer's parameters requires gradients now, so that there is nothing to train; "
+                "thaw some with requires_grad_(True)"
             )
         return (
-            f"step: no loss has reached any of the {count} parameters that train, on any rank; compute the loss from the "
-            "model's output, without detach() or torch.no_grad(), or give the optimizer the parameters that it depends on"
+            f"step: no loss has reached any of the {count} parameters that train, on any rank; compute the loss from "
+            "the model's output, without detach() or torch.no_grad(), or give the optimizer the parameters that it "
+            "depends on"
         )
 
     def _update(self, gradients: list[Tensor]) -> None:
@@ -783,8 +787,8 @@ class Engine(nn.Module):
 
 
 _NO_GRAPH = (
-    "backward: the loss does not require gradients, so that it can't train anything; compute it from the model's output, "
-    "outside of torch.no_grad() and torch.inference_mode(), and without detach() or item()"
+    "backward: the loss does not require gradients, so that it can't train anything; compute it from the model's "
+    "output, outside of torch.no_grad() and torch.inference_mode(), and without detach() or item()"
 )
 
 

@@ -35,12 +35,11 @@ class OptimizerStep:
     def __init__(self, optimizer: Optimizer | None, parallel: Parallel, precision: Precision, clip_norm: float) -> None:
         self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
         self.grad_norm: Tensor | float | None = None
-        self._num_steps = (lambda: 0) if optimizer is None else count_steps(optimizer)
+        self._num_steps: Callable[[], int] = int if optimizer is None else count_steps(optimizer)
         self._seen_steps = self._num_steps()
         self._undo: Callable[[], None] | None = None
-        self._stepped: tuple[list[Tensor], int] | None = (
-            None  # what was updated last, and how many tensors of state it had
-        )
+        # What was updated last, and how many tensors of state it had.
+        self._stepped: tuple[list[Tensor], int] | None = None
 
     def undo(self) -> None:
         """Put back what is left on the host of a step that the device has skipped."""

@@ -53,7 +53,7 @@ class Parallel(Protocol):
     always_reduces: bool
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
-        """What to call for a forward whose backward ends an accumulation (`last`), or is to stay on this rank (`hold`)."""
+        """What to call for a forward whose backward ends an accumulation (`last`), or stays on this rank (`hold`)."""
 
     def untouched(self) -> bool:
         """Whether the gradients are as the last :meth:`collect`, or :meth:`clear`, left them."""
@@ -210,8 +210,8 @@ class DataParallel:
             return
         name = next((name for name, each in self.module.named_modules() if each is owner), "")
         raise EngineError(
-            f"{name + '.' if name else ''}{key}: the model has another parameter object than the optimizer's, which would "
-            "never train; write into the old one, with load_state_dict(..., assign=False) or copy_() under "
+            f"{name + '.' if name else ''}{key}: the model has another parameter object than the optimizer's, which "
+            "would never train; write into the old one, with load_state_dict(..., assign=False) or copy_() under "
             "torch.no_grad(), or call initialize again"
         )
 
@@ -443,7 +443,7 @@ class DataParallel:
             wait()
             for master, own in zip(owners, rows):
                 local_grad = own.to(self._sharding.device, master.dtype)
-                shard = self._shards.get(master)
+                shard: Any = self._shards.get(master)
                 if shard is None:
                     shard = self._shards[master] = self._sharding.as_dtensor(local_grad, master)
                 shard._local_tensor = local_grad

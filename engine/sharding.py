@@ -1,8 +1,8 @@
 """Parameters in full on every rank, what updates them sharded: ZeRO stages 1 and 2.
 
-Each rank owns some rows of every parameter, as FSDP2 divides them (``torch.chunk`` along the first dimension), in fp32 and
-as a DTensor, so that checkpoints and optimizers see the same layout at every stage. Gradients are reduce-scattered to
-the rank that owns their rows; after the optimizer step the rows are all-gathered, in the dtype of the computation.
+Each rank owns some rows of every parameter, as FSDP2 divides them (``torch.chunk`` along the first dimension), in fp32
+and as a DTensor, so that checkpoints and optimizers see the same layout at every stage. Gradients are reduce-scattered
+to the rank that owns their rows; after the optimizer step the rows are all-gathered, in the dtype of the computation.
 Source of the method: the ZeRO paper (https://arxiv.org/abs/1910.02054), section 5.
 """
 

@@ -173,9 +173,9 @@ class FullyShard:
         replaced = next(replaced_params(self._units), None)
         if replaced is not None:
             raise EngineError(
-                f"{replaced}: the model has another parameter object than the optimizer's, which would never train; write "
-                "into the old one, with load_state_dict(..., assign=False) or copy_() under torch.no_grad(), or call "
-                "initialize again"
+                f"{replaced}: the model has another parameter object than the optimizer's, which would never train; "
+                "write into the old one, with load_state_dict(..., assign=False) or copy_() under torch.no_grad(), or "
+                "call initialize again"
             )
         self._sync((last or not self.adds_up_whole) and not hold)
         return self.module
@@ -186,7 +186,7 @@ class FullyShard:
                 unit.set_requires_gradient_sync(sync, recurse=False)
             self._synced = sync
         if sync and self._held:
-            # FSDP2 wants one dtype for all gradients of a block: also for those that this backward is the first to make.
+            # FSDP2 wants one dtype for all gradients of a block, also those that this backward is the first to make.
             untouched = held_versions(self._units) == self._held_expected
             fill_held(self._units)
             if untouched:
@@ -199,8 +199,8 @@ class FullyShard:
         for param in self.params.model:
             if not isinstance(param, DTensor) and param not in self._whole:
                 raise EngineError(
-                    f"optimizer: it was given a parameter of shape {tuple(param.shape)} that was not part of the model when "
-                    "ZeRO stage 3 sharded it; add modules before initialize, or use zero_optimization.stage 2"
+                    f"optimizer: it was given a parameter of shape {tuple(param.shape)} that was not part of the model "
+                    "when ZeRO stage 3 sharded it; add modules before initialize, or use zero_optimization.stage 2"
                 )
         self._drop_frozen()
         follow_flags(self._units)

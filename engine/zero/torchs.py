@@ -17,8 +17,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
-    "sum_unused",
+    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute",
+    "replaced_params", "send_held", "show_collectives", "sum_unused",
 ]  # fmt: skip
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it

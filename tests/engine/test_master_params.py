@@ -1,4 +1,5 @@
-"""What trains: the optimizer's parameters that require gradients now, in every precision, at every stage, on 1 to 3 ranks."""
+"""What trains: the optimizer's parameters that require gradients now, in every precision, at every stage, on 1 to 3
+ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Nothing on the hot path waits for the device, shown without one.
 
 A tensor on the meta device has no values, so that whatever reads one raises: a run on it takes the branch that CUDA
-takes, and fails where that would wait. Collectives need values; there a dispatch mode on the CPU raises for the operations
-that read them, while the engine takes the CPU for a device that runs on its own.
+takes, and fails where that would wait. Collectives need values; there a dispatch mode on the CPU raises for the
+operations that read them, while the engine takes the CPU for a device that runs on its own.
 
 A dispatch mode does not see two ways of waiting: an event, and `torch.tensor(number, device=...)`, which copies from
 pageable memory. Both are replaced here, and counted or refused.
@@ -77,7 +77,7 @@ def train(engine: Engine, rows: Tensor, steps: int) -> None:
 
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch and the engine choose on the meta device what they choose on CUDA; kernels that it lacks do nothing."""
+    """Choose on the meta device what torch and the engine choose on CUDA; kernels that it lacks do nothing."""
     chooses = importlib.import_module("torch.optim.optimizer")  # torch.optim has taken its name away
     monkeypatch.setattr(chooses, "_get_fused_kernels_supported_devices", lambda: ["cuda", "cpu", "meta"])
     monkeypatch.setattr(chooses, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
@@ -211,7 +211,7 @@ def test_a_read_on_the_cpu_is_noticed() -> None:
     values = torch.ones(3)
     optimizer = torch.optim.SGD([nn.Parameter(values)])
     for read in (lambda: values[0].item(), lambda: values.tolist(), lambda: bool(values[0]), lambda: values[values > 0],
-                 lambda: torch.equal(values, values), lambda: values.nonzero(), lambda: float(values.sum())):  # fmt: skip
+                 lambda: torch.equal(values, values), values.nonzero, lambda: float(values.sum())):  # fmt: skip
         with pytest.raises(AssertionError, match="reads a value"), NoReads(optimizer):
             read()
     engine = initialize(model_of(), config_of("AdamW", "fp32", 1), device="cpu")
@@ -220,7 +220,7 @@ def test_a_read_on_the_cpu_is_noticed() -> None:
 
 
 def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
-    """How often three steps wait for a number of the step before, for each (stage, optimizer, precision, accumulation)."""
+    """How often three steps wait for a number of the step before, for each case."""
     dist.init_process_group("gloo")
     found = []
     for stage, optimizer, precision, accumulation in cases:

@@ -56,8 +56,8 @@ def test_a_model_is_counted_without_memory_and_shared_weights_once() -> None:
 
 def test_a_large_model_takes_what_the_papers_figure_1_says_but_for_gradients_in_fp32() -> None:
     # 7.5 billion parameters in half precision with Adam on 64 processes: 120, 31.4, 16.6 and 1.9 GB in the paper, whose
-    # gradients have 2 bytes. Here they have 4 at the step, and at stages 1 and 2 there are 2 more in full until a backward
-    # ends; blocks are a hundredth of the model.
+    # gradients have 2 bytes. Here they have 4 at the step, and at stages 1 and 2 there are 2 more in full until a
+    # backward ends; blocks are a hundredth of the model.
     psi, processes = 7_500_000_000, 64
     needs = estimate(Elements(psi, rest=psi // 100, largest=psi // 100), BF16, processes)
     assert needs[0].most == psi * (2 + 4 + 8 + 4)
