@@ -27,7 +27,7 @@ from engine.zero.blank import Blank
 from engine.zero.blocks import stays_whole
 from engine.zero.carry import carry_optimizer_over
 from engine.zero.memory import adds_up_whole, memory_of
-from engine.zero.torchs import Show, forget, send_held, show_collectives
+from engine.zero.torchs import Show, forget, reduce_unused, send_held, show_collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -97,7 +97,7 @@ def shard_model(
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
     if config.redline.find_unused_parameters:
-        _let_processes_differ(units)
+        reduce_unused(units)  # ranks may use different ones
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     local = _add_up_whole(model, world, zero.stage, accumulate)
@@ -274,18 +274,6 @@ def _share(unit: nn.Module, whole: set[Any], options: dict[str, Any]) -> Any:
             f"zero_optimization: torch {torch.__version__} cannot leave parameters out of sharding, as scalars, sparse "
             "embeddings and low-precision batch norm have to be; use torch 2.7 or newer, or stage 0"
         ) from error
-
-
-def _let_processes_differ(units: Sequence[Any]) -> None:
-    """Have a parameter's gradient summed over all processes if some of them did not use it."""
-    if not hasattr(units[0], "set_reduce_scatter_unused_params"):
-        log.warning(
-            "redline.find_unused_parameters: torch %s sums shares of a parameter only where all processes used it, "
-            "or none; stage 0 or a newer torch can do otherwise", torch.__version__,
-        )  # fmt: skip
-        return
-    for unit in units:
-        unit.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def _mesh(world: World, size: int) -> DeviceMesh:

@@ -5,12 +5,14 @@ In one place, since it may move between versions of torch; read in 2.6 to 2.13 (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-__all__ = ["forget", "send_held", "show_collectives"]
+__all__ = ["forget", "reduce_unused", "send_held", "show_collectives"]
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
 
@@ -44,6 +46,26 @@ def forget(model: Any, units: Iterable[Any]) -> None:
         group.reshard()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def reduce_unused(units: Sequence[Any]) -> None:
+    """Reduce zeros for parameters that this rank's backward did not reach: other ranks' may have reached them."""
+    if hasattr(units[0], "set_reduce_scatter_unused_params"):  # newer versions
+        for unit in units:
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+        return
+    for group in _groups(units):
+        group.post_backward = partial(_post_backward_with_zeros, group, group.post_backward)
+
+
+def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
+    for each in group.fsdp_params if group.reduce_grads else ():
+        parameter = getattr(each, "_unsharded_param", None)  # there is none before its first forward
+        if parameter is None or not parameter.requires_grad or each.unsharded_accumulated_grad is not None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    post_backward(*unused)
 
 
 def show_collectives(units: Iterable[Any], show: Show) -> None:
