@@ -37,10 +37,10 @@ from engine.zero.torchs import (
     forget,
     held_versions,
     let_methods_compute,
+    reduce_unused,
     replaced_params,
     send_held,
     show_collectives,
-    sum_unused,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def shard_model(
             f"zero_optimization: {len(whole)} parameters cannot be shared out (scalars, batch norm, sparse embeddings) "
             "and would stay on the GPU, beside an optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
-    sum_unused(units)
+    reduce_unused(units)
     for unit in units:
         # Memory for gathered parameters is allocated once: here, since tensors that are made in inference mode can't be
         # written to outside of it.

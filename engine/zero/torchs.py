@@ -5,9 +5,9 @@ In one place, since it may move between versions of torch; read in 2.6 to 2.13 (
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute",
-    "replaced_params", "send_held", "show_collectives", "sum_unused",
+    "reduce_unused", "replaced_params", "send_held", "show_collectives",
 ]  # fmt: skip
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
@@ -31,13 +31,6 @@ def send_held(model: Any) -> None:
     """
     model.set_requires_gradient_sync(True)
     model._get_fsdp_state()._root_post_backward_final_callback()
-
-
-def sum_unused(units: Iterable[Any]) -> None:
-    """Have a parameter's gradient summed over all ranks also where some of them did not use it; newer versions only."""
-    for unit in units:
-        if hasattr(unit, "set_reduce_scatter_unused_params"):
-            unit.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def let_methods_compute(model: Any) -> None:
@@ -56,7 +49,7 @@ def let_methods_compute(model: Any) -> None:
         and not hasattr(FSDPModule, name)
     }
     for name in names:
-        setattr(model, name, functools.partial(_compute, model, getattr(model, name)))
+        setattr(model, name, partial(_compute, model, getattr(model, name)))
 
 
 def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +150,26 @@ def forget(model: Any, units: Iterable[Any]) -> None:
         group.reshard()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def reduce_unused(units: Sequence[Any]) -> None:
+    """Reduce zeros for parameters that this rank's backward did not reach: other ranks' may have reached them."""
+    if hasattr(units[0], "set_reduce_scatter_unused_params"):  # newer versions
+        for unit in units:
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+        return
+    for group in _groups(units):
+        group.post_backward = partial(_post_backward_with_zeros, group, group.post_backward)
+
+
+def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
+    for each in group.fsdp_params if group.reduce_grads else ():
+        parameter = getattr(each, "_unsharded_param", None)  # there is none before its first forward
+        if parameter is None or not parameter.requires_grad or each.unsharded_accumulated_grad is not None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    post_backward(*unused)
 
 
 def show_collectives(units: Iterable[Any], show: Show) -> None:
