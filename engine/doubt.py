@@ -1,7 +1,8 @@
 """An update of which only the device knows yet whether it was made.
 
 In fp16 and bf16 an update with a gradient that is not finite is skipped. On CUDA the device does so by
-itself (`engine.skipping`); that the schedule has moved all the same is found out, and undone, when the next update begins.
+itself (`engine.skipping`); that the schedule has moved all the same is found out, and undone, when the next update
+begins.
 """
 
 from __future__ import annotations

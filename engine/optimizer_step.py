@@ -35,7 +35,8 @@ class OptimizerStep:
         self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
         self.grad_norm: Tensor | float | None = None
         self._undo: Callable[[], None] | None = None
-        self._stepped: tuple[list[Tensor], int] | None = None  # what was updated last, and how many tensors of state it had
+        # What was updated last, and how many tensors of state it had.
+        self._stepped: tuple[list[Tensor], int] | None = None
 
     def undo(self) -> None:
         """Put back what is left on the host of a step that the device has skipped."""

@@ -1,8 +1,8 @@
 """Optimizer steps that the device leaves out by itself where a gradient is not finite.
 
-torch's fused kernels do so when they are given `found_inf`. For other optimizers the step is made, and what it has changed
-is put back on the device: nothing waits, at the price of a copy of parameters and state while the step runs, when the
-activations are gone. What an optimizer counts on the host is put back once the host knows.
+torch's fused kernels do so when they are given `found_inf`. For other optimizers the step is made, and what it has
+changed is put back on the device: nothing waits, at the price of a copy of parameters and state while the step runs,
+when the activations are gone. What an optimizer counts on the host is put back once the host knows.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def step_or_put_back(optimizer: Optimizer, step: Callable[[], None], found_inf: 
     on_device += [(_local(state[key]), then) for state, key, then in kept]
     for now, then in on_device:
         torch.where(skip, then, now, out=now)
-    changed = [
-        (state, key, then) for state, key, then in on_host if isinstance(then, Tensor) or state.get(key) != then
-    ]
+    changed = [(state, key, then) for state, key, then in on_host if isinstance(then, Tensor) or state.get(key) != then]
 
     def put_back() -> None:
         for state, key, then in changed:
