@@ -240,7 +240,7 @@ def test_a_read_on_the_cpu_is_noticed() -> None:
 
 
 def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
-    """How often three steps wait for a number of the step before, for each stage, optimizer, precision, accumulation."""
+    """How often three steps wait for a number of the step before, for each (stage, optimizer, precision, steps)."""
     dist.init_process_group("gloo")
     found = []
     for stage, optimizer, precision, accumulation in cases:
