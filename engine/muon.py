@@ -49,6 +49,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
+            part.state = self.state  # which the engine may have replaced
             part.step()
         return loss
 

@@ -47,7 +47,9 @@ class HostCopy:
 
     def has_arrived(self) -> bool:
         """Whether :meth:`read` would return at once."""
-        return self._event is None or bool(self._event.query())
+        if self._event is not None and self._event.query():
+            self._event = None
+        return self._event is None
 
     def read(self) -> list[float]:
         """The values; waits until they have arrived."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import initialize
 from engine.errors import EngineError
 from engine.muon import Muon, split
 from engine.optimizers import build_optimizer
@@ -214,3 +215,14 @@ def test_parameters_of_any_size_are_trained(shape: tuple[int, ...]) -> None:
     optimizer.step()
     assert bool((parameter < 0.95).all()) and parameter.isfinite().all()
     assert optimizer.param_groups[0]["use_muon"] is (shape == (1, 1))
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=str)
+def test_an_engines_muon_has_its_state_where_checkpoints_look_for_it(precision: dict[str, Any]) -> None:
+    config = {"train_batch_size": 2, "optimizer": {"type": "Muon", "params": {"lr": 0.01}}, **precision}
+    engine = initialize(nn.Linear(4, 4), config, device="cpu")
+    engine.backward(engine(torch.ones(2, 4)).float().square().mean())
+    engine.step()
+    assert engine.optimizer is not None
+    kept = engine.optimizer.state_dict()["state"]
+    assert [sorted(state) for state in kept.values()] == [["momentum_buffer"], ["exp_avg", "exp_avg_sq", "step"]]
