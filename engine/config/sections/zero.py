@@ -52,8 +52,8 @@ STAGES = (
 )
 LETTERS = (
     "N processes; W weights as the optimizer has them, w as the model computes with them; G gradients as they are "
-    "reduced, g as a backward makes them; S optimizer state. hpz n: zero_hpz_partition_size. mics n: mics_shard_size, "
-    "a mesh of N/n by n."
+    "reduced, g as a backward makes them; S optimizer state. hpz n: zero_hpz_partition_size. mics n: "
+    "mics_shard_size, a mesh of N/n by n."
 )
 
 
