@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -207,7 +208,10 @@ def failures(check: Callable[[Case, int], str | None], cases: Any) -> list[str]:
     rank = int(os.environ["RANK"])
     found = []
     for case in cases:
-        fault = check(case, rank)
+        try:
+            fault = check(case, rank)
+        except Exception:
+            fault = traceback.format_exc(limit=-4)
         if fault:
             found.append(f"{case.precision}, stage {case.stage}, accumulation {case.accumulation}: {fault}")
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute", "replaced_params", "send_held", "show_collectives",
-    "sum_unused",
+    "break_off_forward", "clear_held_too", "fill_held", "follow_flags", "forget", "held_versions",
+    "let_methods_compute", "replaced_params", "send_held", "show_collectives", "sum_unused",
 ]  # fmt: skip
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
@@ -154,6 +154,20 @@ def forget(model: Any, units: Iterable[Any]) -> None:
         group.reshard()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def clear_held_too(module: Any, units: Sequence[Any]) -> None:
+    """Have a model's zero_grad() drop the gradients, too, that FSDP2 holds where it does not see them."""
+    module.zero_grad = functools.partial(_zero_all, units, module.zero_grad)
+
+
+def _zero_all(units: Sequence[Any], zero_grad: Callable[[bool], None], set_to_none: bool = True) -> None:
+    zero_grad(set_to_none)
+    for group in _groups(units):
+        for each in group.fsdp_params:
+            each.unsharded_accumulated_grad = None
+            if hasattr(each, "_unsharded_param"):
+                each._unsharded_param.grad = None
 
 
 def show_collectives(units: Iterable[Any], show: Show) -> None:
