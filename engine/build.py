@@ -105,7 +105,7 @@ def build_parts(
     )
     parallel: Parallel
     if shards is not None:
-        shards.params = precision.params
+        shards.train(precision.params)
         parallel = shards
     else:
         apart = precision.master_params is not None and precision.accumulate is not precision.compute

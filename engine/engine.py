@@ -151,6 +151,8 @@ class Engine(nn.Module):
         if torch.is_grad_enabled():
             if self._first_batches.watching and self._module.training:
                 self._first_batches.see(args, kwargs)
+            if self._parallel.params.regrouped():  # new parameters become rank 0's before they are used
+                self._follow_params()
             accumulation = self._accumulation
             last = accumulation.managed and accumulation.is_boundary()
             model = self._parallel.begin(last=last, hold=accumulation.in_no_sync)

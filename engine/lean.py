@@ -103,7 +103,7 @@ class _Lean(Optimizer):
             return False
         if _torchs._global_optimizer_pre_hooks or _torchs._global_optimizer_post_hooks:
             return False
-        if torch._C._autograd._profiler_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
             return False
         # torch refuses to have a step captured in a CUDA graph that would replay today's learning rate.
         used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

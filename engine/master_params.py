@@ -196,6 +196,13 @@ class TrainedParams:
         # An attribute of this optimizer alone: torch has no hook for it.
         optimizer.zero_grad = zero_all  # type: ignore[method-assign]
 
+    def regrouped(self) -> bool:
+        """Whether the optimizer was given parameters since the last :meth:`refresh`; costs next to nothing."""
+        return (
+            self._optimizer is not None
+            and [len(each["params"]) for each in self._optimizer.param_groups] != self._sizes
+        )
+
     def refresh(self) -> bool:
         """Follow the groups and the flags; whether something has changed.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -421,12 +422,12 @@ class DataParallel:
     ) -> Tensor:
         """Reduce-scatter gradients into the sharded master params' own, and free them; the sums of `numbers`."""
         assert self._sharding is not None
-        waits: list[tuple[Callable[[], None], list[Any], list[Tensor]]] = []
         size = self.reduction.dtype.itemsize
         # What is sent together depends on the parameters alone, and not on what a loss has reached.
         buckets = list(buckets_of(local, lambda pair: (params[pair[0]].dtype, params[pair[0]].numel() * size)))
         local.clear()
         sums = numbers
+        finish: Callable[[], None] = lambda: None  # noqa: E731
         for number, bucket in enumerate(buckets):
             dense: list[Tensor] = []
             for index, grad in bucket:
@@ -437,19 +438,27 @@ class DataParallel:
             wait, rows, sums = self._sharding.reduce_scatter(dense, extra, self.reduction)
             for index, _ in bucket:
                 params[index].grad = None
-            waits.append((wait, [masters[index] for index, _ in bucket], rows))
+            owners = [masters[index] for index, _ in bucket]
             bucket.clear()
-        for wait, owners, rows in waits:
-            wait()
-            for master, own in zip(owners, rows):
-                local_grad = own.to(self._sharding.device, master.dtype)
-                shard: Any = self._shards.get(master)
-                if shard is None:
-                    shard = self._shards[master] = self._sharding.as_dtensor(local_grad, master)
-                shard._local_tensor = local_grad
-                master.grad = shard
-                gradients.append(local_grad)
+            finish()  # of the bucket before: two are under way at a time, and their full copies take memory
+            finish = partial(self._give_rows, wait, owners, rows, gradients)
+        finish()
         return sums / (self.reduction.before * self.reduction.after)
+
+    def _give_rows(
+        self, wait: Callable[[], None], masters: list[Any], rows: list[Tensor], gradients: list[Tensor]
+    ) -> None:
+        """Wait for a bucket, and make its rows the gradients of the master params."""
+        assert self._sharding is not None
+        wait()
+        for master, own in zip(masters, rows):
+            local = own.to(self._sharding.device, master.dtype)
+            shard: Any = self._shards.get(master)
+            if shard is None:
+                shard = self._shards[master] = self._sharding.as_dtensor(local, master)
+            shard._local_tensor = local
+            master.grad = shard
+            gradients.append(local)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         count = self._num_sharded

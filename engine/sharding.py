@@ -26,6 +26,10 @@ __all__ = ["BUCKET_BYTES", "Sharding", "Show", "buckets_of", "make_mesh", "unfus
 
 BUCKET_BYTES = 25 * 2**20  # of one collective; DDP's default
 
+# torch 2.13 has new names for these, and warns of the old ones.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes sent, and what runs it
 
 
@@ -107,7 +111,7 @@ class Sharding:
         work = self.show(
             "reduce_scatter",
             whole.nbytes,
-            lambda: dist.reduce_scatter_tensor(mine, whole.view(-1), group=self.group, async_op=True),
+            lambda: _reduce_scatter(mine, whole.view(-1), group=self.group, async_op=True),
         )
 
         def wait() -> None:
@@ -142,7 +146,7 @@ class Sharding:
         places = [flat[: rows.numel()].view_as(rows) for flat, (_, rows) in zip(torch.split(mine, sizes), bucket)]
         torch._foreach_copy_(places, [rows for _, rows in bucket])
         every = torch.empty(self.size * len(mine), dtype=mine.dtype, device=mine.device)
-        self.show("all_gather", mine.nbytes, lambda: dist.all_gather_into_tensor(every, mine, group=self.group))
+        self.show("all_gather", mine.nbytes, lambda: _all_gather(every, mine, group=self.group))
         for (param, _), part in zip(bucket, torch.split(every.view(self.size, -1), sizes, dim=1)):
             rows = part.reshape(-1, *param.shape[1:])
             param.copy_(rows[: param.shape[0]])

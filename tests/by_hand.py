@@ -11,7 +11,8 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,10 +69,15 @@ class Case:
 
 
 def grid(
-    ranks: int, accumulations: tuple[int, ...] = (1, 2), stages: tuple[int, ...] = (0, 1, 2, 3), **more: Any
+    ranks: int,
+    *,
+    precisions: Iterable[str] = tuple(PRECISIONS),
+    stages: Iterable[int] = (0, 1, 2, 3),
+    accumulations: Iterable[int] = (1, 2),
+    **more: Any,
 ) -> Iterator[Case]:
     """All cases; on one rank every stage is stage 0."""
-    for precision, stage, accumulation in itertools.product(PRECISIONS, stages if ranks > 1 else (0,), accumulations):
+    for precision, stage, accumulation in itertools.product(precisions, stages if ranks > 1 else (0,), accumulations):
         yield replace(Case(precision, stage, accumulation), **more)
 
 
@@ -198,11 +204,14 @@ def differences(case: Case, engine: Engine, hand: ByHand, *, norm: bool = True) 
 
 def failures(check: Callable[[Case, int], str | None], cases: Any) -> list[str]:
     """What a check says of each case, on this rank, where it finds a fault."""
-    logging.getLogger("redline").setLevel(logging.WARNING)
+    logging.getLogger("engine").setLevel(logging.WARNING)
     rank = int(os.environ["RANK"])
     found = []
     for case in cases:
-        fault = check(case, rank)
+        try:
+            fault = check(case, rank)
+        except Exception:
+            fault = traceback.format_exc(limit=-4)
         if fault:
             found.append(f"{case.precision}, stage {case.stage}, accumulation {case.accumulation}: {fault}")
     return found

@@ -32,6 +32,7 @@ from engine.zero.memory import adds_up_whole, memory_of
 from engine.zero.outputs import find_outputs
 from engine.zero.torchs import (
     break_off_forward,
+    clear_held_too,
     fill_held,
     follow_flags,
     forget,
@@ -118,6 +119,7 @@ def shard_model(
         unit.unshard()
         unit.reshard()
     let_methods_compute(model)
+    clear_held_too(model, units)
     after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
     local = _add_up_whole(model, world, zero.stage, accumulate)
@@ -168,6 +170,11 @@ class FullyShard:
         self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 
     params: TrainedParams
+
+    def train(self, params: TrainedParams) -> None:
+        """Take up what trains, before any forward."""
+        self.params = params
+        self._expected.note_none(params.model)
 
     def begin(self, *, last: bool, hold: bool) -> nn.Module:
         replaced = next(replaced_params(self._units), None)

@@ -17,8 +17,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "break_off_forward", "fill_held", "follow_flags", "forget", "held_versions", "let_methods_compute",
-    "reduce_unused", "replaced_params", "send_held", "show_collectives",
+    "break_off_forward", "clear_held_too", "fill_held", "follow_flags", "forget", "held_versions",
+    "let_methods_compute", "reduce_unused", "replaced_params", "send_held", "show_collectives",
 ]  # fmt: skip
 
 Show = Callable[[str, int, Callable[[], Any]], Any]  # a collective's name, the bytes given, and what runs it
@@ -170,6 +170,20 @@ def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *u
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     post_backward(*unused)
+
+
+def clear_held_too(module: Any, units: Sequence[Any]) -> None:
+    """Have a model's zero_grad() drop the gradients, too, that FSDP2 holds where it does not see them."""
+    module.zero_grad = partial(_zero_all, units, module.zero_grad)
+
+
+def _zero_all(units: Sequence[Any], zero_grad: Callable[[bool], None], set_to_none: bool = True) -> None:
+    zero_grad(set_to_none)
+    for group in _groups(units):
+        for each in group.fsdp_params:
+            each.unsharded_accumulated_grad = None
+            if hasattr(each, "_unsharded_param"):
+                each._unsharded_param.grad = None
 
 
 def show_collectives(units: Iterable[Any], show: Show) -> None:

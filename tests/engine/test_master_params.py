@@ -145,7 +145,7 @@ def never_sharded(case: Case, rank: int) -> str | None:
     hand.masters |= {f"new.{name}": p.detach().clone() for name, p in hand.model.new.named_parameters()}
     hand.model.new.to(case.dtype)
     for name, value in hand.model.new.named_parameters():
-        hand.masters[f"new.{name}"].copy_(value)
+        hand.masters[f"new.{name}"].copy_(value.detach())
     assert engine.optimizer is not None
     engine.optimizer.add_param_group({"params": list(engine.module.new.parameters())})
     hand.add("new")
@@ -206,15 +206,11 @@ KINDS: dict[str, tuple[Callable[[Case, int], str | None], dict[str, Any]]] = {
 
 
 def on_all(ranks: int) -> dict[str, list[str]]:
-    return {name: failures(check, grid(ranks, **options)) for name, (check, options) in KINDS.items()}
+    few = {"precisions": ("fp32", "bf16")} if ranks > 2 else {}  # three ranks divide rows unevenly, in any precision
+    return {name: failures(check, grid(ranks, **options, **few)) for name, (check, options) in KINDS.items()}
 
 
-_found: dict[int, list[dict[str, list[str]]]] = {}
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_it_trains_as_the_loop_by_hand_does(ranks: int, kind: str) -> None:
-    if ranks not in _found:
-        _found[ranks] = run_ranks(on_all, ranks, ranks)
-    assert [each[kind] for each in _found[ranks]] == [[] for _ in range(ranks)]
+def test_it_trains_as_the_loop_by_hand_does(ranks: int) -> None:
+    found = run_ranks(on_all, ranks, ranks)  # one start for all kinds
+    assert found == [{kind: [] for kind in KINDS}] * ranks
