@@ -245,6 +245,7 @@ class Engine(nn.Module):
                 else "step: no backward since the last step; call engine.backward(loss) first, not loss.backward()"
             )
         self._check_gradients("step")
+        grad_enabled = torch.is_grad_enabled()
         try:
             if self._background is not None:
                 self._background.check()
@@ -254,6 +255,7 @@ class Engine(nn.Module):
                 self._follow_params()
                 self._update(self._reduce_for_step())
         except BaseException as error:
+            torch.set_grad_enabled(grad_enabled)  # an interrupt may keep an optimizer from setting it back
             if accumulation.backwards:
                 self._drop(f"step was broken off by {type(error).__name__}")
             raise

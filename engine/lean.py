@@ -46,8 +46,8 @@ class _Lean(Optimizer):
             return self._torchs_step(closure)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # torch.no_grad() takes a microsecond longer
         try:
+            torch._C._set_grad_enabled(False)  # torch.no_grad() takes a microsecond longer
             for kernel, tensors, options, steps in calls:
                 if grad_scale is not None or found_inf is not None:
                     device = tensors[0][0].device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pickle
 import re
@@ -19,6 +20,8 @@ import torch
 
 from engine import EngineError
 from engine.checkpoint import files, layout, save
+from tests import by_hand
+from tests.distributed import run_ranks
 from tests.resume import Case, build, trained
 
 CASE = Case({"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}})
@@ -525,3 +528,40 @@ def test_tidying_finds_its_own_names_only() -> None:
     assert layout._PARTIAL.fullmatch(".global_step3.partial-0123abcd")
     assert not layout._PARTIAL.fullmatch(".partial-0123abcd")
     assert not layout._PARTIAL.fullmatch("global_step3.partial-0123abcd")
+
+
+# -- what differs between ranks ------------------------------------------------------------------------
+
+
+def written_on_one_rank(folder: str) -> dict[str, list[str]]:
+    """The warnings of rank 0's saves: after training, and after a write on rank 1 alone."""
+    found: dict[str, list[str]] = {}
+    log = logging.getLogger("engine")
+    for precision in ("fp32", "bf16"):
+        for stage in (0, 1, 2):
+            engine = by_hand.build(by_hand.Case(precision, stage))
+            seen: list[str] = []
+            handler = logging.Handler(logging.WARNING)
+            handler.emit = lambda record, seen=seen: seen.append(record.getMessage())  # type: ignore[method-assign]
+            log.addHandler(handler)
+            try:
+                engine.backward(by_hand.loss_of(engine, 0, engine.global_rank, "a", dtype=torch.float32))
+                engine.step()
+                engine.save_checkpoint(f"{folder}/{precision}{stage}")
+                assert not seen, seen
+                if engine.global_rank == 1:
+                    with torch.no_grad():
+                        engine.module.a.weight[0, 0] += 1.0
+                engine.save_checkpoint(f"{folder}/{precision}{stage}")
+            finally:
+                log.removeHandler(handler)
+            found[f"{precision}{stage}"] = seen
+    return found
+
+
+def test_a_write_on_one_rank_alone_is_reported_at_the_next_save(tmp_path: Path) -> None:
+    first, _ = run_ranks(written_on_one_rank, 2, str(tmp_path))
+    assert len(first) == 6
+    for where, warnings in first.items():
+        assert len(warnings) == 1, where
+        assert "1 of the model's parameters differ between rank 0 and rank 1: a.weight" in warnings[0]
