@@ -15,6 +15,9 @@ class AccumulationState:
     Attributes:
         micro_batches: ended by a step() since the last optimizer step.
         backwards: since the last optimizer step.
+        reached: whether a gradient was reduced since the last optimizer step, of whatever rank.
+        no_graph: whether a loss on this rank had no graph, which the ranks find out when they reduce.
+        shown_exception: what Python had last shown to the user at the last backward.
         pending: whether there was a backward whose step() has not come yet.
         in_no_sync: inside the context of the same name.
         boundary: whether micro-batches end their optimizer step, as the script says; None where they are counted.
@@ -31,6 +34,8 @@ class AccumulationState:
         self.micro_batches = 0
         self.backwards = 0
         self.pending = False
+        self.reached = self.no_graph = False
+        self.shown_exception: object = None
         self._divided = 0  # backwards whose loss was divided by `steps`
 
     def is_boundary(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,12 +22,11 @@ from engine.network import choose_interface
 from engine.peers import explains_losses, meet, part
 from engine.rendezvous import meet_in_store
 
-__all__ = ["World", "join_alone", "join_world", "make_side_group", "release_at_exit"]
+__all__ = ["World", "can_reduce_on_host", "join_alone", "join_world", "make_side_group"]
 
 T = TypeVar("T")
 
 _timeout = timedelta(seconds=600)  # of the groups to come
-_holders: weakref.WeakSet[Any] = weakref.WeakSet()  # of the process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +153,12 @@ def make_side_group() -> Any:
     return dist.new_group(backend="gloo", timeout=_timeout)
 
 
+def can_reduce_on_host() -> bool:
+    """Whether the process group takes tensors of the CPU, as one that a script made for NCCL alone does not."""
+    group: Any = dist.group.WORLD
+    return group is not None and any(device.type == "cpu" for device in group._device_types)
+
+
 def _environment() -> tuple[int, int, int] | None:
     """Rank, local rank and world size as torchrun sets them, or None without torchrun."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
@@ -185,19 +189,10 @@ def _device_of(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def release_at_exit(parallel: Any) -> None:
-    """See to it that a DistributedDataParallel does not outlive the process group that `join_world` made."""
-    _holders.add(parallel)
-
-
 def _leave() -> None:
     if not dist.is_initialized():
         return
     wait = part()
     dist.destroy_process_group()
-    # A gloo group that DDP still holds while the interpreter goes down ends the process with "terminate called
-    # without an active exception", now and then, when another process has gone first.
-    for holder in list(_holders):
-        holder.reducer = holder.logger = holder.process_group = None
     gc.collect()
     wait()

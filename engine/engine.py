@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from engine.accumulation import AccumulationState
 from engine.checkpoint import Wanted, load_checkpoint, save_16bit_model, save_checkpoint
 from engine.data import CollateFn, Loader, build_loader
+from engine.distributed import can_reduce_on_host
 from engine.doubt import Doubt
 from engine.errors import EngineError
 from engine.finite import FiniteWatch
@@ -125,10 +126,11 @@ class Engine(nn.Module):
         self._skipped = 0
         self._doubt: Doubt | None = None  # an update of which it is not known yet whether it was skipped
         self._finite: FiniteWatch | None = FiniteWatch()
-        self._no_graph = False  # a loss on this rank had no graph, which the ranks find out when they reduce
+        # At stage 3 a backward is a row of collectives, which a rank whose loss has no graph would leave out.
+        self._agrees_before_backward = (
+            parts.world.size > 1 and parts.parallel.reduces_in_backward and can_reduce_on_host()
+        )
         self._reduces_at_boundary = parts.world.size > 1 and not parts.parallel.reduces_in_backward
-        self._ranks_reached = False  # whether a gradient was reduced, of whatever rank
-        self._last_exception: Any = None  # that Python had shown to the user when the micro-batch under way began
         self._background: Background | None = None  # what writes checkpoints, with async_save
         loader = parts.training_dataloader
         self._settled_position = None if loader is None else loader.position  # in the data, after the last update
@@ -196,7 +198,7 @@ class Engine(nn.Module):
         if self.optimizer is None or not isinstance(loss, Tensor) or loss.numel() != 1:
             raise EngineError(self._why_no_backward(loss))
         accumulation = self._accumulation
-        if accumulation.pending and _shown_exception() is not self._last_exception:
+        if accumulation.pending and _shown_exception() is not accumulation.shown_exception:
             self._drop("an exception came between its backward() and its step()")
         self._check_gradients("backward")
         self._follow_params()
@@ -206,10 +208,12 @@ class Engine(nn.Module):
         scaled = loss if self.scaler is None else loss.float() * self.scaler.value
         try:
             self._parallel.prepare()
+            if self._agrees_before_backward and self.world.sum(_flag(not loss.requires_grad)):
+                raise EngineError(f"on another rank, {_NO_GRAPH}" if loss.requires_grad else _NO_GRAPH)
             if loss.requires_grad:
                 scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             elif self._reduces_at_boundary:
-                self._no_graph = True  # the ranks find out together, when they reduce
+                accumulation.no_graph = True  # the ranks find out together, when they reduce
             else:
                 raise EngineError(_NO_GRAPH)
             self._parallel.collect()
@@ -218,7 +222,7 @@ class Engine(nn.Module):
                 share = share.float()
             self._loss = share if self._loss is None else self._loss + share
             accumulation.add_backward(divided=scale_wrt_gas)
-            self._last_exception = _shown_exception()
+            accumulation.shown_exception = _shown_exception()
             ends = self._parallel.always_reduces or accumulation.is_boundary()
             if self._reduces_at_boundary and ends and not accumulation.in_no_sync:
                 # As DDP and DeepSpeed do: between backward() and step() gradients are those of all ranks.
@@ -317,7 +321,6 @@ class Engine(nn.Module):
         """Forget the micro-batches since the last optimizer step, and their gradients."""
         self._parallel.clear()
         self._accumulation.reset()
-        self._no_graph = self._ranks_reached = False
         self._loss = None
 
     def _drop(self, why: str) -> None:
@@ -364,14 +367,15 @@ class Engine(nn.Module):
         Raises:
             EngineError: on all ranks: a loss had no graph.
         """
-        reached, no_graph = self._parallel.reached(), self._no_graph
+        accumulation = self._accumulation
+        reached, no_graph = self._parallel.reached(), accumulation.no_graph
         reduced = self._parallel.reduce((reached, no_graph))
         status = reduced.status
-        self._ranks_reached = self._ranks_reached or reached
+        accumulation.reached = accumulation.reached or reached
         # What this rank knows without asking the device is enough while all is well.
         if status is not None and (reads_cost_nothing(status.device) or no_graph or not reached):
             ranks_reached, ranks_without_graph = status.tolist()
-            self._ranks_reached = self._ranks_reached or ranks_reached > 0.5
+            accumulation.reached = accumulation.reached or ranks_reached > 0.5
             if ranks_without_graph > 0.5:
                 self.drop_update()
                 raise EngineError(_NO_GRAPH if no_graph else f"on another rank, {_NO_GRAPH}")
@@ -384,7 +388,7 @@ class Engine(nn.Module):
             EngineError: on all ranks: a loss had no graph, or none has reached a parameter.
         """
         gradients = self._reduce()
-        if not self._ranks_reached:
+        if not self._accumulation.reached or not gradients:
             self.drop_update()
             raise EngineError(self._why_nothing_reached())
         return gradients
@@ -416,7 +420,6 @@ class Engine(nn.Module):
             count = accumulation.micro_batches if accumulation.managed else accumulation.backwards
             self._parallel.clear()
             accumulation.reset()
-            self._no_graph = self._ranks_reached = False
         self._last_loss, self._loss = self._loss, None
         if self.recorder is not None:
             self.recorder.record(self.global_steps, optimizer.param_groups[0]["lr"], self._last_loss)
@@ -794,6 +797,11 @@ _NO_GRAPH = (
     "backward: the loss does not require gradients, so that it can't train anything; compute it from the model's "
     "output, outside of torch.no_grad() and torch.inference_mode(), and without detach() or item()"
 )
+
+
+def _flag(value: bool) -> Tensor:
+    """A number on the host, for a collective there: nothing waits for the device."""
+    return torch.tensor(float(value))
 
 
 def _shown_exception() -> Any:

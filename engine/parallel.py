@@ -259,8 +259,9 @@ class DataParallel:
     def _set_aside(self) -> None:
         """Keep what is reduced already apart from the gradients that a further backward leaves on this rank."""
         for target in self._targets:
-            self._earlier[target] = _local(target.grad)
-            target.grad = None
+            if target.grad is not None:  # one that was thawed since has none
+                self._earlier[target] = _local(target.grad)
+                target.grad = None
         if self._token is not None:
             self._token.grad = None
         self._reduced = self._on_master = None
