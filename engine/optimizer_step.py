@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ class OptimizerStep:
     def __init__(self, optimizer: Optimizer | None, parallel: Parallel, precision: Precision, clip_norm: float) -> None:
         self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
         self.grad_norm: Tensor | float | None = None
-        self._num_steps = (lambda: 0) if optimizer is None else count_steps(optimizer)
+        self._num_steps: Callable[[], int] = _no_steps if optimizer is None else count_steps(optimizer)
         self._seen_steps = self._num_steps()
+        self._moving = False  # whether master params may differ from the model
 
     def called_elsewhere(self) -> bool:
         """Whether the optimizer's step() was called since the last :meth:`run`, or since this was last asked."""
@@ -51,9 +53,22 @@ class OptimizerStep:
             Whether it was skipped; None where only the device knows.
         """
         try:
-            return self._run(gradients)
-        finally:
-            self._seen_steps = self._num_steps()
+            skipped = self._run(gradients)
+        except BaseException:
+            self.recover()
+            raise
+        self._seen_steps = self._num_steps()
+        return skipped
+
+    def recover(self) -> None:
+        """Take the optimizer step for made that an exception, or an interrupt, has broken off."""
+        self._seen_steps = self._num_steps()
+        if self._moving:
+            self._moving = False
+            masters = self._precision.master_params
+            # With sharded ones this is a collective, and the other ranks may not have been interrupted.
+            if self._precision.publish is not None and (masters is None or masters.sharding is None):
+                self._precision.publish()
 
     def _run(self, gradients: list[Tensor]) -> bool | None:
         optimizer, precision, limit = self._optimizer, self._precision, self._clip_norm
@@ -65,9 +80,11 @@ class OptimizerStep:
         reads_norm = gradients[0].device.type == "cpu" or (precision.skips and not can_skip(optimizer))
         if precision.master_params is not None:
             precision.master_params.adopt_writes()
+        self._moving = True
         if reads_norm:
             self.grad_norm = value = norm.item() / scale
             if precision.skips and not math.isfinite(value):
+                self._moving = False
                 return True
             clips = limit > 0 and not value + 1e-6 <= limit
             if scale != 1.0:  # both at once, as DeepSpeed does
@@ -91,5 +108,10 @@ class OptimizerStep:
                     optimizer.found_inf = None  # type: ignore[attr-defined]
         if precision.publish is not None:
             precision.publish()
+        self._moving = False
         self._parallel.reshard()
         return False if reads_norm else None
+
+
+def _no_steps() -> int:
+    return 0

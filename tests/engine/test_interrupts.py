@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ class Interrupt:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(FOLDER):
             return None
-        if event == "line":
+        # Between a kernel and the step counts that it needs nothing tells which of the two an interrupt came after.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("kernel("):
             self.left -= 1
             if self.left == 0:
                 self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
