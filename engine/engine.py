@@ -260,6 +260,7 @@ class Engine(nn.Module):
                 self._update(self._reduce_for_step())
         except BaseException as error:
             torch.set_grad_enabled(grad_enabled)  # an interrupt may keep an optimizer from setting it back
+            self._optimizer_step.recover()
             if accumulation.backwards:
                 self._drop(f"step was broken off by {type(error).__name__}")
             raise

@@ -37,6 +37,7 @@ class OptimizerStep:
         self.grad_norm: Tensor | float | None = None
         self._num_steps: Callable[[], int] = int if optimizer is None else count_steps(optimizer)
         self._seen_steps = self._num_steps()
+        self._moving = False  # whether master params may differ from the model
         self._undo: Callable[[], None] | None = None
         # What was updated last, and how many tensors of state it had.
         self._stepped: tuple[list[Tensor], int] | None = None
@@ -61,9 +62,22 @@ class OptimizerStep:
             Whether it was skipped; None where only the device knows.
         """
         try:
-            return self._run(gradients)
-        finally:
-            self._seen_steps = self._num_steps()
+            skipped = self._run(gradients)
+        except BaseException:
+            self.recover()
+            raise
+        self._seen_steps = self._num_steps()
+        return skipped
+
+    def recover(self) -> None:
+        """Take the optimizer step for made that an exception, or an interrupt, has broken off."""
+        self._seen_steps = self._num_steps()
+        if self._moving:
+            self._moving = False
+            masters = self._precision.master_params
+            # With sharded ones this is a collective, and the other ranks may not have been interrupted.
+            if self._precision.publish is not None and (masters is None or masters.sharding is None):
+                self._precision.publish()
 
     def _run(self, gradients: list[Tensor]) -> bool | None:
         optimizer, precision, limit = self._optimizer, self._precision, self._clip_norm
@@ -80,9 +94,11 @@ class OptimizerStep:
         reads_norm = free or (puts_back and not (can_put_back(optimizer) and self._has_state(optimizer, updated)))
         if precision.master_params is not None:
             precision.master_params.adopt_writes()
+        self._moving = True
         if reads_norm:
             self.grad_norm = value = (norm.item() if free else HostCopy(norm).read()[0]) / scale
             if precision.skips and not math.isfinite(value):
+                self._moving = False
                 return True
             clips = limit > 0 and not value + 1e-6 <= limit
             if scale != 1.0:  # both at once, as DeepSpeed does
@@ -101,6 +117,7 @@ class OptimizerStep:
             self._update(optimizer, norm, puts_back=puts_back)
         if precision.publish is not None:
             precision.publish()
+        self._moving = False
         self._parallel.reshard()
         return False if reads_norm else None
 

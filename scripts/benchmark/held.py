@@ -82,14 +82,10 @@ def held(engine: Any) -> Held:
     updated = [each for group in engine.optimizer.param_groups for each in group["params"]]
     parameters, gradients = _of_fsdp(engine.module)
     gradients += [each.grad for each in updated]
-    buckets = _buckets_of(engine)
-    if not buckets:
-        gradients += [each.grad for each in model]
-    elif updated[0] is model[0]:  # no masters: the gradients are DDP's buckets
-        gradients = []
+    gradients += [each.grad for each in model]
     parts = (
         _bytes([*model, *updated, *parameters]),
-        _bytes(gradients) + buckets,
+        _bytes(gradients),
         _bytes(value for state in engine.optimizer.state.values() for value in state.values()),
     )
     return Held(*parts, sum(parts))
@@ -120,14 +116,6 @@ def _groups(module: nn.Module) -> list[Any]:
             several = hasattr(state, "_fsdp_param_groups")  # since torch 2.10 or so
             found += state._fsdp_param_groups if several else [state._fsdp_param_group]
     return [group for group in found if group is not None]
-
-
-def _buckets_of(engine: Any) -> int:
-    """Bytes of DDP's buckets, which it keeps from update to update."""
-    ddp = getattr(engine._parallel, "ddp", None)
-    if ddp is None:
-        return 0
-    return sum(bucket.buffer().nbytes for bucket in ddp.reducer._get_zeros_like_grad_buckets())
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

@@ -1,4 +1,5 @@
-"""Every gradient that a step uses came through engine.backward, all of it, once; one to three ranks, in every precision."""
+"""Every gradient that a step uses came through engine.backward, all of it, once; one to three ranks, in every
+precision."""
 
 from __future__ import annotations
 
