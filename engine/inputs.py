@@ -89,6 +89,9 @@ class InputCasts:
         try:
             with self._watch:
                 outputs = model(*args, **kwargs)
+        except BaseException:  # an interrupt may come before the mode is left
+            _leave(self._watch)
+            raise
         finally:
             found = self._watch.end()
         for module in found:
@@ -160,6 +163,14 @@ class _CastInputs:
 
     def _is_autocast(self) -> bool:
         return torch.is_autocast_enabled(self._device_type)  # which has casts of its own
+
+
+def _leave(mode: TorchFunctionMode) -> None:
+    """Leave a mode, and those that were entered within it, if it is still there."""
+    stack = torch.overrides._get_current_function_mode_stack()
+    depth = next((len(stack) - index for index, each in enumerate(stack) if each is mode), 0)
+    for _ in range(depth):
+        torch.overrides._pop_mode()
 
 
 class _ModeInForward:
