@@ -83,6 +83,8 @@ def held(engine: Any) -> Held:
     parameters, gradients = _of_fsdp(engine.module)
     gradients += [each.grad for each in updated]
     gradients += [each.grad for each in model]
+    for apart in (getattr(engine._parallel, "_sums", []), getattr(engine._parallel, "_earlier", {}).values()):
+        gradients += list(apart)
     parts = (
         _bytes([*model, *updated, *parameters]),
         _bytes(gradients),

@@ -49,7 +49,7 @@ def cleared_within_an_accumulation(case: Case, rank: int) -> str | None:
         engine.step()
         zero_grad()
         next_loss = loss(case, engine, 51)
-        if fault := refused("cleared", lambda: engine.backward(next_loss)):
+        if fault := refused("cleared", lambda next_loss=next_loss: engine.backward(next_loss)):
             return f"{zero_grad.__qualname__}: {fault}"
         engine.drop_update()
         step(case, engine, hand, 10 * number)
@@ -60,7 +60,7 @@ def plain_backward(case: Case, rank: int) -> str | None:
     engine, hand = pair(case)
     loss(case, engine, 50).backward()
     next_loss = loss(case, engine, 51)
-    fault = refused("did not come from engine.backward", lambda: engine.backward(next_loss))
+    fault = refused("did not come from engine.backward", lambda next_loss=next_loss: engine.backward(next_loss))
     if fault:
         return f"before: {fault}"
     engine.zero_grad()
@@ -126,7 +126,7 @@ def without_a_gradient(case: Case, rank: int) -> str | None:
     engine, hand = pair(case)
 
     def broken() -> None:
-        for number in range(case.accumulation):
+        for _ in range(case.accumulation):
             value = torch.ones((), requires_grad=True)
             engine.backward(value * 2)
             engine.step()
@@ -148,7 +148,7 @@ def flushed(case: Case, rank: int) -> str | None:
     engine.flush()
     for number in range(2):
         hand.backward(
-            lambda r: (
+            lambda r, number=number: (
                 loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(())
             ),
             divide=False,
@@ -167,7 +167,7 @@ def flushed_mean(case: Case, rank: int) -> str | None:
     engine.flush()
     for number in range(2):
         hand.backward(
-            lambda r: (
+            lambda r, number=number: (
                 loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(())
             ),
             divide=False,

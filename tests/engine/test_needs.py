@@ -78,12 +78,12 @@ def test_several_processes_are_told_what_each_stage_takes_the_one_in_force_first
     begin = "memory per process for weights, gradients and"
     assert plain == [f"{begin} AdamW's state: 256 KiB at stage 0; 224 KiB at 1 and 2, 160 KiB at 3"]
     assert shared[0] == f"{begin} AdamW's state: 160 KiB at stage 3; 256 KiB at 0, 224 KiB at 1 and 2"
-    assert low[0] == f"{begin} AdamW's state: 136 KiB at stage 2; 320 KiB at 0, 136 KiB at 3"
+    assert low[0] == f"{begin} AdamW's state: 160 KiB at stage 2; 288 KiB at 0, 136 KiB at 3"
     assert shared[1].startswith("zero_optimization.stage 3 gains nothing for this model: stage 0 takes 256 KiB of the ")
-    assert own[0].startswith(f"{begin} Own's state (taken for 4 bytes a weight): 152 KiB at stage 1; 128 KiB at 0")
+    assert own[0].startswith(f"{begin} Own's state (taken for 4 bytes a weight): 176 KiB at stage 1; 128 KiB at 0")
     assert own[1] == (
         "zero_optimization.stage 1 gains nothing for this model: "
-        "stage 0 takes 128 KiB of each process's memory, this one 152 KiB"
+        "stage 0 takes 128 KiB of each process's memory, this one 176 KiB"
     )
 
 

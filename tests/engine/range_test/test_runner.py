@@ -339,12 +339,12 @@ def test_a_run_that_diverges_leaves_the_scale_of_its_lowest_loss() -> None:
     assert scales[last + 1] == scales[lowest]
 
 
-def test_what_the_device_skips_by_itself_is_marked_alike() -> None:
+def test_what_the_device_skips_by_itself_is_marked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     curves = []
     for reads in (True, False):
         engine = make_engine(fp16=FP16)
         if not reads:  # as on CUDA, where an update is known to be skipped when the next one begins
-            engine._reads_norm = False
+            monkeypatch.setattr("engine.transfer._READ_AT_ONCE", ())
         curves.append(only(run(engine, loss=steep, min_lr=1e-6, steps=30)))
     host, device = curves
     assert (device.skipped, device.lrs) == (host.skipped, host.lrs)
@@ -486,7 +486,7 @@ def test_an_engine_inside_an_update_is_refused() -> None:
     for _ in range(2):
         with pytest.raises(RangeTestError, match="the engine is inside an update"):
             run(engine)
-        if engine._pending:
+        if engine._accumulation.pending:
             engine.step()
     assert engine.micro_steps == 1
 

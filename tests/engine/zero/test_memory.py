@@ -234,7 +234,9 @@ def test_every_process_holds_what_it_is_said_to_hold(measured: tuple[int, list[d
     _, ranks = measured
     for rank in ranks:
         for name, (found, said) in rank.items():
-            assert found[:3] == pytest.approx(said[:3], rel=0.01), name
+            assert (found[0], found[2]) == pytest.approx((said[0], said[2]), rel=0.01), name
+            # Between the micro-batches of a step there may be fewer gradients than are counted for the last one.
+            assert found[1] < 1.01 * said[1], name
             # Gradients of the one tied weight are autograd's own until both of its uses have added theirs.
             assert 0.9 * said[3] < found[3] < 1.001 * said[3], name
 
