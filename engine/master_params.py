@@ -198,7 +198,8 @@ class TrainedParams:
 
     def regrouped(self) -> bool:
         """Whether the optimizer was given parameters since the last :meth:`refresh`; costs next to nothing."""
-        return self._optimizer is not None and [len(each["params"]) for each in self._optimizer.param_groups] != self._sizes
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return [len(each["params"]) for each in groups] != self._sizes
 
     def refresh(self) -> bool:
         """Follow the groups and the flags; whether something has changed.

@@ -190,8 +190,8 @@ class _Save:
         ranks = sorted({rank for each in different.values() for rank in each})
         shown = ", ".join([*list(different)[:_SHOWN], *(["..."] if len(different) > _SHOWN else [])])
         log.warning(
-            "%s: %d of the model's parameters differ between rank 0 and %s: %s; a script has probably written into them "
-            "on some ranks only; write the same values on all ranks; nothing was repaired",
+            "%s: %d of the model's parameters differ between rank 0 and %s: %s; a script has probably written into "
+            "them on some ranks only; write the same values on all ranks; nothing was repaired",
             _DOING, len(different), name_ranks(ranks), shown,
         )  # fmt: skip
 

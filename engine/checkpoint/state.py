@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "Captured", "aliases_of", "buffers_of", "capture", "checksum", "checksums", "extra_states_of", "model_tensors", "schedule_of",
-    "set_setting", "settings_of", "weights_of",
+    "Captured", "aliases_of", "buffers_of", "capture", "checksum", "checksums", "extra_states_of", "model_tensors",
+    "schedule_of", "set_setting", "settings_of", "weights_of",
 ]  # fmt: skip
 
 # Settings of a parameter group that choose among implementations of one optimizer; the engine's own count.

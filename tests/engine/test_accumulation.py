@@ -1,11 +1,8 @@
-"""Every gradient that a step uses came through engine.backward, all of it, once; one to three ranks, in every precision."""
+"""Every gradient that a step uses came through engine.backward, all of it, once; on one to three ranks."""
 
 from __future__ import annotations
 
-import logging
-import sys
-import traceback
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineError
-from tests.by_hand import ByHand, Case, build, differences, exact, failures, grid, loss_of
+from tests.by_hand import Case, differences, failures, grid, loss_of
 from tests.distributed import run_ranks
 from tests.engine.test_master_params import BOTH, pair, step, world_size
 from tests.plain_loop import Broken, mse
@@ -52,7 +49,7 @@ def cleared_within_an_accumulation(case: Case, rank: int) -> str | None:
         engine.step()
         zero_grad()
         next_loss = loss(case, engine, 51)
-        if fault := refused("cleared", lambda: engine.backward(next_loss)):
+        if fault := refused("cleared", functools.partial(engine.backward, next_loss)):
             return f"{zero_grad.__qualname__}: {fault}"
         engine.drop_update()
         step(case, engine, hand, 10 * number)
@@ -129,7 +126,7 @@ def without_a_gradient(case: Case, rank: int) -> str | None:
     engine, hand = pair(case)
 
     def broken() -> None:
-        for number in range(case.accumulation):
+        for _ in range(case.accumulation):
             value = torch.ones((), requires_grad=True)
             engine.backward(value * 2)
             engine.step()
@@ -138,6 +135,11 @@ def without_a_gradient(case: Case, rank: int) -> str | None:
         return fault
     step(case, engine, hand, 10)
     return differences(case, engine, hand)
+
+
+def only_rank_0_has_two(case: Case, hand: ByHand, number: int, rank: int) -> Tensor:
+    """The loss of a micro-batch; of one that a rank does not have, zero."""
+    return loss_of(hand.call, number, rank, *BOTH, dtype=case.dtype) if rank == 0 or number == 0 else torch.zeros(())
 
 
 def flushed(case: Case, rank: int) -> str | None:
@@ -150,10 +152,7 @@ def flushed(case: Case, rank: int) -> str | None:
             engine.step()
     engine.flush()
     for number in range(2):
-        hand.backward(
-            lambda r: loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(()),
-            divide=False,
-        )
+        hand.backward(functools.partial(only_rank_0_has_two, case, hand, number), divide=False)
     hand.step()
     return differences(case, engine, hand)
 
@@ -167,10 +166,7 @@ def flushed_mean(case: Case, rank: int) -> str | None:
             engine.step()
     engine.flush()
     for number in range(2):
-        hand.backward(
-            lambda r: loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(()),
-            divide=False,
-        )
+        hand.backward(functools.partial(only_rank_0_has_two, case, hand, number), divide=False)
     size = world_size()
     hand.step(size / (size + 1))  # one mean over all micro-batches of all ranks
     return differences(case, engine, hand)

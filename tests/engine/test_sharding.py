@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine import Engine, EngineError, initialize
-from tests.by_hand import Case, build, differences, exact, failures, grid
+from engine import EngineError
+from tests.by_hand import Case, differences, exact, failures, grid
 from tests.distributed import run_ranks
 from tests.engine.test_master_params import pair, step
 from tests.plain_loop import Net
