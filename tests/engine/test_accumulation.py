@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineError
-from tests.by_hand import Case, differences, failures, grid, loss_of
+from tests.by_hand import ByHand, Case, differences, failures, grid, loss_of
 from tests.distributed import run_ranks
 from tests.engine.test_master_params import BOTH, pair, step, world_size
 from tests.plain_loop import Broken, mse
