@@ -203,7 +203,7 @@ KINDS: dict[str, tuple[Callable[[Case, int], str | None], dict[str, Any]]] = {
 
 
 def on_all(ranks: int) -> dict[str, list[str]]:
-    # Three ranks divide rows unevenly, in any precision; of the low ones fp16 has the digits to show a fault in five steps.
+    # Three ranks divide rows unevenly, in any precision; fp16 has the digits that five steps in bf16 lose.
     few = {"precisions": ("fp32", "fp16")} if ranks > 2 else {}
     return {name: failures(check, grid(ranks, **options, **few)) for name, (check, options) in KINDS.items()}
 
