@@ -1,8 +1,9 @@
 """What trains: the optimizer's parameters that require gradients now, and the tensors that the optimizer updates.
 
 In fp32 at ZeRO stage 0 the optimizer updates the model's own parameters. In low precision, and at stages 1 and 2, it
-has master params in their place: fp32 copies, whole or one shard per rank. This file owns that correspondence. It
-follows whatever a script does to the optimizer's groups, to `requires_grad` and to the weights themselves.
+has
+master params in their place: fp32 copies, whole or one shard per rank. This file owns that correspondence. It follows
+whatever a script does to the optimizer's groups, to `requires_grad` and to the weights themselves.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class MasterParams:
         """
         if self._compare_values:
             self._compare_values = False
-            written = list(range(len(self._model)))
+            written = range(len(self._model))
         else:
             versions = [param._version for param in self._model]
             if versions == self._versions:
@@ -198,10 +199,8 @@ class TrainedParams:
 
     def regrouped(self) -> bool:
         """Whether the optimizer was given parameters since the last :meth:`refresh`; costs next to nothing."""
-        return (
-            self._optimizer is not None
-            and [len(each["params"]) for each in self._optimizer.param_groups] != self._sizes
-        )
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return [len(each["params"]) for each in groups] != self._sizes
 
     def refresh(self) -> bool:
         """Follow the groups and the flags; whether something has changed.
@@ -220,7 +219,7 @@ class TrainedParams:
             return False
         self._flags = flags
         if self.masters is not None:
-            self._make_masters(self.masters, groups)
+            self._make_masters(groups)
         of = {} if self.masters is None else self.masters.of
         self.model = [param for param in self._grouped if param.requires_grad]
         self.updated = [of.get(param, param) for param in self.model]
@@ -240,15 +239,16 @@ class TrainedParams:
             broadcast_from_rank_0(new, self._world_size)
         self._known |= {id(param) for param in new}
 
-    def _make_masters(self, masters: MasterParams, groups: list[dict[str, Any]]) -> None:
+    def _make_masters(self, groups: list[dict[str, Any]]) -> None:
+        assert (self.masters is not None and self._optimizer is not None) or not groups
         for group in groups:
             for index, param in enumerate(group["params"]):
                 # A frozen parameter has no master param, and costs nothing, until it is thawed.
                 if id(param) in self._known and param.requires_grad:
-                    master = masters.of[param] if param in masters.of else masters.add(param)
+                    master = self.masters.of[param] if param in self.masters.of else self.masters.add(param)
                     group["params"][index] = master
                     assert self._optimizer is not None
-                    move_state(self._optimizer, param, master, shard=masters.shard_of(master))
+                    move_state(self._optimizer, param, master, shard=self.masters.shard_of(master))
                     self.all.append(master)
 
 

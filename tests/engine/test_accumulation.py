@@ -1,8 +1,8 @@
-"""Every gradient that a step uses came through engine.backward, all of it, once; one to three ranks, in every
-precision."""
+"""Every gradient that a step uses came through engine.backward, all of it, once; on one to three ranks."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineError
-from tests.by_hand import Case, differences, failures, grid, loss_of
+from tests.by_hand import ByHand, Case, differences, failures, grid, loss_of
 from tests.distributed import run_ranks
 from tests.engine.test_master_params import BOTH, pair, step, world_size
 from tests.plain_loop import Broken, mse
@@ -49,7 +49,7 @@ def cleared_within_an_accumulation(case: Case, rank: int) -> str | None:
         engine.step()
         zero_grad()
         next_loss = loss(case, engine, 51)
-        if fault := refused("cleared", lambda next_loss=next_loss: engine.backward(next_loss)):
+        if fault := refused("cleared", functools.partial(engine.backward, next_loss)):
             return f"{zero_grad.__qualname__}: {fault}"
         engine.drop_update()
         step(case, engine, hand, 10 * number)
@@ -60,7 +60,7 @@ def plain_backward(case: Case, rank: int) -> str | None:
     engine, hand = pair(case)
     loss(case, engine, 50).backward()
     next_loss = loss(case, engine, 51)
-    fault = refused("did not come from engine.backward", lambda next_loss=next_loss: engine.backward(next_loss))
+    fault = refused("did not come from engine.backward", lambda: engine.backward(next_loss))
     if fault:
         return f"before: {fault}"
     engine.zero_grad()
@@ -137,6 +137,11 @@ def without_a_gradient(case: Case, rank: int) -> str | None:
     return differences(case, engine, hand)
 
 
+def only_rank_0_has_two(case: Case, hand: ByHand, number: int, rank: int) -> Tensor:
+    """The loss of a micro-batch; of one that a rank does not have, zero."""
+    return loss_of(hand.call, number, rank, *BOTH, dtype=case.dtype) if rank == 0 or number == 0 else torch.zeros(())
+
+
 def flushed(case: Case, rank: int) -> str | None:
     """Rank 0 has one micro-batch more than the others, which it has not ended by a step()."""
     engine, hand = pair(case)
@@ -147,12 +152,7 @@ def flushed(case: Case, rank: int) -> str | None:
             engine.step()
     engine.flush()
     for number in range(2):
-        hand.backward(
-            lambda r, number=number: (
-                loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(())
-            ),
-            divide=False,
-        )
+        hand.backward(functools.partial(only_rank_0_has_two, case, hand, number), divide=False)
     hand.step()
     return differences(case, engine, hand)
 
@@ -166,12 +166,7 @@ def flushed_mean(case: Case, rank: int) -> str | None:
             engine.step()
     engine.flush()
     for number in range(2):
-        hand.backward(
-            lambda r, number=number: (
-                loss_of(hand.call, number, r, *BOTH, dtype=case.dtype) if r == 0 or number == 0 else torch.zeros(())
-            ),
-            divide=False,
-        )
+        hand.backward(functools.partial(only_rank_0_has_two, case, hand, number), divide=False)
     size = world_size()
     hand.step(size / (size + 1))  # one mean over all micro-batches of all ranks
     return differences(case, engine, hand)

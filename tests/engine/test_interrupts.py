@@ -29,12 +29,12 @@ class Interrupt:
         self.place = ""
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(FOLDER):
+        # What is raised in a finalizer, which the garbage collector may run at any line, is lost.
+        if not frame.f_code.co_filename.startswith(FOLDER) or frame.f_code.co_name == "_report_unfinished":
             return None
         # Between a kernel and the step counts that it needs nothing tells which of the two an interrupt came after.
-        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith(
-            "kernel("
-        ):
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not line.startswith("kernel("):
             self.left -= 1
             if self.left == 0:
                 self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -250,6 +250,7 @@ def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
             rows = torch.arange(2) + dist.get_rank()
             train(engine, rows, steps=1)  # compares the ranks' first batches, and makes the optimizer's state
             engine.settle()
+            engine._agrees_before_backward = False  # a number of the host's own, on CUDA, too
             arrivals.waits = 0
             try:
                 with no_reads(engine.optimizer):
