@@ -167,10 +167,10 @@ class _CastInputs:
 
 def _leave(mode: TorchFunctionMode) -> None:
     """Leave a mode, and those that were entered within it, if it is still there."""
-    stack = torch.overrides._get_current_function_mode_stack()
+    stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     depth = next((len(stack) - index for index, each in enumerate(stack) if each is mode), 0)
     for _ in range(depth):
-        torch.overrides._pop_mode()
+        torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
 
 
 class _ModeInForward:

@@ -1,9 +1,8 @@
 """What trains: the optimizer's parameters that require gradients now, and the tensors that the optimizer updates.
 
 In fp32 at ZeRO stage 0 the optimizer updates the model's own parameters. In low precision, and at stages 1 and 2, it
-has
-master params in their place: fp32 copies, whole or one shard per rank. This file owns that correspondence. It follows
-whatever a script does to the optimizer's groups, to `requires_grad` and to the weights themselves.
+has master params in their place: fp32 copies, whole or one shard per rank. This file owns that correspondence. It
+follows whatever a script does to the optimizer's groups, to `requires_grad` and to the weights themselves.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class MasterParams:
         """
         if self._compare_values:
             self._compare_values = False
-            written = range(len(self._model))
+            written = list(range(len(self._model)))
         else:
             versions = [param._version for param in self._model]
             if versions == self._versions:
@@ -219,7 +218,7 @@ class TrainedParams:
             return False
         self._flags = flags
         if self.masters is not None:
-            self._make_masters(groups)
+            self._make_masters(self.masters, groups)
         of = {} if self.masters is None else self.masters.of
         self.model = [param for param in self._grouped if param.requires_grad]
         self.updated = [of.get(param, param) for param in self.model]
@@ -239,16 +238,15 @@ class TrainedParams:
             broadcast_from_rank_0(new, self._world_size)
         self._known |= {id(param) for param in new}
 
-    def _make_masters(self, groups: list[dict[str, Any]]) -> None:
-        assert (self.masters is not None and self._optimizer is not None) or not groups
+    def _make_masters(self, masters: MasterParams, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             for index, param in enumerate(group["params"]):
                 # A frozen parameter has no master param, and costs nothing, until it is thawed.
                 if id(param) in self._known and param.requires_grad:
-                    master = self.masters.of[param] if param in self.masters.of else self.masters.add(param)
+                    master = masters.of[param] if param in masters.of else masters.add(param)
                     group["params"][index] = master
                     assert self._optimizer is not None
-                    move_state(self._optimizer, param, master, shard=self.masters.shard_of(master))
+                    move_state(self._optimizer, param, master, shard=masters.shard_of(master))
                     self.all.append(master)
 
 

@@ -32,8 +32,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
 }
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SETTINGS = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-2, "weight_decay": 0.5}  # with a small eps, rounding in bf16
-decides the first steps
+# With a small eps, rounding in bf16 decides the first steps.
+SETTINGS = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-2, "weight_decay": 0.5}
 NAMES = ("trunk", "gain", "branch", "a", "b")  # of the modules that the optimizer has; `late` is left out
 
 
