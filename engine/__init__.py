@@ -1,61 +1,56 @@
 """Redline: a small PyTorch training engine that speaks DeepSpeed's JSON.
 
-from engine import initialize
+from redline import initialize
 
-engine = initialize(model, "config.json")
-for x, y in loader:
+engine = initialize(model, "config.json", training_data=dataset)
+for x, y in engine.training_dataloader:
     loss = loss_fn(engine(x), y)
     engine.backward(loss)
     engine.step()
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "engine":
+    # A script in a checkout has imported this folder by its name. It gets the installed package: the same objects.
+    try:
+        sys.modules["engine"] = import_module("redline")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "engine: Redline is not installed in this Python; run scripts/setup, and import redline"
+        ) from error
+
 if TYPE_CHECKING:
-    from engine.config import EngineConfig, load_config
-    from engine.engine import Engine
-    from engine.errors import ConfigError, EngineError, Problem, RangeTestError
-    from engine.range_test import RangeTestResult, run_range_test
-    from engine.start import initialize
-    from engine.tuning import Tuning, tune
+    from redline.config import EngineConfig, load_config
+    from redline.engine import Engine
+    from redline.errors import ConfigError, EngineError, Problem, RangeTestError
+    from redline.range_test import RangeTestResult, run_range_test
+    from redline.start import initialize
+    from redline.tuning import Tuning, tune
 
 __all__ = [
-    "ConfigError",
-    "Engine",
-    "EngineConfig",
-    "EngineError",
-    "Problem",
-    "RangeTestError",
-    "RangeTestResult",
-    "Tuning",
-    "initialize",
-    "load_config",
-    "run_range_test",
-    "tune",
-]
+    "ConfigError", "Engine", "EngineConfig", "EngineError", "Problem", "RangeTestError", "RangeTestResult", "Tuning",
+    "initialize", "load_config", "run_range_test", "tune",
+]  # fmt: skip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each name lives. It is imported when it is asked for, so that `redline validate` needs no torch and a script
 # that only trains no pydantic before its config is read.
 _HOMES = {
-    "ConfigError": "engine.errors",
-    "Engine": "engine.engine",
-    "EngineConfig": "engine.config",
-    "EngineError": "engine.errors",
-    "Problem": "engine.errors",
-    "RangeTestError": "engine.errors",
-    "RangeTestResult": "engine.range_test",
-    "Tuning": "engine.tuning",
-    "initialize": "engine.start",
-    "load_config": "engine.config",
-    "run_range_test": "engine.range_test",
-    "tune": "engine.tuning",
+    "redline.config": ("EngineConfig", "load_config"),
+    "redline.engine": ("Engine",),
+    "redline.errors": ("ConfigError", "EngineError", "Problem", "RangeTestError"),
+    "redline.range_test": ("RangeTestResult", "run_range_test"),
+    "redline.start": ("initialize",),
+    "redline.tuning": ("Tuning", "tune"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""``python -m engine`` is the command ``redline``."""
+"""``python -m redline`` is the command ``redline``."""
 
 import sys
 
-from engine.cli import main
+from redline.cli import main
 
 sys.exit(main())

@@ -1,52 +1,55 @@
-"""A config and the user's objects, made into the parts of an engine.
-
-All that can be wrong is found here, before the first step.
-"""
+"""Build an engine from a config and the user's objects; mistakes are reported here, before the first step."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-import schedulers
-from engine.compiled import plain_names
-from engine.data import CollateFn, build_loader
-from engine.distributed import World, join_alone
-from engine.errors import EngineError
-from engine.gradients import Reduction
-from engine.log import log
-from engine.master_params import broadcast_from_rank_0
-from engine.optimizers import build_optimizer, guard_steps
-from engine.parallel import DataParallel, Parallel
-from engine.parts import Parts, Schedule
-from engine.precision import Formats, set_precision, to_dtype
-from engine.range_test.passive import PassiveRecorder
-from engine.recompute import recompute
-from engine.schedule_state import ScheduleStart
-from engine.sharding import Sharding, make_mesh, unfuse_on_shards
-from engine.zero.blank import fill
-from engine.zero.blocks import find_blocks
-from engine.zero.carry import carry_optimizer_over, carry_over
-from schedulers.forecast import find_violation, remedy_for
+from redline import schedulers
+from redline.activation_checkpointing import recompute
+from redline.compiled import plain_names
+from redline.data import CollateFn, build_loader
+from redline.distributed.blocks import MetaModel, find_blocks
+from redline.distributed.ddp import DDPStrategy
+from redline.distributed.process_group import World, join_alone
+from redline.distributed.sharding import Sharding, make_mesh
+from redline.distributed.strategy import Strategy
+from redline.engine import Engine
+from redline.errors import EngineError
+from redline.gradients import Reduction
+from redline.log import log
+from redline.master_params import MasterParams, TrainedParams, broadcast_from_rank_0
+from redline.optimizers import build_optimizer, guard_steps, unfuse_on_shards
+from redline.optimizers.state import carry_over, replace_params
+from redline.precision import Precision, build_loss_scale
+from redline.schedulers.schedule import find_violation
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
-    from engine.zero.shards import FullyShard
+    from redline.config import EngineConfig
+    from redline.distributed.fsdp import FSDPStrategy
 
-__all__ = ["build_parts", "build_schedule"]
+__all__ = ["OptimizerLike", "Schedule", "ScheduleLike", "build_engine", "build_schedule"]
+
+
+class Schedule(Protocol):
+    """What the engine needs of a learning rate schedule; torch's and ours are such."""
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
 
 OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
 ScheduleLike = Schedule | Callable[[Optimizer], Schedule]
 
 
-def build_parts(
+def build_engine(
     config: EngineConfig,
     world: World,
     module: nn.Module,
@@ -56,39 +59,30 @@ def build_parts(
     training_data: Dataset[Any] | None,
     lr_scheduler: ScheduleLike | None,
     collate_fn: CollateFn | None,
-) -> Parts:
-    """All parts of an engine, on `world.device`; arguments as :func:`engine.initialize`."""
+) -> Engine:
+    """An engine on `world.device`; arguments as :func:`redline.initialize`."""
+    stage = _effective_stage(config, world)
+    precision = Precision.of(config, stage)
+    reduction = Reduction.of(config, world.size, precision.reduce)
     if optimizer is not None or config.optimizer is not None:
-        _refuse_overlapping(module, optimizer if isinstance(optimizer, Optimizer) else None)
-    reduction = Reduction.of(config, world.size, to_dtype(config.communication_data_type or "fp32"))
-    shards, sharding, moved = _place(config, world, module, reduction)
+        _refuse_expanded(module, optimizer if isinstance(optimizer, Optimizer) else None)
+
+    # The model first: sharding and materializing it replaces parameters that the script has given to its optimizer.
+    shards, moved = _place(config, world, module, stage, precision, reduction)
+    sharding = _sharding(config, world) if stage in (1, 2) else None
     if isinstance(optimizer, Optimizer):
-        carry_optimizer_over(optimizer, moved) if shards is None else shards.carry_optimizer_over(optimizer)
+        replace_params(optimizer, moved) if shards is None else shards.carry_optimizer_over(optimizer)
     if model_parameters is not None:
         model_parameters = carry_over(model_parameters, moved)
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
-    if chosen is not None:
-        _check_parameters(chosen, module)
-        for group in chosen.param_groups:
-            if "param_names" in group:  # it was given named parameters, perhaps of a compiled module
-                group["param_names"] = plain_names(group["param_names"])
-    if chosen is not None and sharding is not None:
+    if chosen is not None and stage:
+        if isinstance(chosen, SparseAdam) and sharding is not None:
+            raise EngineError(
+                "optimizer SparseAdam: it takes sparse gradients only, and ZeRO stages 1 and 2 make them dense to "
+                "shard them; use zero_optimization.stage 0 or 3, or an optimizer such as Adam"
+            )
         unfuse_on_shards(chosen)
     schedule = _choose_schedule(config, chosen, lr_scheduler)
-    recorder = None
-    if isinstance(schedule, schedulers.LRRangeTest):
-        recorder = PassiveRecorder(
-            world,
-            config.redline.range_test.output_dir,
-            schedule,
-            {
-                "config": config.document(),
-                "train_batch_size": config.train_batch_size,
-                "world_size": world.size,
-                "optimizer": type(chosen).__name__,
-                "group_ratios": tuple(float(lr / schedule.min_lrs[0]) for lr in schedule.min_lrs),
-            },
-        )
     loader = None
     if training_data is not None:
         loader = build_loader(
@@ -100,42 +94,54 @@ def build_parts(
             survives_sigterm=config.redline.checkpoint.save_on_sigterm is not None,
             **config.redline.data.arguments(),
         )
-    precision = set_precision(
-        config, module, chosen, fully_sharded=shards is not None, sharding=sharding, world_size=world.size
-    )
-    parallel: Parallel
+
+    # The master params get the model's values before these are cast.
+    masters = MasterParams(precision.stored, sharding, rounded=precision.rounded) if precision.has_masters else None
+    round_to = precision.compute if precision.rounded else None
+    params = TrainedParams(module, chosen, masters, world_size=world.size, round_to=round_to)
+    precision.cast(module, params=shards is None)
+    if chosen is not None:
+        params.copy_to_model()
     if shards is not None:
-        shards.train(precision.params)
-        parallel = shards
-    else:
-        apart = precision.master_params is not None and precision.accumulate is not precision.compute
-        parallel = DataParallel(
-            module,
-            reduction,
-            precision.params,
-            accumulate=precision.accumulate if apart else None,
-            counts_all=_counts_all(config),
-            always_reduces=sharding is not None and config.redline.zero.accumulate == "shared",
-            keeps_sparse=isinstance(chosen, SparseAdam),
-        )
-    start = None if chosen is None else ScheduleStart(schedule, chosen)
-    return Parts(config, world, module, precision, parallel, chosen, schedule, start, loader, recorder)
+        shards.train(params)
+    asked = config.zero_optimization
+    strategy: Strategy = shards or DDPStrategy(
+        module,
+        reduction,
+        params,
+        accumulate=precision.accumulate if masters and precision.accumulate is not precision.compute else None,
+        # DeepSpeed's stage 0 clips without fp16 or bf16 over all that has a gradient.
+        counts_all=precision.compute is torch.float32 and (asked is None or asked.stage == 0),
+        always_reduces=sharding is not None and config.redline.zero.accumulate == "shared",
+        keeps_sparse=isinstance(chosen, SparseAdam),
+    )
+    return Engine(config, world, module, precision, strategy, chosen, schedule, build_loss_scale(config), loader)
 
 
-def _counts_all(config: EngineConfig) -> bool:
-    """Whether clipping is that of DeepSpeed's stage 0 without fp16 or bf16: over all that has a gradient."""
-    zero, low = config.zero_optimization, Formats.of(config).compute is not torch.float32
-    return not low and (zero is None or zero.stage == 0)
+# -- the model -----------------------------------------------------------------------------------------
+
+
+def _effective_stage(config: EngineConfig, world: World) -> int:
+    """The stage of ZeRO; 0 where there is nothing to shard."""
+    zero = config.zero_optimization
+    if zero is None or zero.stage == 0:
+        return 0
+    offloads = zero.offloads and world.device.type == "cuda"
+    if zero.offloads and not offloads:
+        log.info("zero_optimization: everything is in the CPU's memory already; offloading has no effect")
+    if world.size == 1 and not offloads:
+        log.info("zero_optimization.stage %d: with one rank nothing is sharded", zero.stage)
+        return 0
+    return zero.stage
 
 
 def _place(
-    config: EngineConfig, world: World, module: nn.Module, reduction: Reduction
-) -> tuple[FullyShard | None, Sharding | None, dict[Tensor, Tensor]]:
-    """Bring the model to the device, in place, with rank 0's weights: full, or sharded as ZeRO stage 3 says.
+    config: EngineConfig, world: World, module: nn.Module, stage: int, precision: Precision, reduction: Reduction
+) -> tuple[FSDPStrategy | None, dict[Tensor, Tensor]]:
+    """Move the model to the device, in place, with rank 0's values: full, or sharded at ZeRO stage 3.
 
     Returns:
-        What shards it at stage 3; how stages 1 and 2 shard the rest; the new parameters in the place of those that had
-        to go.
+        The strategy of stage 3; the new parameter for each replaced one.
     """
     own = config.redline
     blocks = find_blocks(module, own.zero.blocks, own.zero.smallest_block)
@@ -147,20 +153,18 @@ def _place(
             )
         for block in blocks.values():
             recompute(block)
-    stage = _sharded_stage(config, world)
     if stage < 3:
-        moved = fill(module, module.named_modules(), world.device)
+        moved = MetaModel(module, world.device).fill(module.named_modules())
         module.to(world.device)
         # Buffers start as rank 0's and then stay each rank's own, as in DeepSpeed.
         broadcast_from_rank_0([*module.parameters(), *module.buffers()], world.size)
-        return None, _sharding(config, world) if stage else None, moved
-    from engine.zero.shards import shard_model  # see engine/zero/__init__.py
+        return None, moved
+    from redline.distributed.fsdp import shard_model  # here, not above: FSDP2 takes longer to import than all the rest
 
     if world.size == 1:
         join_alone(world)
-
-    shards = shard_model(module, world, config, blocks, Formats.of(config), reduction)
-    return shards, None, shards.moved
+    shards = shard_model(module, world, config, blocks, precision, reduction)
+    return shards, shards.moved
 
 
 def _sharding(config: EngineConfig, world: World) -> Sharding:
@@ -175,174 +179,126 @@ def _sharding(config: EngineConfig, world: World) -> Sharding:
     return Sharding(make_mesh(world.device, world.size, zero.mics_shard_size), device, pinned=zero.pins_memory)
 
 
-def _sharded_stage(config: EngineConfig, world: World) -> int:
-    """The stage of ZeRO in force; 0 where there is nothing to shard."""
-    zero = config.zero_optimization
-    if zero is None or zero.stage == 0:
-        return 0
-    offloads = zero.offloads and world.device.type == "cuda"
-    if zero.offloads and not offloads:
-        log.info("zero_optimization: weights and optimizer are in the CPU's memory already; offloading does nothing")
-    if world.size == 1 and not offloads:
-        log.info("zero_optimization.stage %d: there is one rank, which has everything; nothing is sharded", zero.stage)
-        return 0
-    return zero.stage
+# -- the optimizer -------------------------------------------------------------------------------------
 
 
 def _choose_optimizer(
     config: EngineConfig, module: nn.Module, given: OptimizerLike | None, parameters: Iterable[Any] | None
 ) -> Optimizer | None:
     """The script's optimizer if it gave one, else the config's."""
-    if parameters is None:
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    parameters = list(parameters)
+    if given is None and config.optimizer is None:
+        return None
+    if isinstance(given, Optimizer):
+        optimizer = given
+    else:
+        every = module.parameters() if parameters is None else parameters
+        parameters = [each for each in every if parameters is not None or each.requires_grad]
+        if not parameters:
+            raise _nothing_to_train(module)
+        optimizer = _make_optimizer(config, module, given, parameters)
     if given is not None:
+        optimizer = guard_steps(optimizer)
         if config.optimizer is not None:
             log.warning("optimizer: the script's own is used; the config's %s is not", config.optimizer.type)
-        if not isinstance(given, Optimizer):
-            _check_trains(parameters, module)
-        optimizer = given if isinstance(given, Optimizer) else given(parameters)
+
+    updated: list[Tensor] = [param for group in optimizer.param_groups for param in group["params"]]
+    if not any(param.requires_grad for param in updated):
+        raise _nothing_to_train(module)
+    own = {id(param) for param in module.parameters()}
+    # The engine would neither clear, clip nor reduce the gradients of others.
+    if foreign := sum(id(param) not in own for param in updated):
+        raise EngineError(
+            f"optimizer: {foreign} of its parameters are not the model's; make them part of the model, for example of "
+            "a module that holds the network and the weights of the loss"
+        )
+    for group in optimizer.param_groups:
+        if "param_names" in group:  # it was given named parameters, perhaps of a compiled module
+            group["param_names"] = plain_names(group["param_names"])
+    return optimizer
+
+
+def _make_optimizer(
+    config: EngineConfig, module: nn.Module, make: Callable[..., Any] | None, parameters: list[Any]
+) -> Optimizer:
+    """What the script's function makes, or the config's optimizer."""
+    if make is not None:
+        optimizer = make(parameters)
         if not isinstance(optimizer, Optimizer):
             raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
-        _check_trains(optimizer.param_groups, module)
-        return guard_steps(optimizer)
-    if config.optimizer is None:
-        return None
-    _check_trains(parameters, module)
+        return optimizer
+    assert config.optimizer is not None
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     optimizer = build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters, names=names)
-    if any(getattr(each, "sparse", False) for each in module.modules() if isinstance(each, _EMBEDDINGS)):
+    if any(isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and each.sparse for each in module.modules()):
         for settings in (optimizer.defaults, *optimizer.param_groups):  # the fused kernels take no sparse gradients
             if settings.get("fused"):
                 settings["fused"] = None
     return optimizer
 
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
-def _check_trains(parameters: list[Any], module: nn.Module) -> None:
-    """Refuse an optimizer without a parameter that requires grad.
-
-    Args:
-        parameters: what the optimizer gets: tensors, pairs of name and tensor, or groups of either.
-        module: the model.
-    """
-    for each in parameters:
-        inner = each["params"] if isinstance(each, dict) else each
-        for item in [inner] if isinstance(inner, Tensor) or not isinstance(inner, Iterable) else inner:
-            if any(getattr(part, "requires_grad", False) for part in (item if isinstance(item, tuple) else (item,))):
-                return
-            if not isinstance(item, (Tensor, tuple, str)):  # torch says what is wrong with it
-                return
+def _nothing_to_train(module: nn.Module) -> EngineError:
     own = list(module.parameters())
-    if not own:
-        raise EngineError(
-            f"optimizer: the model, {type(module).__name__}, has no parameters to train; to evaluate only, leave the "
-            "optimizer out"
-        )
-    if not any(parameter.requires_grad for parameter in own):
-        raise EngineError(
-            f"optimizer: the model has {len(own)} parameters, and all of them are frozen (requires_grad is False), so "
-            "that there is nothing to train; call requires_grad_(True) on those to train before initialize; to "
-            "evaluate only, leave the optimizer out"
-        )
-    raise EngineError(
-        "optimizer: none of the parameters that it got requires grad, so that there is nothing to train; give it those "
-        "of the model that do, for example [p for p in model.parameters() if p.requires_grad]"
+    return EngineError(
+        f"optimizer: there is nothing to train: of the {len(own)} parameters of the model, {type(module).__name__}, "
+        f"{sum(param.requires_grad for param in own)} require grad, and the optimizer got none of these; call "
+        "requires_grad_(True) on those to train before initialize, and give it those, for example [p for p in "
+        "model.parameters() if p.requires_grad]; to evaluate only, leave the optimizer out"
     )
 
 
-def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Refuse parameters that the engine would neither clear nor clip nor share between processes."""
-    own = {id(parameter) for parameter in module.parameters()}
-    strange = sum(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"])
-    if strange:
-        raise EngineError(
-            f"optimizer: {strange} of its parameters are not the model's; make them part of the model, for example of "
-            "a module that holds the network and the weights of the loss"
-        )
-
-
-def _refuse_overlapping(module: nn.Module, optimizer: Optimizer | None) -> None:
+def _refuse_expanded(module: nn.Module, optimizer: Optimizer | None) -> None:
     """Refuse parameters that torch cannot write to; sharding and casts would turn their one number into many."""
     groups = None if optimizer is None else optimizer.param_groups
-    trained = None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad or parameter.layout is not torch.strided or parameter.numel() == 0:
+    trained = None if groups is None else {id(param) for group in groups for param in group["params"]}
+    for name, param in module.named_parameters():
+        if not param.requires_grad or param.layout is not torch.strided or param.numel() == 0:
             continue
-        expanded = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
-        if expanded and (trained is None or id(parameter) in trained):
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape))
+        if expanded and (trained is None or id(param) in trained):
             raise EngineError(
-                f"model: parameter {name} of shape {tuple(parameter.shape)} is an expanded tensor, whose elements "
-                "share memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
+                f"model: parameter {name} of shape {tuple(param.shape)} is an expanded tensor, whose elements share "
+                "memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
             )
+
+
+# -- the schedule --------------------------------------------------------------------------------------
 
 
 def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: ScheduleLike | None) -> Schedule | None:
     """The script's schedule if it gave one, else the config's."""
     schedule: Schedule | None
+    if given is None and config.scheduler is None:
+        return None
     if given is not None:
+        schedule = _given_schedule(optimizer, given)
         if config.scheduler is not None:
             log.warning("lr_scheduler: the script's own is used; the config's %s is not", config.scheduler.type)
-        schedule = _given_schedule(optimizer, given)
-    elif config.scheduler is None:
-        return None
-    elif optimizer is None:
-        raise EngineError(
-            f'scheduler {config.scheduler.type}: there is no optimizer to schedule; give the config an "optimizer" '
-            "section, or initialize one"
-        )
     else:
-        finds_own = any(group["lr"] is None for group in optimizer.param_groups)
+        assert optimizer is not None  # `initialize` has refused a schedule without one
         schedule = build_schedule(config, optimizer)
-        if finds_own:
-            log.warning(
-                "optimizer %s: its lr was None, that is, it finds its own learning rate; what scheduler %s sets may "
-                "have no effect on it",
-                type(optimizer).__name__,
-                config.scheduler.type,
-            )
-    if schedule is not None:
-        _say_what_surprises(schedule, by_config=given is None)
+    if (violation := find_violation(schedule)) is not None:
+        log.warning("scheduler %s: %s", type(schedule).__name__, violation)
+    if given is None and isinstance(schedule, schedulers.Schedule):
+        _log_quirks(schedule)
     return schedule
 
 
-def _given_schedule(optimizer: Optimizer | None, given: ScheduleLike) -> Schedule:
-    schedule: Any = given
+def _given_schedule(optimizer: Optimizer | None, given: Any) -> Schedule:
+    """A script's schedule, or what its function makes of the optimizer."""
+    schedule = given
     if isinstance(given, type) or not hasattr(given, "step"):
         if optimizer is None:
             raise EngineError("lr_scheduler: a function of the optimizer was given, but there is no optimizer")
-        if isinstance(given, type) and issubclass(given, ReduceLROnPlateau):
-            raise EngineError(f"lr_scheduler {given.__name__}: {_WANTS_METRIC}")
-        schedule = schedule(optimizer)
+        schedule = given(optimizer)
     scheduled = getattr(schedule, "optimizer", None)
     if isinstance(scheduled, Optimizer) and scheduled is not optimizer:
         raise EngineError(
             "lr_scheduler: it moves another optimizer than the engine's; give initialize that optimizer, too, "
             "or a function of the optimizer that makes the schedule"
         )
-    name = type(schedule).__name__
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise EngineError(f"lr_scheduler {name}: {_WANTS_METRIC}")
-    if not callable(getattr(schedule, "step", None)):
-        raise EngineError(f"lr_scheduler: got {name}; expected a schedule with step(), or a function that makes one")
-    try:
-        inspect.signature(schedule.step).bind()
-    except TypeError as error:
-        raise EngineError(
-            f"lr_scheduler {name}: engine.step() calls its step() without arguments, and that is not enough: {error}; "
-            "such as a metric or an epoch only the script has: leave lr_scheduler out, and step it in your script"
-        ) from None
-    except ValueError:  # it does not tell
-        pass
-    return schedule  # type: ignore[no-any-return]
-
-
-_WANTS_METRIC = (
-    "its step() wants a metric, which engine.step() does not have; leave it out of initialize, make it of "
-    "engine.optimizer, and call its step(metric) in your script after each evaluation"
-)
+    _check_step("lr_scheduler", schedule)
+    checked: Schedule = schedule
+    return checked
 
 
 def build_schedule(config: EngineConfig, optimizer: Optimizer) -> Schedule | None:
@@ -355,34 +311,49 @@ def build_schedule(config: EngineConfig, optimizer: Optimizer) -> Schedule | Non
         return None
     name, arguments = config.scheduler.type, config.scheduler.arguments()
     cls: Any = schedulers.resolve(name)
-    if issubclass(cls, ReduceLROnPlateau):
-        raise EngineError(f"scheduler {name}: {_WANTS_METRIC}")
     if issubclass(cls, schedulers.Schedule) and config.redline.schedules == "corrected":
         arguments["corrected"] = True
     if issubclass(cls, schedulers.LRRangeTest) and config.redline.range_test.growth != "linear":
         arguments["growth"] = config.redline.range_test.growth
+    no_lr = f"scheduler {name}: it starts from the optimizer's learning rate, which is None; give the optimizer an lr"
     finds_own = any(group["lr"] is None for group in optimizer.param_groups)
     try:
         schedule: Schedule = cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        if finds_own and isinstance(error, TypeError):
-            raise EngineError(f"scheduler {name}: {_NO_LR}") from error
-        raise EngineError(f"scheduler {name}: {error}") from error
-    if finds_own and any(group["lr"] is None for group in optimizer.param_groups):
-        raise EngineError(f"scheduler {name}: {_NO_LR}")
+        missing = finds_own and isinstance(error, TypeError)
+        raise EngineError(no_lr if missing else f"scheduler {name}: {error}") from error
+    if finds_own:
+        if any(group["lr"] is None for group in optimizer.param_groups):
+            raise EngineError(no_lr)
+        log.warning(
+            "optimizer %s: its lr was None, that is, it finds its own learning rate; what scheduler %s sets may have "
+            "no effect on it",
+            type(optimizer).__name__, name,
+        )  # fmt: skip
+    _check_step("scheduler", schedule)
     return schedule
 
 
-_NO_LR = "it starts from the optimizer's learning rate, which is None; give the optimizer an lr, or leave it out"
-
-
-def _say_what_surprises(schedule: Schedule, *, by_config: bool) -> None:
-    """One line for each thing that DeepSpeed's schedules do and their users do not expect."""
+def _check_step(where: str, schedule: Any) -> None:
+    """Refuse a schedule that `engine.step()` cannot step, such as ReduceLROnPlateau, which wants a metric."""
     name = type(schedule).__name__
-    if (violation := find_violation(schedule)) is not None:
-        log.warning("scheduler %s: %s%s", name, violation, remedy_for(schedule, violation))
-    if not by_config or not isinstance(schedule, schedulers.Schedule):
-        return
+    if not callable(getattr(schedule, "step", None)):
+        raise EngineError(f"{where}: got {name}; expected a schedule with step(), or a function that makes one")
+    try:
+        inspect.signature(schedule.step).bind()
+    except TypeError as error:
+        raise EngineError(
+            f"{where} {name}: engine.step() calls its step() without arguments, and that is not enough: {error}; a "
+            "metric or an epoch only the script has: leave the schedule out of initialize, make it of "
+            "engine.optimizer, and step it in your script, for example after each evaluation"
+        ) from None
+    except ValueError:  # it does not tell
+        pass
+
+
+def _log_quirks(schedule: schedulers.Schedule) -> None:
+    """Log what DeepSpeed's schedules do and their users may not expect."""
+    name = type(schedule).__name__
     for quirk in schedule.quirks:
         log.info('%s: %s, as in DeepSpeed; "redline": {"schedules": "corrected"} does otherwise', name, quirk)
     bounds = [*getattr(schedule, "min_lrs", ()), *getattr(schedule, "max_lrs", ())]

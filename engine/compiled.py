@@ -1,8 +1,7 @@
 """Models, and modules in them, that ``torch.compile(module)`` has wrapped.
 
 The wrapper puts ``_orig_mod.`` into the names of all that is in it, and so into every file. Here the module takes the
-wrapper's place and is called as the wrapper would call it: what runs stays compiled, and names stay plain. It is what
-``module.compile()`` does.
+wrapper's place and is called as the wrapper would call it, which is what ``module.compile()`` does.
 """
 
 from __future__ import annotations
@@ -20,14 +19,7 @@ _WRAPPED = "_orig_mod"  # the wrapper's name for the module in it
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Put every compiled module in the place of its wrapper; it still runs compiled.
-
-    Args:
-        model: is changed where it has wrappers in it.
-
-    Returns:
-        The model; what is in it, if it is a wrapper itself. Parameters and buffers are the same.
-    """
+    """The model with every compiled module in the place of its wrapper; it still runs compiled. Changed in place."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is None:  # nothing has been compiled
         return model
@@ -47,7 +39,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(value: Any) -> Any:
-    """The same with plain names, for lists and dicts of names, nested; everything else in it as it is."""
+    """The same with plain names, for lists and dicts of names, nested; everything else as it is."""
     if isinstance(value, str):
         return plain_name(value) if _WRAPPED in value else value
     if isinstance(value, list):
@@ -59,7 +51,6 @@ def plain_names(value: Any) -> Any:
 
 def _unwrap(wrapper: Any) -> nn.Module:
     module: nn.Module = wrapper._modules[_WRAPPED]
-
     module._compiled_call_impl = _compiled_call(module, wrapper.dynamo_ctx)
     for name, hooks in vars(wrapper).items():  # those that were registered with the wrapper
         if "hooks" in name and isinstance(hooks, dict) and hooks:
@@ -72,11 +63,11 @@ def _unwrap(wrapper: Any) -> nn.Module:
 def _compiled_call(module: nn.Module, compiler: Callable[..., Any]) -> Callable[..., Any]:
     """What calls the module: its hooks as they are, its `forward` compiled."""
     if not type(module).forward.__module__.startswith("torch."):
-        # It passes over this frame, and takes up that of forward().
+        # The compiler passes over the frame of _call_impl, and takes up that of forward().
         compiled: Callable[..., Any] = compiler(module._call_impl)
         return compiled
 
-    # The compiler passes over the frames of all that is torch's, forward() of an nn.Sequential as well: one of ours.
+    # It passes over the frames of all that is torch's, forward() of an nn.Sequential as well: so one of ours.
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
 

@@ -1,13 +1,10 @@
-"""The tensors of a batch, whatever it is made of, and moving them to a device.
-
-One walk over containers, which keeps the type of every one of them; the casts in `engine.inputs` use it, too.
-"""
+"""Moving data between host and device: batches of any kind, and a few numbers without waiting for the device."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fields_of", "map_tensors", "to_device"]
+__all__ = ["HostCopy", "fields_of", "map_tensors", "numbers_on", "reads_cost_nothing", "to_device"]
+
+# -- batches --------------------------------------------------------------------------------------------
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -24,14 +23,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     An object that has a method ``to(device)`` of its own moves itself; see :func:`map_tensors` for the others.
     """
 
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
     def move_object(value: Any) -> Any:
         moved = value.to(device)
         return value if moved is None else moved  # some move in place and return nothing
 
-    return map_tensors(batch, move, move_object)
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True), move_object)
 
 
 def map_tensors(
@@ -45,7 +41,7 @@ def map_tensors(
     Args:
         value: a tensor, a container, or anything else.
         change: called with every tensor.
-        change_object: called with every object that has a method ``to``, in place of a walk into it; None walks into
+        change_object: called with every object that has a method ``to``, instead of walking into it; None walks into
             those that are containers and leaves the others alone.
 
     Returns:
@@ -58,23 +54,19 @@ def map_tensors(
     if change_object is not None and callable(getattr(value, "to", None)):
         return change_object(value)
 
-    def walk(items: Iterable[Any]) -> tuple[list[Any], bool]:
+    def walk(items: Iterable[Any], rebuild: Callable[[list[Any]], Any]) -> Any:
         old = list(items)
         new = [map_tensors(item, change, change_object) for item in old]
-        return new, all(one is other for one, other in zip(new, old))
+        return value if all(one is other for one, other in zip(new, old)) else rebuild(new)
 
     if isinstance(value, Mapping):
-        items, same = walk(value.values())
-        return value if same else _mapping_like(value, dict(zip(value, items)))
+        return walk(value.values(), lambda items: _mapping_like(value, dict(zip(value, items))))
     if isinstance(value, (tuple, MutableSequence)):
-        items, same = walk(value)
-        return value if same else _sequence_like(value, items)
+        return walk(value, lambda items: _sequence_like(value, items))
     if isinstance(value, AbstractSet):
-        items, same = walk(value)
-        return value if same else type(value)(items)  # type: ignore[call-arg]
+        return walk(value, type(value))
     names = [name for name in fields_of(value) if hasattr(value, name)]
-    items, same = walk(getattr(value, name) for name in names)
-    return value if same else _object_like(value, dict(zip(names, items)))
+    return walk([getattr(value, name) for name in names], lambda items: _object_like(value, dict(zip(names, items))))
 
 
 def fields_of(value: Any) -> Iterator[str]:
@@ -118,3 +110,65 @@ def _sequence_like(sequence: Any, items: list[Any]) -> Any:
     if hasattr(sequence, "__dict__"):
         new.__dict__.update(vars(sequence))
     return new
+
+
+# -- a few numbers --------------------------------------------------------------------------------------
+
+_READ_AT_ONCE = ("cpu",)
+
+
+def reads_cost_nothing(device: torch.device) -> bool:
+    """Whether a tensor there can be read without waiting: its operations are done when they return."""
+    return device.type in _READ_AT_ONCE
+
+
+def numbers_on(device: torch.device | None, numbers: Sequence[float]) -> Tensor:
+    """Numbers as an fp32 tensor on a device, shape (n,); None is the CPU."""
+    if device is None or reads_cost_nothing(device):
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    # torch.tensor() would copy from pageable memory, and wait for the stream to get there.
+    made = torch.empty(len(numbers), dtype=torch.float32, device=device)
+    for place, number in zip(made.unbind(), numbers):
+        place.fill_(number)
+    return made
+
+
+class HostCopy:
+    """Scalars on their way to the host: valid at once on the CPU, all 0 on the meta device.
+
+    Args:
+        values: scalar tensors, and numbers that the host has already.
+    """
+
+    def __init__(self, *values: Tensor | float) -> None:
+        self._values, self._event = _send(values)
+
+    def has_arrived(self) -> bool:
+        """Whether :meth:`read` would return at once."""
+        if self._event is not None and self._event.query():
+            self._event = None
+        return self._event is None
+
+    def read(self) -> list[float]:
+        """The values; waits until they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(value) for value in self._values]
+
+
+def _send(values: Sequence[Tensor | float]) -> tuple[Sequence[Tensor | float], Any]:
+    """The copies on the host, and an event that tells when they are valid; None where they are valid already."""
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+    if device == "meta":
+        return [0.0] * len(values), None
+    if device != "cuda":
+        return values, None
+    host = torch.empty(len(values), pin_memory=True)  # page-locked: only such a copy is asynchronous
+    for place, value in zip(host.unbind(), values):
+        if isinstance(value, Tensor):
+            place.copy_(value, non_blocking=True)
+        else:
+            place.fill_(value)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host.unbind(), event

@@ -11,6 +11,7 @@ Every message says where, what was given, what is allowed, and what to do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["ConfigError", "EngineError", "LossScaleError", "Problem", "RangeTestError"]
 
@@ -48,6 +49,9 @@ class Problem:
         return f"{where}{self.path}: {self.message}" if self.path else f"{where}{self.message}"
 
 
+_SHOWN = 200  # problems in the text of a ConfigError
+
+
 class ConfigError(EngineError, ValueError):
     """A config that cannot be obeyed, with every problem found in one reading.
 
@@ -61,4 +65,8 @@ class ConfigError(EngineError, ValueError):
         self.problems = tuple(problems)
         self.source = source
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        lines = [f"{source}: {count}", *(f"  {problem}" for problem in problems[:_SHOWN])]
+        super().__init__("\n".join(lines + ["  ..."] * (len(problems) > _SHOWN)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self.problems), self.source)

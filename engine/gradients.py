@@ -14,26 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
+    from redline.config import EngineConfig
 
 __all__ = ["Reduction", "clip", "norm_of", "scale_by"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How the gradients of all processes become one.
+    """How the gradients of all ranks become one."""
 
-    Attributes:
-        size: number of processes.
-        dtype: the format they travel in.
-        before: factor of each process's gradient before the sum.
-        after: factor of the sum.
-    """
-
-    size: int
-    dtype: torch.dtype = torch.float32
-    before: float = 1.0
-    after: float = 1.0
+    size: int  # number of ranks
+    dtype: torch.dtype = torch.float32  # of the collective
+    before: float = 1.0  # factor of each rank's gradient before the sum
+    after: float = 1.0  # factor of the sum
 
     @classmethod
     def of(cls, config: EngineConfig, size: int, dtype: torch.dtype) -> Reduction:
@@ -51,7 +44,7 @@ class Reduction:
         return abs(self.before * self.after * self.size - 1) < 1e-12
 
     def start(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
-        """Reduce a buffer of `dtype` in place, without waiting; all processes, in the same order."""
+        """Reduce a buffer of `dtype` in place, without waiting; all ranks call this in the same order."""
         if self.before != 1.0:
             buffer.mul_(self.before)
         work: torch.futures.Future[list[Tensor]] = dist.all_reduce(buffer, async_op=True).get_future()
@@ -74,7 +67,7 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, as a scalar tensor on their device; of sparse ones, too."""
     if not gradients:
         return torch.zeros(())
-    # 8 bits of a bf16 norm are too few to report and to clip by, and a norm in fp16 overflows.
+    # bf16 has too few digits for a norm, and fp16 overflows.
     wide = torch.float64 if gradients[0].dtype is torch.float64 else torch.float32
     try:
         norms = torch._foreach_norm(list(gradients), 2, wide)
@@ -85,13 +78,9 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    values = _values(gradient)
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.element_size() < 4 else None)
     return norm
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
@@ -100,7 +89,7 @@ def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
 
 
 def scale_by(gradients: list[Tensor], factor: Tensor | float) -> None:
-    """Multiply gradients, in place; a factor on the device is not waited for."""
+    """Multiply gradients, in place; does not wait for a factor on the device."""
     try:
         torch._foreach_mul_(gradients, factor)
     except RuntimeError:  # sparse ones

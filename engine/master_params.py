@@ -1,14 +1,15 @@
 """What trains: the optimizer's parameters that require gradients now, and the tensors that the optimizer updates.
 
 In fp32 at ZeRO stage 0 the optimizer updates the model's own parameters. In low precision, and at stages 1 and 2, it
-has master params in their place: fp32 copies, whole or one shard per rank. This file owns that correspondence. It
-follows whatever a script does to the optimizer's groups, to `requires_grad` and to the weights themselves.
+has master params instead: fp32 copies, full or one shard per rank. This file owns that correspondence, and follows what
+a script does to the optimizer's groups, to `requires_grad` and to the weights.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,117 +17,153 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.fused import move_state
-from engine.sharding import Sharding
+from redline.distributed.sharding import Sharding
+from redline.optimizers.state import move_state
 
-__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0"]
+__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "sum_of_bits"]
+
+# Read for every parameter at every step: `map` over a getter takes half the time of a list comprehension.
+_requires_grad = attrgetter("requires_grad")
 
 
 class MasterParams:
-    """The tensors that an optimizer updates in the place of the model's parameters.
+    """The tensors that an optimizer updates instead of the model's parameters.
 
     Args:
         dtype: of the master params; None for each parameter's own.
-        sharding: how they are divided between the ranks; None for whole ones.
+        sharding: how they are divided among the ranks; None for full ones.
         rounded: round them to the model's dtype after every step: DeepSpeed's `bf16_master_weights_and_grads` with
             fp32 optimizer states.
-
-    Attributes:
-        of: the master param of each model parameter that has one.
     """
 
     def __init__(self, dtype: torch.dtype | None, sharding: Sharding | None, *, rounded: bool) -> None:
-        self.of: dict[Tensor, Tensor] = {}
+        self.of: dict[Tensor, Tensor] = {}  # the master param of each model parameter that has one, or had when frozen
         self.sharding = sharding
         self._dtype, self._rounded = dtype, rounded
-        self._model: list[Tensor] = []  # those of `of`, frozen ones included, and their master params
+        self._model: list[Tensor] = []  # keys and values of `of`
         self._masters: list[Tensor] = []
+        # Versions and addresses of the model's parameters when they were last equal to their master params.
         self._versions: list[int] = []
+        self._addresses: list[int] = []
         self._compare_values = False
+        self._writes: dict[Tensor, Tensor] = {}  # shape (2,): see take_writes
 
-    def add(self, param: Tensor) -> Tensor:
-        """Make the master param of a model parameter, from its value."""
-        value = param.detach().to(self._dtype or param.dtype)
-        if self.sharding is not None and self.sharding.divides(param):
-            master = nn.Parameter(self.sharding.shard_of(value), requires_grad=True)
-        else:
-            master = nn.Parameter(value.clone(), requires_grad=True)
-        self.of[param] = master
-        return master
+    def take_over(self, param: Tensor, optimizer: Optimizer) -> Tensor:
+        """A model parameter's master param, made from its value where there is none; it gets the optimizer's state.
 
-    def shard_of(self, master: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What makes a full tensor one that is sharded as a master param; None for a master param that is whole."""
-        return self.sharding.shard_of if self.sharding is not None and hasattr(master, "_local_tensor") else None
+        :meth:`refresh` must follow.
+        """
+        shard = self.sharding.shard_of if self.sharding is not None and self.sharding.divides(param) else None
+        if param not in self.of:
+            value = param.detach().to(self._dtype or param.dtype)
+            self.of[param] = nn.Parameter(value.clone() if shard is None else shard(value))
+        move_state(optimizer, param, self.of[param], shard=shard)
+        return self.of[param]
 
-    def follow(self) -> None:
-        """Take up master params that were added."""
+    def refresh(self) -> None:
+        """Follow master params that were added."""
         self.adopt_writes()  # with the lists of before
         self._model, self._masters = list(self.of), list(self.of.values())
-        self._note_versions()
+        self._record_marks()
 
     def compare_values(self) -> None:
-        """Have the next look for writes compare values, since some writes leave no trace in a tensor's version."""
+        """Let the next :meth:`adopt_writes` compare values, since some writes do not change a tensor's version."""
         self._compare_values = True
 
-    @torch.no_grad()
     def adopt_writes(self) -> None:
-        """Take over what has been written into the model's parameters since :meth:`copy_to_model`.
+        """Copy to the master params what a script has written into the model since :meth:`copy_to_model`.
 
-        Only the elements that differ from the rounded master param are taken, so that the others keep their precision.
-        A write through ``.data`` or by a fused optimizer does not change a tensor's version; it is found when values
-        are compared: at `train()`, `eval()`, and when a checkpoint is saved.
+        Only elements that differ from the rounded master param are copied, so that the others keep their precision.
+        Most writes change a tensor's version, and an assignment to ``.data`` its address. A write into ``.data``, or
+        one of a fused optimizer, changes neither. It is found when values are compared: at `train()`, at `eval()`, and
+        when a checkpoint is saved.
         """
+        versions = [param._version for param in self._model]
+        addresses = [param.data_ptr() for param in self._model]
+        changed: set[int] = set()
+        if versions != self._versions or addresses != self._addresses:
+            both = zip(zip(versions, addresses), zip(self._versions, self._addresses))
+            changed = {index for index, (now, then) in enumerate(both) if now != then}
         if self._compare_values:
             self._compare_values = False
-            written = list(range(len(self._model)))
-        else:
-            versions = [param._version for param in self._model]
-            if versions == self._versions:
-                return
-            written = [index for index, (now, then) in enumerate(zip(versions, self._versions)) if now != then]
-        for index in written:
-            self._adopt(self._model[index], self._masters[index])
-        self._note_versions()
+            self._adopt(range(len(self._model)), changed)
+        elif changed:
+            self._adopt(changed, changed)
 
-    def _adopt(self, param: Tensor, master: Tensor) -> None:
-        local, value = master, param
+    @torch.no_grad()
+    def _adopt(self, indices: Iterable[int], changed: set[int]) -> None:
+        for index in indices:
+            param, master = self._model[index], self._masters[index]
+            local, value = self._local(master, param)
+            value = value.to(local.device)
+            same = local.to(value.dtype) == value
+            if local is not master and index in changed:
+                self._record_write(param, same)
+            torch.where(same, local, value.to(local.dtype), out=local)
+        self._record_marks()
+
+    def _local(self, master: Any, param: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of a master param, and the same part of its model parameter."""
         if self.sharding is not None and hasattr(master, "_local_tensor"):
-            local, value = master._local_tensor, self.sharding.rows_of(param)
-        value = value.to(local.device)
-        torch.where(local.to(value.dtype) == value, local, value.to(local.dtype), out=local)
+            return master._local_tensor, self.sharding.rows_of(param)
+        return master, param
+
+    def _record_write(self, param: Tensor, same: Tensor) -> None:
+        """Record a write into a full parameter, of which only this rank's rows will reach the other ranks.
+
+        The ranks compare these records when they save; until then nothing waits for the device.
+        """
+        changed = same.logical_not().sum().to(param.device)
+        earlier = self._writes.get(param, torch.zeros(2, dtype=torch.int64, device=param.device))
+        # The factor makes the order of writes count; integers wrap around.
+        self._writes[param] = torch.stack((earlier[0] * 1_000_003 + sum_of_bits(param), earlier[1] + changed))
+
+    def take_writes(self) -> dict[Tensor, tuple[int, int]]:
+        """The writes into full parameters since the last call, of which only this rank's rows were kept.
+
+        Writes that a tensor's version does not show are not among them.
+
+        Returns:
+            For each parameter a checksum of its values after every write, and how many elements of this rank's rows
+            were changed: none by a write that was undone before the next step.
+        """
+        writes, self._writes = self._writes, {}
+        if not writes:
+            return {}
+        found: list[list[int]] = torch.stack(list(writes.values())).tolist()  # read from the device at once
+        return {param: (total, changed) for param, (total, changed) in zip(writes, found)}
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Write the master params into the model; with sharded ones, gather them from all ranks."""
-        whole = self._model, self._masters
+        targets, sources = self._model, self._masters
         if self.sharding is not None:
-            whole = self.sharding.gather(self._model, self._masters)
-        if whole[0]:
-            torch._foreach_copy_(*whole)
+            targets, sources = self.sharding.gather(self._model, self._masters)
+        if targets:
+            torch._foreach_copy_(targets, sources)
         if self._rounded:
-            for param, master in zip(self._model, self._masters):
-                if self.sharding is not None and hasattr(master, "_local_tensor"):
-                    master._local_tensor.copy_(self.sharding.rows_of(param))
-                else:
-                    master.copy_(param)
-        self._note_versions()
+            self.copy_from_model()
+        else:
+            self._record_versions()  # a copy in place changes no address
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
         """Write the model's parameters into the master params."""
         for param, master in self.of.items():
-            if self.sharding is not None and hasattr(master, "_local_tensor"):
-                master._local_tensor.copy_(self.sharding.rows_of(param))
-            else:
-                master.copy_(param)
-        self._note_versions()
+            local, value = self._local(master, param)
+            local.copy_(value)
+        self._record_marks()
 
-    def _note_versions(self) -> None:
+    def _record_versions(self) -> None:
         self._versions = [param._version for param in self._model]
+
+    def _record_marks(self) -> None:
+        self._record_versions()
+        self._addresses = [param.data_ptr() for param in self._model]
 
 
 class _StateByParam(defaultdict[Tensor, Any]):
-    """An optimizer's state, found under a master param or under the model parameter behind it."""
+    """An optimizer's state, by master param or by its model parameter."""
 
     def __init__(self, masters: dict[Tensor, Tensor], state: Any) -> None:
         super().__init__(dict, state)
@@ -140,20 +177,15 @@ class _StateByParam(defaultdict[Tensor, Any]):
 
 
 class TrainedParams:
-    """The parameters that train now, as the optimizer's groups and `requires_grad` say.
+    """The parameters that train now: those of the optimizer's groups that require gradients.
 
     Args:
         module: the model.
-        optimizer: its groups get master params in the place of the model's own, where there are some; None for a model
-            that is only evaluated.
+        optimizer: its groups get master params instead of the model's own, where there are some; None for a model that
+            is only evaluated.
         masters: makes them; None where the optimizer updates the model's own.
         world_size: ranks that hold the same parameters; new ones become rank 0's.
-
-    Attributes:
-        model: the model's parameters that train now, in the order of the groups.
-        updated: what the optimizer updates for each of them: the master param, or the parameter itself.
-        others: parameters of the model that require gradients and that the optimizer does not have.
-        all: every parameter that can hold a gradient.
+        round_to: without `masters`: the dtype that the optimizer's parameters are rounded to after every step.
     """
 
     def __init__(
@@ -163,25 +195,26 @@ class TrainedParams:
         masters: MasterParams | None,
         *,
         world_size: int = 1,
+        round_to: torch.dtype | None = None,
     ) -> None:
         self.masters = masters
-        self.model: list[Tensor] = []
-        self.updated: list[Tensor] = []
-        self.others: list[Tensor] = []
-        self.all: list[Tensor] = []
+        self.model: list[Tensor] = []  # the model's parameters that train now, in the order of the groups
+        self.updated: list[Tensor] = []  # what the optimizer updates for each: the master param, or the parameter
+        self.others: list[Tensor] = []  # the model's that require gradients and that the optimizer does not have
+        self.all: list[Tensor] = []  # every parameter that can hold a gradient
         self._module, self._optimizer = module, optimizer
-        self._world_size = world_size
+        self._world_size, self._round_to = world_size, round_to
         self._grouped: list[Tensor] = []  # the model's parameters in the order of the groups
         self._sizes: list[int] | None = None  # of the groups
-        self._flags: list[bool] = []  # requires_grad of each parameter in `_followed`
-        self._followed: list[Tensor] = []
+        self._followed: list[Tensor] = []  # all parameters of the model and of the groups
+        self._flags: list[bool] = []  # requires_grad of each
         self._known: set[int] = set()
         self.refresh()
         if optimizer is not None:
             self._attach(optimizer)
 
     def _attach(self, optimizer: Optimizer) -> None:
-        """Let the optimizer answer for the model's parameters, which a script knows, and not for master params alone.
+        """Let a script use the optimizer with the model's parameters, as if there were no master params.
 
         Its `state` is found under either, and its `zero_grad` clears the whole model.
         """
@@ -196,40 +229,52 @@ class TrainedParams:
         # An attribute of this optimizer alone: torch has no hook for it.
         optimizer.zero_grad = zero_all  # type: ignore[method-assign]
 
-    def regrouped(self) -> bool:
+    def copy_to_model(self) -> None:
+        """Give the model what the optimizer has updated; with sharded master params a collective."""
+        if self.masters is not None:
+            self.masters.copy_to_model()
+        elif self._round_to is not None:
+            with torch.no_grad():
+                for group in self._groups:
+                    for param in group["params"]:
+                        if param.is_floating_point():
+                            param.copy_(param.to(self._round_to))
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self._optimizer is None else self._optimizer.param_groups
+
+    def groups_changed(self) -> bool:
         """Whether the optimizer was given parameters since the last :meth:`refresh`; costs next to nothing."""
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return [len(each["params"]) for each in groups] != self._sizes
+        return [len(group["params"]) for group in self._groups] != self._sizes
 
     def refresh(self) -> bool:
-        """Follow the groups and the flags; whether something has changed.
+        """Follow the groups and `requires_grad`; returns whether something has changed.
 
         Raises:
-            EngineError: a group has a parameter that can't be trained here.
+            EngineError: a group has a parameter that cannot be trained here.
         """
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        regrouped = sizes != self._sizes
-        if regrouped:
-            self._read_groups(groups)
-            self._sizes = sizes
-        flags = [param.requires_grad for param in self._followed]
-        if not regrouped and flags == self._flags:
+        groups_changed = self.groups_changed()
+        if groups_changed:
+            self._read_groups()
+        flags = list(map(_requires_grad, self._followed))
+        if flags == self._flags and not groups_changed:
             return False
         self._flags = flags
+        of: dict[Tensor, Tensor] = {}
         if self.masters is not None:
-            self._make_masters(self.masters, groups)
-        of = {} if self.masters is None else self.masters.of
+            self._make_masters(self.masters)
+            of = self.masters.of
         self.model = [param for param in self._grouped if param.requires_grad]
         self.updated = [of.get(param, param) for param in self.model]
-        own = {id(param) for param in self._grouped}
-        self.others = [param for param in self._followed if param.requires_grad and id(param) not in own]
-        if self.masters is not None:
-            self.masters.follow()
+        grouped = {id(param) for param in self._grouped}
+        self.others = [param for param in self._followed if param.requires_grad and id(param) not in grouped]
         return True
 
-    def _read_groups(self, groups: list[dict[str, Any]]) -> None:
+    def _read_groups(self) -> None:
+        groups = self._groups
         model_of = {} if self.masters is None else {id(master): param for param, master in self.masters.of.items()}
+        self._sizes = [len(group["params"]) for group in groups]
         self._grouped = [model_of.get(id(each), each) for group in groups for each in group["params"]]
         self._followed = list({id(each): each for each in (*self._module.parameters(), *self._grouped)}.values())
         self.all = [*self._followed, *(() if self.masters is None else self.masters.of.values())]
@@ -238,16 +283,25 @@ class TrainedParams:
             broadcast_from_rank_0(new, self._world_size)
         self._known |= {id(param) for param in new}
 
-    def _make_masters(self, masters: MasterParams, groups: list[dict[str, Any]]) -> None:
-        for group in groups:
+    def _make_masters(self, masters: MasterParams) -> None:
+        """Put master params into the groups, in the place of the model's parameters that train."""
+        for group in self._groups:
             for index, param in enumerate(group["params"]):
-                # A frozen parameter has no master param, and costs nothing, until it is thawed.
+                # A frozen parameter has no master param, and costs no memory, until it is unfrozen.
                 if id(param) in self._known and param.requires_grad:
-                    master = masters.of[param] if param in masters.of else masters.add(param)
-                    group["params"][index] = master
                     assert self._optimizer is not None
-                    move_state(self._optimizer, param, master, shard=masters.shard_of(master))
-                    self.all.append(master)
+                    group["params"][index] = masters.take_over(param, self._optimizer)
+                    self.all.append(group["params"][index])
+        masters.refresh()
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """A checksum on the tensor's device: its bits, taken as integers, added up; int64, shape ()."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -256,7 +310,7 @@ def broadcast_from_rank_0(tensors: list[Tensor], world_size: int) -> None:
     if world_size == 1:
         return
     for tensor in tensors:
-        # gloo takes no notice of strides, and an expanded tensor can't be written to.
+        # gloo ignores strides, and an expanded tensor can't be written to.
         data = tensor.detach().contiguous()
         dist.broadcast(torch.view_as_real(data) if data.is_complex() else data, 0)
         if data.data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():

@@ -1,142 +1,223 @@
-"""One optimizer step: unscale, clip, update, and copy master params to the model."""
+"""One optimizer step: unscale, clip, call the optimizer, and copy master params to the model.
+
+On the CPU the gradient norm can be read at once, and a step whose gradients are not finite is not made. On CUDA nothing
+waits for it: the device skips a step by itself (see `redline.optimizers.state`), and the host learns of it when the
+next step begins, or later.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from engine.gradients import clip, scale_by
-from engine.lean import count_steps
-from engine.parallel import Parallel
-from engine.precision import Precision
-from engine.skipping import can_put_back, can_skip, num_state_tensors, step_or_put_back
-from engine.transfer import HostCopy, reads_cost_nothing
+from redline.device import HostCopy, reads_cost_nothing
+from redline.distributed.process_group import World
+from redline.distributed.strategy import Strategy
+from redline.gradients import clip, scale_by
+from redline.log import log
+from redline.optimizers.state import can_put_back, can_skip, count_steps, num_state_tensors, step_or_put_back
+from redline.precision import LossScale
 
-__all__ = ["OptimizerStep"]
+__all__ = ["FiniteCheck", "OptimizerStep", "PendingStep"]
 
 
 class OptimizerStep:
     """What happens to reduced gradients at the accumulation boundary.
 
     Args:
-        optimizer: moved by every call.
-        parallel: has the model, and runs the optimizer.
-        precision: loss scale, and whether steps with a non-finite gradient are skipped.
+        optimizer: called by every step.
+        strategy: has the model, and calls the optimizer.
+        scaler: has scaled the loss; None without a loss scale.
+        skips: whether steps with a non-finite gradient are skipped.
         clip_norm: the gradient norm to clip to; 0 for no clipping.
-
-    Attributes:
-        grad_norm: of the last step before clipping, over all ranks; a tensor where only the device knows it.
     """
 
-    def __init__(self, optimizer: Optimizer | None, parallel: Parallel, precision: Precision, clip_norm: float) -> None:
-        self._optimizer, self._parallel, self._precision, self._clip_norm = optimizer, parallel, precision, clip_norm
-        self.grad_norm: Tensor | float | None = None
-        self._num_steps: Callable[[], int] = int if optimizer is None else count_steps(optimizer)
-        self._seen_steps = self._num_steps()
+    def __init__(
+        self, optimizer: Any, strategy: Strategy, scaler: LossScale | None, *, skips: bool, clip_norm: float
+    ) -> None:
+        self._optimizer, self._strategy, self._scaler = optimizer, strategy, scaler
+        self._skips, self._clip_norm = skips, clip_norm
+        self.loss: Tensor | None = None  # this rank's mean over the micro-batches of the last step
+        self.grad_norm: Tensor | float | None = None  # of the last step, before clipping, over all ranks
+        self.pending: PendingStep | None = None  # the last step, while its overflow check is on the device
+        self.undo: Callable[[], None] = (
+            _nothing  # undoes the host's part of the last step, if the device has skipped it
+        )
+        if optimizer is not None:
+            count_steps(optimizer)
+        self._num_steps = 0 if optimizer is None else optimizer.num_steps  # when it was last called from here
         self._moving = False  # whether master params may differ from the model
-        self._undo: Callable[[], None] | None = None
-        # What was updated last, and how many tensors of state it had.
+        # The parameters of the last step, and how many tensors of state they had.
         self._stepped: tuple[list[Tensor], int] | None = None
 
-    def undo(self) -> None:
-        """Put back what is left on the host of a step that the device has skipped."""
-        if self._undo is not None:
-            self._undo()
-
     def called_elsewhere(self) -> bool:
-        """Whether the optimizer's step() was called since the last :meth:`run`, or since this was last asked."""
-        steps = self._num_steps()
-        if steps == self._seen_steps:
-            return False
-        self._seen_steps = steps
-        return True
-
-    def run(self, gradients: list[Tensor]) -> bool | None:
-        """Make a step.
-
-        Returns:
-            Whether it was skipped; None where only the device knows.
-        """
-        try:
-            skipped = self._run(gradients)
-        except BaseException:
-            self.recover()
-            raise
-        self._seen_steps = self._num_steps()
-        return skipped
+        """Whether the optimizer's step() was called since the last :meth:`run` or :meth:`recover`."""
+        return self._optimizer is not None and self._optimizer.num_steps != self._num_steps
 
     def recover(self) -> None:
-        """Take the optimizer step for made that an exception, or an interrupt, has broken off."""
-        self._seen_steps = self._num_steps()
+        """After a step that an exception has interrupted, or that the script has made: accept it as made.
+
+        With sharded master params a collective, as the rest of the step would have been.
+        """
+        if self._optimizer is not None:
+            self._num_steps = self._optimizer.num_steps
         if self._moving:
             self._moving = False
-            masters = self._precision.master_params
-            # With sharded ones this is a collective, and the other ranks may not have been interrupted.
-            if self._precision.publish is not None and (masters is None or masters.sharding is None):
-                self._precision.publish()
+            self._strategy.params.copy_to_model()
 
-    def _run(self, gradients: list[Tensor]) -> bool | None:
-        optimizer, precision, limit = self._optimizer, self._precision, self._clip_norm
-        assert optimizer is not None
-        norm = self._parallel.norm(gradients)
-        scale = 1.0 if precision.loss_scale is None else precision.loss_scale.value
-        self._undo = None
-        # The CPU's numbers cost nothing to read. On CUDA the device skips a step by itself, and the engine learns of it
-        # when the next one begins. Only the step that creates an optimizer's state, unless its kernels can skip, and
-        # steps of optimizers of which it is not known what they change, wait for the norm.
+    def run(self, gradients: list[Tensor], loss: Tensor) -> bool | None:
+        """Make a step.
+
+        Args:
+            gradients: of all ranks, as the optimizer has them; they are scaled and clipped in place.
+            loss: the mean over this rank's micro-batches, which is kept.
+
+        Returns:
+            Whether it was skipped; None while only the device knows.
+        """
+        optimizer, params = self._optimizer, self._strategy.params
+        norm = self._strategy.grad_norm(gradients)
+        scale = 1.0 if self._scaler is None else self._scaler.value
+        self.undo = _nothing
+        # Two kinds of steps wait for the norm on CUDA, too: those that create an optimizer's state, unless its kernels
+        # can skip, and those of optimizers that may keep state elsewhere.
         free = reads_cost_nothing(gradients[0].device)
-        puts_back = not free and precision.skips and not can_skip(optimizer)
-        updated = self._parallel.params.updated
-        reads_norm = free or (puts_back and not (can_put_back(optimizer) and self._has_state(optimizer, updated)))
-        if precision.master_params is not None:
-            precision.master_params.adopt_writes()
+        puts_back = not free and self._skips and not can_skip(optimizer)
+        reads_norm = free or (puts_back and not (can_put_back(optimizer) and self._has_state(optimizer)))
+        if params.masters is not None:
+            params.masters.adopt_writes()
         self._moving = True
         if reads_norm:
             self.grad_norm = value = (norm.item() if free else HostCopy(norm).read()[0]) / scale
-            if precision.skips and not math.isfinite(value):
+            if self._skips and not math.isfinite(value):
                 self._moving = False
+                self.loss = loss
                 return True
-            clips = limit > 0 and not value + 1e-6 <= limit
-            if scale != 1.0:  # both at once, as DeepSpeed does
-                scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
-            elif clips:
-                clip(gradients, norm, limit)
-            self._parallel.update(optimizer)
-            self._stepped = updated, 0 if free else num_state_tensors(optimizer)
+            self._unscale_and_clip_by(value, gradients, norm, scale)
+            self._strategy.run_optimizer(optimizer)
+            self._stepped = params.updated, 0 if free else num_state_tensors(optimizer)
         else:
             self.grad_norm = norm / scale if scale != 1.0 else norm
-            if scale != 1.0:
-                larger = torch.clamp((self.grad_norm + 1e-6) / limit, min=1.0) if limit > 0 else 1.0
-                scale_by(gradients, 1.0 / (scale * larger))
-            elif limit > 0:
-                clip(gradients, norm, limit)
-            self._update(optimizer, norm, puts_back=puts_back)
-        if precision.publish is not None:
-            precision.publish()
+            self._unscale_and_clip_on_device(gradients, norm, scale)
+            self._run_optimizer_unless_infinite(optimizer, norm, puts_back=puts_back)
+        params.copy_to_model()
         self._moving = False
-        self._parallel.reshard()
+        self._strategy.reshard()
+        self._num_steps = optimizer.num_steps
+        self.loss = loss
         return False if reads_norm else None
 
-    def _has_state(self, optimizer: Optimizer, updated: list[Tensor]) -> bool:
-        """Whether the optimizer has all state that its step needs, as an earlier step left it."""
-        stepped = self._stepped
-        return stepped is not None and stepped[0] is updated and stepped[1] == num_state_tensors(optimizer)
+    def _unscale_and_clip_by(self, value: float, gradients: list[Tensor], norm: Tensor, scale: float) -> None:
+        limit = self._clip_norm
+        clips = limit > 0 and not value + 1e-6 <= limit
+        if scale != 1.0:  # both at once, as DeepSpeed does
+            scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
+        elif clips:
+            clip(gradients, norm, limit)
 
-    def _update(self, optimizer: Optimizer, norm: Tensor, *, puts_back: bool) -> None:
-        """Let the optimizer make its step, or the device skip it."""
-        if not self._precision.skips:
-            self._parallel.update(optimizer)
+    def _unscale_and_clip_on_device(self, gradients: list[Tensor], norm: Tensor, scale: float) -> None:
+        limit = self._clip_norm
+        if scale != 1.0:
+            larger = torch.clamp((norm / scale + 1e-6) / limit, min=1.0) if limit > 0 else 1.0
+            scale_by(gradients, 1.0 / (scale * larger))
+        elif limit > 0:
+            clip(gradients, norm, limit)
+
+    def _has_state(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has all state that its step needs, as an earlier step left it."""
+        if self._stepped is None or self._stepped[0] is not self._strategy.params.updated:
+            return False
+        return self._stepped[1] == num_state_tensors(optimizer)
+
+    def _run_optimizer_unless_infinite(self, optimizer: Any, norm: Tensor, *, puts_back: bool) -> None:
+        """Call the optimizer; where steps may be skipped, the device skips it if the norm is not finite."""
+        if not self._skips:
+            self._strategy.run_optimizer(optimizer)
             return
         found_inf = norm.isfinite().logical_not().float()
         if puts_back:
-            self._undo = step_or_put_back(optimizer, lambda: self._parallel.update(optimizer), found_inf)
+            self.undo = step_or_put_back(optimizer, lambda: self._strategy.run_optimizer(optimizer), found_inf)
             return
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.found_inf = found_inf
         try:
-            self._parallel.update(optimizer)
+            self._strategy.run_optimizer(optimizer)
         finally:
-            optimizer.found_inf = None  # type: ignore[attr-defined]
+            optimizer.found_inf = None
+
+
+def _nothing() -> None: ...
+
+
+class PendingStep(NamedTuple):
+    """An optimizer step whose overflow check is still pending on the GPU."""
+
+    loss: Tensor
+    norm: HostCopy  # of its gradients, on the way from the device
+    undo_schedule: Callable[[], None]  # the host has stepped the schedule as if this step were taken
+
+
+class FiniteCheck:
+    """Logs the 1st, 2nd, 4th, 8th... optimizer step whose loss or gradient norm is not finite.
+
+    Rank 0 does, for all; of several ranks each one whose own loss is not finite does, too, and says which it is.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._rank = world.rank if world.size > 1 else None
+        self.enabled = True  # False where losses are meant to diverge, as in a range test
+        self._count = 0
+        self._arriving: deque[tuple[int, HostCopy]] = deque()
+
+    def taken(self, step: int, loss: Tensor, norm: Tensor | float) -> None:
+        """Check a step that was taken; on CUDA some steps later, without waiting."""
+        if not self.enabled:
+            return
+        if reads_cost_nothing(loss.device):
+            self._check(step, float(loss), float(norm))
+            return
+        while self._arriving and self._arriving[0][1].has_arrived():
+            earlier, values = self._arriving.popleft()
+            self._check(earlier, *values.read())
+        self._arriving.append((step, HostCopy(loss, norm)))
+
+    def skipped(self, step: int, loss: Tensor, norm: float, scaler: LossScale | None) -> None:
+        """Report a step that was skipped."""
+        if self.enabled and self._is_reported():
+            scale = "" if scaler is None else f"; the loss scale was {scaler.value:g}"
+            value = float(loss)
+            log.warning(
+                "step %d is skipped: its gradient norm is %g, its loss%s; weights and schedule are unchanged%s%s",
+                step, norm, self._describe(value), scale, self._so_far(), extra=_from(value),
+            )  # fmt: skip
+
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)) and self._is_reported():
+            log.warning(
+                "step %d: its gradient norm is %g, its loss%s, and the weights have been updated with it; lower the "
+                "learning rate, clip gradients, or look at this step's data%s",
+                step, norm, self._describe(loss), self._so_far(), extra=_from(loss),
+            )  # fmt: skip
+
+    def _describe(self, loss: float) -> str:
+        if self._rank is None:
+            return f" is {loss:g}"
+        elsewhere = " (a rank whose loss is not finite logs that itself)" if math.isfinite(loss) else ""
+        return f" on rank {self._rank} is {loss:g}{elsewhere}"
+
+    def _is_reported(self) -> bool:
+        self._count += 1
+        return self._count & (self._count - 1) == 0
+
+    def _so_far(self) -> str:
+        return f" ({self._count} such steps so far)" if self._count > 1 else ""
+
+
+def _from(loss: float) -> dict[str, bool]:
+    """Which ranks log it: with a loss that is not finite every rank that has one, else rank 0 for all."""
+    return {"from_any_rank": not math.isfinite(loss)}

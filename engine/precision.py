@@ -1,8 +1,7 @@
-"""Number formats: what the model computes in, what the optimizer updates, and how the loss is scaled.
+"""Dtypes of a run, and the loss scale of fp16.
 
-In fp16 and bf16 the model's parameters are in that format, and the optimizer works on fp32 copies of them,
-the master weights: the model's gradients are added to the masters' after every backward, and the masters are
-written back after every update. Buffers keep their format unless the config names one. After DeepSpeed's
+In fp16 and bf16 the model's parameters have that dtype, and the optimizer updates fp32 copies of them, the master
+params (`redline.master_params`). Buffers keep their dtype unless the config names one. After DeepSpeed's
 `runtime/engine.py`, `runtime/zero/stage_1_and_2.py` and `runtime/fp16/loss_scaler.py`.
 """
 
@@ -14,190 +13,129 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from engine.errors import LossScaleError
-from engine.master_params import MasterParams, TrainedParams
-from engine.sharding import Sharding
+from redline.errors import LossScaleError
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
+    from redline.config import EngineConfig
 
-__all__ = [
-    "AmpLossScale", "Formats", "LossScale", "Precision", "dtype_table", "set_precision", "to_dtype",
-]  # fmt: skip
+__all__ = ["AmpLossScale", "LossScale", "Precision", "build_loss_scale", "call_in_autocast"]
 
-_DTYPES = {
-    "fp16": torch.float16, "float16": torch.float16, "half": torch.float16, "torch.float16": torch.float16,
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "torch.bfloat16": torch.bfloat16,
-    "fp32": torch.float32, "float32": torch.float32, "float": torch.float32, "torch.float32": torch.float32,
-}  # fmt: skip
+_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-def to_dtype(name: str) -> torch.dtype:
-    """torch's type for a config's name of a number format."""
-    return _DTYPES[name]
+def _to_dtype(name: str) -> torch.dtype:
+    """The dtype that a config names."""
+    dtype: torch.dtype = getattr(torch, _SHORT.get(name, name).removeprefix("torch."))
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The formats of one training run.
+    """The dtypes of one training run."""
 
-    Attributes:
-        compute: of the parameters, and so of forward and backward.
-        autocast: of `torch.autocast` around the forward pass; None without.
-        accumulate: in which gradients of micro-batches add up.
-        reduce: in which gradients are summed over processes.
-        params: what trains; its master params are what the optimizer updates, where there are some.
-        publish: what brings updated weights into the model; None where the optimizer updates the model's own.
-        stored: the format of the weights that the optimizer updates.
-        loss_scale: the factor of the loss; None where there is none.
-        skips: whether an update with a gradient that is not finite is left out.
-    """
-
-    compute: torch.dtype
-    autocast: torch.dtype | None
-    accumulate: torch.dtype
-    reduce: torch.dtype
-    params: TrainedParams
-    publish: Callable[[], None] | None
-    stored: torch.dtype
-    loss_scale: LossScale | None
-    skips: bool
-
-    @property
-    def master_params(self) -> MasterParams | None:
-        """The fp32 weights behind the model's; None where the optimizer has the model's own."""
-        return self.params.masters
-
-
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """What a config says about number formats, before any model is touched.
-
-    Attributes:
-        compute: of forward and backward.
-        stored: of the weights that the optimizer updates; None for whatever the model brings.
-        autocast: of `torch.autocast` around the forward pass; None without.
-        rounded: whether the weights take the precision of `compute` after every update: DeepSpeed's
-            `bf16_master_weights_and_grads` with moments in fp32.
-        buffers: of floating-point buffers; None for whatever they have.
-    """
-
-    compute: torch.dtype
-    stored: torch.dtype | None
-    autocast: torch.dtype | None
+    compute: torch.dtype  # of the model's parameters, and so of forward and backward
+    stored: torch.dtype | None  # of the parameters that the optimizer updates; None for the model's own dtypes
+    autocast: torch.dtype | None  # of torch.autocast around the forward pass; None without
+    accumulate: torch.dtype  # of gradient accumulation
+    reduce: torch.dtype  # in which gradients are summed over the ranks
+    buffers: torch.dtype | None  # of floating-point buffers; None to leave them unchanged
+    has_masters: bool  # whether the optimizer updates copies of the model's parameters
+    # Round what the optimizer updates to `compute` after every step: DeepSpeed's `bf16_master_weights_and_grads` with
+    # fp32 optimizer states.
     rounded: bool
-    buffers: torch.dtype | None
+    skips: bool  # optimizer steps with a non-finite gradient
 
     @classmethod
-    def of(cls, config: EngineConfig) -> Formats:
-        """A config's sections fp16, bf16, torch_autocast and data_types."""
-        bf16, types = config.bf16, config.data_types
-        compute = torch.float16 if _on(config.fp16) else torch.bfloat16 if _on(bf16) else torch.float32
-        kept_low = bf16 is not None and bf16.enabled and bf16.bf16_master_weights_and_grads
-        all_low = kept_low and bf16 is not None and bf16.bf16_optimizer_states
+    def of(cls, config: EngineConfig, stage: int = 0) -> Precision:
+        """What a config asks for, at the stage of ZeRO that is in effect: 0 where nothing is sharded."""
+        fp16, bf16, types = config.fp16, config.bf16, config.data_types
+        is_fp16 = fp16 is not None and fp16.enabled
+        compute, stored, rounded, skips = torch.float32, None, False, is_fp16
+        if is_fp16:
+            compute = torch.float16
+        elif bf16 is not None and bf16.enabled:
+            compute, skips = torch.bfloat16, bf16.check_grad_overflow
+        if bf16 is not None and bf16.enabled and bf16.bf16_master_weights_and_grads:
+            stored, rounded = (compute, False) if bf16.bf16_optimizer_states else (torch.float32, True)
+        elif compute is not torch.float32:
+            stored = torch.float32
+
         autocast = None
         if config.torch_autocast is not None and config.torch_autocast.enabled:
-            autocast = to_dtype(config.torch_autocast.dtype or "bf16")
+            autocast = _to_dtype(config.torch_autocast.dtype or "bf16")
+        reduce = _to_dtype(config.communication_data_type or "fp32")
+        is_low, stored_low = compute is not torch.float32, stored is not None and stored is compute
+        # At stage 3 the model's parameters are the master params, which torch gathers in the compute dtype.
+        has_masters = stage in (1, 2) or (stage == 0 and is_low and not stored_low)
+        accumulate = torch.float32
+        if is_low and has_masters and types is not None and types.grad_accum_dtype is not None:
+            accumulate = _to_dtype(types.grad_accum_dtype)
+        elif stored_low:
+            accumulate = reduce if stage else compute
         return cls(
-            compute,
-            stored=None if compute is torch.float32 else compute if all_low else torch.float32,
-            autocast=autocast,
-            rounded=kept_low and not all_low,
-            buffers=None if types is None or types.buffer_dtype is None else to_dtype(types.buffer_dtype),
-        )
+            compute, stored, autocast, accumulate, reduce,
+            buffers=None if types is None or types.buffer_dtype is None else _to_dtype(types.buffer_dtype),
+            has_masters=has_masters,
+            rounded=rounded,
+            skips=skips or autocast is torch.float16,
+        )  # fmt: skip
+
+    def cast(self, module: nn.Module, *, params: bool) -> None:
+        """Bring buffers and, unless torch casts them when it gathers shards, parameters into their dtypes, in place."""
+        for each in module.modules():
+            # Batch norm takes low-precision inputs with fp32 weights, but no low-precision weights with fp32 statistics
+            keeps = self.buffers is None and getattr(each, "running_mean", None) is not None
+            for parameter in each.parameters(recurse=False):
+                if params and not keeps and self.compute is not torch.float32 and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.compute)
+                    parameter.grad = None
+            for buffer in each.buffers(recurse=False):
+                if self.buffers is not None and buffer.is_floating_point():
+                    buffer.data = buffer.data.to(self.buffers)
+
+    def table(self, *, has_optimizer: bool) -> str:
+        """The dtype of each kind of tensor, as a table of two lines; "" where all are float32."""
+        stored = self.stored or self.compute
+        columns = {
+            "parameters": self.compute if self.has_masters else stored,
+            "computation": self.autocast or self.compute,
+            "gradients": self.accumulate,
+            "reduction": self.reduce,
+            "master weights": stored if self.has_masters else None,
+            "optimizer state": stored if has_optimizer else None,
+        }
+        if {dtype for dtype in columns.values() if dtype is not None} == {torch.float32}:
+            return ""
+        cells = [(name, "-" if dtype is None else str(dtype).removeprefix("torch.")) for name, dtype in columns.items()]
+        widths = [max(map(len, cell)) for cell in cells]
+        rows = ("  ".join(cell[row].ljust(width) for cell, width in zip(cells, widths)) for row in (0, 1))
+        return "\n".join(row.rstrip() for row in rows)
 
 
-def set_precision(
-    config: EngineConfig,
-    module: nn.Module,
-    optimizer: Optimizer | None,
-    *,
-    fully_sharded: bool = False,
-    sharding: Sharding | None = None,
-    world_size: int = 1,
-) -> Precision:
-    """Bring a model and its optimizer into the config's dtypes, in place.
+def call_in_autocast(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, dtype: torch.dtype
+) -> Any:
+    """``function(*args, **kwargs)`` under autocast, which is off afterwards, also after an interrupt.
 
-    Args:
-        config: its sections fp16, bf16, torch_autocast, data_types, and communication_data_type.
-        module: on its device, with equal weights on all ranks; parameters keep their identity.
-        optimizer: over the module's parameters; gets master params in their place.
-        fully_sharded: whether FSDP2 has sharded the model: its parameters are the master params then, and torch gathers
-            them in the dtype of the computation.
-        sharding: how master params are divided between the ranks, at ZeRO stages 1 and 2.
-        world_size: ranks.
+    An interrupt while `torch.autocast` exits would leave it on, or leave its cache of cast weights to later forwards.
     """
-    formats = Formats.of(config)
-    low = None if formats.compute is torch.float32 else formats.compute
-    reduce = to_dtype(config.communication_data_type or "fp32")
-    masters: MasterParams | None = None
-    publish: Callable[[], None] | None = None
-    if not fully_sharded and (sharding is not None or (low is not None and formats.stored is not low)):
-        masters = MasterParams(formats.stored, sharding, rounded=formats.rounded)
-        publish = masters.copy_to_model
-    params = TrainedParams(module, optimizer, masters, world_size=world_size)
-    if low is not None and fully_sharded:
-        if formats.rounded and optimizer is not None:
-            publish = _rounding(optimizer, low)
-            publish()
-    elif low is not None:
-        _lower_parameters(module, low, whole=formats.buffers is not None)
-    if masters is not None and optimizer is not None:
-        masters.copy_to_model()
-    if formats.buffers is not None:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(formats.buffers)
-    sharded = fully_sharded or sharding is not None
-    accumulate = torch.float32 if low is None or formats.stored is not low else reduce if sharded else low
-    types = config.data_types
-    if types is not None and types.grad_accum_dtype is not None and masters is not None and low is not None:
-        accumulate = to_dtype(types.grad_accum_dtype)
-    return Precision(
-        compute=formats.compute,
-        autocast=formats.autocast,
-        accumulate=accumulate,
-        reduce=reduce,
-        params=params,
-        publish=publish,
-        stored=formats.stored or formats.compute,
-        loss_scale=_loss_scale(config, formats.autocast),
-        skips=low is torch.float16
-        or formats.autocast is torch.float16
-        or (low is torch.bfloat16 and config.bf16 is not None and config.bf16.check_grad_overflow),
-    )
+    enabled, autocast_dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    try:
+        with torch.autocast(device_type, dtype):
+            return function(*args, **kwargs)
+    except BaseException:
+        torch.set_autocast_enabled(device_type, enabled)
+        torch.set_autocast_dtype(device_type, autocast_dtype)
+        if not enabled:  # this was the outermost autocast: the depth must be zero, or no later one clears the cache
+            for _ in range(torch.autocast_increment_nesting()):
+                torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        raise
 
 
-def _rounding(optimizer: Optimizer, dtype: torch.dtype) -> Callable[[], None]:
-    """What gives fp32 weights the precision of a lower format."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_floating_point()]
-
-    @torch.no_grad()
-    def publish() -> None:
-        for weight in weights:
-            weight.copy_(weight.to(dtype))
-
-    return publish
-
-
-def _lower_parameters(module: nn.Module, dtype: torch.dtype, *, whole: bool) -> None:
-    for each in module.modules():
-        # Batch norm takes low inputs with fp32 weights, but no low weights with fp32 statistics.
-        if not whole and getattr(each, "running_mean", None) is not None:
-            continue
-        for parameter in each.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-                parameter.grad = None
-
-
-def _on(section: Any) -> bool:
-    return section is not None and bool(section.enabled)
-
-
-def _loss_scale(config: EngineConfig, autocast: torch.dtype | None) -> LossScale | None:
+def build_loss_scale(config: EngineConfig) -> LossScale | None:
+    """The config's loss scale; None without fp16."""
     fp16 = config.fp16
     if fp16 is not None and fp16.enabled:
         return LossScale(
@@ -208,25 +146,22 @@ def _loss_scale(config: EngineConfig, autocast: torch.dtype | None) -> LossScale
             consecutive_hysteresis=fp16.consecutive_hysteresis,
             minimum=fp16.min_loss_scale,
         )
-    return AmpLossScale() if autocast is torch.float16 else None
+    return AmpLossScale() if Precision.of(config).autocast is torch.float16 else None
 
 
 class LossScale:
-    """The factor of the loss that keeps small gradients from vanishing in fp16.
+    """The factor of the loss that keeps small gradients from underflowing in fp16.
 
-    Follows DeepSpeed's `DynamicLossScaler`: an overflow halves it, once `hysteresis` - 1 overflows have been let pass;
-    `window` updates without one double it.
+    Follows DeepSpeed's `DynamicLossScaler`: an overflow halves it, after the first `hysteresis` - 1 overflows; `window`
+    steps without one double it.
 
     Args:
         scale: the first, or with `dynamic` False the only, value.
-        dynamic: whether it moves.
-        window: updates without an overflow after which it doubles.
+        dynamic: whether it changes.
+        window: steps without an overflow after which it doubles.
         hysteresis: overflows until it is halved.
-        consecutive_hysteresis: count overflows anew after every update without one, rather than when it doubles.
+        consecutive_hysteresis: restart the count of overflows after every step without one, not only when it doubles.
         minimum: smallest value.
-
-    Attributes:
-        value: the factor of the next loss.
     """
 
     def __init__(
@@ -239,7 +174,7 @@ class LossScale:
         consecutive_hysteresis: bool = False,
         minimum: float = 1.0,
     ) -> None:
-        self.value = float(scale)
+        self.value = float(scale)  # the factor of the next loss
         self.dynamic = dynamic
         self._window = window
         self._hysteresis = hysteresis
@@ -251,10 +186,10 @@ class LossScale:
         self._first_bad = -1  # of the overflows since the scale last grew
 
     def update(self, overflow: bool) -> None:
-        """Move on after an update.
+        """Update the scale after an optimizer step.
 
         Raises:
-            LossScaleError: an overflow with the smallest value that is allowed.
+            LossScaleError: an overflow at the minimum.
         """
         if self.dynamic:
             if overflow:
@@ -269,8 +204,8 @@ class LossScale:
         if self._hysteresis == 1 or self._patience == 1:
             if self.value == self._minimum:
                 raise LossScaleError(
-                    f"fp16: the gradients of update {self._updates} are not finite, and the loss scale is at its "
-                    f"minimum, {self.value:g}; the first bad update in this row was {self._first_bad}; lower the "
+                    f"fp16: the gradients of step {self._updates} are not finite, and the loss scale is at its "
+                    f"minimum, {self.value:g}; the first such step in this sequence was {self._first_bad}; lower the "
                     "learning rate, warm it up, clip gradients, or train in bf16"
                 )
             self.value = max(self.value / 2, self._minimum)
@@ -286,16 +221,16 @@ class LossScale:
             self._patience = self._hysteresis
             self.value *= 2
 
+    _STATE = ("value", "_patience", "_updates", "_last_overflow", "_first_bad")  # the keys in checkpoints
+
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands; its rules come from the config."""
+        """The current value and counts; the rules come from the config."""
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         for name in self._STATE:
             setattr(self, name, state[name])
-
-    _STATE = ("value", "_patience", "_updates", "_last_overflow", "_first_bad")
 
 
 class AmpLossScale(LossScale):
@@ -311,19 +246,3 @@ class AmpLossScale(LossScale):
     def _grow(self) -> None:
         if (self._updates - self._last_overflow) % self._window == 0:
             self.value *= 2
-
-
-def dtype_table(precision: Precision, optimizer: Optimizer | None) -> str:
-    """Which format holds what, as a table of two lines."""
-    shared = precision.master_params is None and precision.stored is not precision.compute
-    columns = {
-        "parameters": precision.stored if shared else precision.compute,
-        "computation": precision.autocast or precision.compute,
-        "gradients": precision.accumulate,
-        "reduction": precision.reduce,
-        "master weights": precision.stored if precision.master_params is not None else None,
-        "optimizer state": precision.stored if optimizer is not None else None,
-    }
-    cells = [(name, "-" if dtype is None else str(dtype).removeprefix("torch.")) for name, dtype in columns.items()]
-    widths = [max(map(len, cell)) for cell in cells]
-    return "\n".join("  ".join(cell[row].ljust(width) for cell, width in zip(cells, widths)).rstrip() for row in (0, 1))

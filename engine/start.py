@@ -1,4 +1,4 @@
-"""The way in: a model and a config become an engine."""
+"""`initialize`: make an engine from a model and a config."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from engine.agreement import check_agreement
-from engine.build import OptimizerLike, ScheduleLike, build_parts
-from engine.compiled import unwrap_compiled
-from engine.data import CollateFn, Loader
-from engine.distributed import World, join_world
-from engine.engine import Engine
-from engine.errors import ConfigError
-from engine.log import configure, log
-from engine.needs import count_model, tell_needs
-from engine.parts import Parts
-from engine.peers import explains_losses, follow
-from engine.precision import dtype_table
-from engine.sigterm import save_on_sigterm
-from engine.watch import attach
+from redline.build import OptimizerLike, ScheduleLike, build_engine
+from redline.compiled import unwrap_compiled
+from redline.data import CollateFn, Loader
+from redline.distributed.consistency import check_agreement
+from redline.distributed.failure import explains_failures, follow_steps
+from redline.distributed.memory_estimate import Elements, count_model, describe_memory
+from redline.distributed.process_group import join_world, launched_ranks
+from redline.engine import Engine
+from redline.errors import ConfigError
+from redline.log import configure, log
+from redline.monitoring import attach_monitoring
+from redline.schedulers import LRRangeTest
+from redline.signals import save_on_sigterm
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
+    from redline.config import EngineConfig
 
 __all__ = ["initialize"]
 
 
-@explains_losses
+@explains_failures
 def initialize(
     model: nn.Module,
     config: str | Path | dict[str, Any] | EngineConfig,
@@ -67,19 +66,21 @@ def initialize(
         ConfigError: the config cannot be obeyed; it lists every problem.
         EngineError: the parts do not go together, or a package is missing that the config needs.
     """
-    from engine.config import load_config  # here, not above: pydantic takes longer to import than all the rest
+    from redline.config import load_config  # here, not above: pydantic takes longer to import than all the rest
 
     configure()
     # The config is read before any process group is joined: a mistake in it costs nothing.
-    loaded = load_config(config)
+    num_samples = _length(training_data)
+    loaded = load_config(config, world_size=launched_ranks(), num_samples=num_samples)
     if loaded.scheduler is not None and loaded.optimizer is None and optimizer is None and lr_scheduler is None:
-        raise _unscheduled(loaded)
+        problem = loaded.as_written().problem(("scheduler",), _UNSCHEDULED)
+        raise ConfigError([problem], loaded.as_written().source)
     model = unwrap_compiled(model)
     world = join_world(device, timeout=loaded.redline.distributed_timeout)
-    loaded = load_config(loaded, world_size=world.size)
+    loaded = load_config(loaded, world_size=world.size, num_samples=num_samples)
     check_agreement(loaded, world, model, training_data)
-    elements = count_model(model, loaded, world)  # before it is shared out
-    parts = build_parts(
+    elements = count_model(model, loaded, world)  # before it is sharded
+    engine = build_engine(
         loaded,
         world,
         model,
@@ -89,27 +90,52 @@ def initialize(
         lr_scheduler=lr_scheduler,
         collate_fn=collate_fn,
     )
-    told = [_summary(parts), dtype_table(parts.precision, parts.optimizer), *tell_needs(parts, elements)]
-    log.info("%s", "\n".join(told))
-    _compare_batch(loaded)
-    if parts.training_dataloader is not None:
-        log.info("%s", _epoch_summary(parts.training_dataloader, parts.config, parts.world))
-    engine = Engine(parts)
-    follow(engine)
-    attach(engine)
+    if loaded.compile is not None and loaded.compile.compiles:
+        engine.compile(loaded.compile.backend, loaded.compile.kwargs)
+    _log_summary(engine, elements)
+    follow_steps(engine)
+    if isinstance(engine.lr_scheduler, LRRangeTest):
+        # Other training runs load neither range tests nor reports.
+        from redline.range_test.recorder import PassiveRecorder
+        from redline.reports import write_report
+
+        engine.callbacks.append(PassiveRecorder(engine, write_report))
+    attach_monitoring(engine)
     save_on_sigterm(engine)
     return engine
 
 
-def _unscheduled(config: EngineConfig) -> ConfigError:
-    """A schedule that has nothing to move."""
-    document = config.as_written()
-    message = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
-    return ConfigError([document.problem(("scheduler",), message)], document.source)
+def _length(data: Any) -> int | None:
+    """How many samples there are; None where they do not tell."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
-def _compare_batch(config: EngineConfig) -> None:
-    """Warn where a range test's answer is applied to another batch size than it was found at."""
+_UNSCHEDULED = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
+
+
+def _log_summary(engine: Engine, elements: Elements | None) -> None:
+    """Log what will run: a line, a table of dtypes, the memory that it takes, the length of an epoch."""
+    config, optimizer = engine.config, engine.optimizer
+    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
+    name = "no optimizer" if optimizer is None else type(optimizer).__name__
+    is_adams = name == "AdamW" and config.optimizer is not None and config.optimizer.type.lower() == "adam"
+    how = ["Adam with adam_w_mode"] if is_adams else []
+    how += ["fused"] if optimizer is not None and optimizer.defaults.get("fused") else []
+    name += f" ({', '.join(how)})" if how else ""
+    schedule = "fixed learning rate" if engine.lr_scheduler is None else type(engine.lr_scheduler).__name__
+    clip = f"clipped at {config.gradient_clipping:g}" if config.gradient_clipping else "not clipped"
+    summary = (
+        f"redline: {ranks} on {engine.device.type}; batch {config.train_batch_size} = "
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x "
+        f"{engine.world_size}; {name}, {schedule}, gradients {clip}"
+    )
+    table = engine.precision.table(has_optimizer=optimizer is not None)
+    memory = describe_memory(config, engine.world, engine.module, optimizer, elements)
+    log.info("%s", "\n".join([summary, *([table] if table else []), *memory]))
+
     found = config.document().get("_range_test")
     measured = found.get("train_batch_size") if isinstance(found, dict) else None
     if isinstance(measured, int) and measured != config.train_batch_size:
@@ -118,39 +144,23 @@ def _compare_batch(config: EngineConfig) -> None:
             "hold for the first only. Test again at %d (redline tune --batch-sizes %d,%d), or train at %d",
             *(measured, config.train_batch_size, config.train_batch_size, measured, config.train_batch_size, measured),
         )
+    if engine.training_dataloader is not None:
+        log.info("%s", _epoch_summary(engine, engine.training_dataloader))
 
 
-def _epoch_summary(loader: Loader, config: EngineConfig, world: World) -> str:
+def _epoch_summary(engine: Engine, loader: Loader) -> str:
     """What an epoch is, in one line."""
     try:
         samples, micro_batches = len(loader.dataset), len(loader)
     except TypeError:
         return "data: an iterable dataset; its length is not known"
-    accumulation = config.gradient_accumulation_steps
-    whole, left = divmod(micro_batches, accumulation)
-    share = "" if world.size == 1 else " per process"
+    accumulation = engine.config.gradient_accumulation_steps
+    per_rank = "" if engine.world_size == 1 else " per rank"
     own = " per rank" if loader.split_by_rank else ""
-    epoch = f"data: {samples} samples{own}; an epoch is {micro_batches} micro-batches{share} and "
-    if not left:
-        return f"{epoch}{whole} updates"
+    epoch = f"data: {samples} samples{own}; an epoch is {micro_batches} micro-batches{per_rank} and "
+    if micro_batches % accumulation == 0:
+        return f"{epoch}{micro_batches // accumulation} optimizer steps"
     return (
-        f"{epoch}{micro_batches / accumulation:.3g} updates; {accumulation} accumulated do not divide it, so that an "
-        "update spans the end of an epoch; engine.flush() makes the last one"
-    )
-
-
-def _summary(parts: Parts) -> str:
-    """What will run, in one line."""
-    config, world = parts.config, parts.world
-    processes = "1 process" if world.size == 1 else f"{world.size} processes"
-    optimizer = "no optimizer"
-    if parts.optimizer is not None:
-        fused = " (fused)" if parts.optimizer.defaults.get("fused") else ""
-        optimizer = f"{type(parts.optimizer).__name__}{fused}"
-    schedule = "fixed learning rate" if parts.lr_scheduler is None else type(parts.lr_scheduler).__name__
-    clip = f"clipped at {config.gradient_clipping:g}" if config.gradient_clipping else "not clipped"
-    return (
-        f"redline: {processes} on {world.device.type}; batch {config.train_batch_size} = "
-        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x {world.size}; "
-        f"{optimizer}, {schedule}, gradients {clip}"
+        f"{epoch}{micro_batches / accumulation:.3g} optimizer steps; {accumulation} accumulated do not divide it, so "
+        "that a step spans the end of an epoch; engine.flush() makes the last one"
     )

@@ -11,21 +11,25 @@ They know torch only and can be used in any loop:
 Without an optimizer they evaluate: ``OneCycle(None, 1e-4, 1e-3).lr_at(range(4000))``.
 """
 
-from schedulers.lr_range_test import LRRangeTest
-from schedulers.one_cycle import OneCycle
-from schedulers.registry import UnknownScheduleError, known, register, resolve
-from schedulers.schedule import Schedule
-from schedulers.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
+import sys
+from importlib import import_module
+
+if __name__ == "schedulers":
+    # A script in a checkout has imported this folder by its name. It gets the installed package: the same objects.
+    try:
+        sys.modules["schedulers"] = import_module("redline.schedulers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "schedulers: Redline is not installed in this Python; run scripts/setup, and import redline.schedulers"
+        ) from error
+
+from redline.schedulers.lr_range_test import LRRangeTest
+from redline.schedulers.one_cycle import OneCycle
+from redline.schedulers.registry import UnknownScheduleError, known, register, resolve
+from redline.schedulers.schedule import Schedule
+from redline.schedulers.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR, WarmupStableDecayLR
 
 __all__ = [
-    "LRRangeTest",
-    "OneCycle",
-    "Schedule",
-    "UnknownScheduleError",
-    "WarmupCosineLR",
-    "WarmupDecayLR",
-    "WarmupLR",
-    "known",
-    "register",
-    "resolve",
-]
+    "LRRangeTest", "OneCycle", "Schedule", "UnknownScheduleError", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR",
+    "WarmupStableDecayLR", "known", "register", "resolve",
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""The learning rate range test as a schedule: the rate grows by equal amounts, or by equal factors, step by step.
+"""The learning rate range test as a schedule: it grows by equal amounts or by equal factors, step by step.
 
-Source: L. Smith, "A disciplined approach to neural network hyper-parameters" (arXiv:1803.09820);
-DeepSpeed's `LRRangeTest`, which grows by equal amounts only. Recording, stopping and reading a test are the engine's.
+Source: L. Smith, "A disciplined approach to neural network hyper-parameters" (arXiv:1803.09820), and DeepSpeed's
+`LRRangeTest`, which grows by equal amounts only. Running and reading a test is the engine's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from schedulers.schedule import Rate, Schedule, groups_of
+from redline.schedulers.schedule import Rate, Schedule, groups_of
 
 __all__ = ["LRRangeTest"]
 
@@ -20,11 +20,15 @@ Growth = Literal["linear", "exponential"]
 
 
 class LRRangeTest(Schedule):
-    """Grow the rate from its minimum without end: ``min_lr * (1 + step_rate * k / step_size)``.
+    """Grow the learning rate from its minimum without end.
 
-    Exponential growth compounds: ``min_lr * (1 + step_rate) ** (k / step_size)``. The two agree after the first
-    `step_size` updates; a sweep over powers of ten wants the second. With the staircase, ``k / step_size`` is rounded
-    down, so that the rate changes every `step_size` updates only.
+    For step ``k``::
+
+        lr = min_lr * (1 + step_rate * k / step_size)     linear
+        lr = min_lr * (1 + step_rate) ** (k / step_size)  exponential
+
+    The two agree after the first `step_size` steps; a sweep over powers of ten needs the second. With the staircase,
+    ``k / step_size`` is rounded down.
 
     >>> test = LRRangeTest(None, lr_range_test_min_lr=1e-4, lr_range_test_step_size=200, lr_range_test_step_rate=5)
     >>> [round(lr, 6) for lr in test.lr_at([0, 200, 2000])]
@@ -34,18 +38,16 @@ class LRRangeTest(Schedule):
     [1e-05, 0.0001, 0.001, 0.003162]
 
     Args:
-        optimizer: see :class:`Schedule`.
-        lr_range_test_min_lr: rate of the first update, one value or one per group.
-        lr_range_test_step_size: updates in which the rate grows by `step_rate` times the minimum; >= 1.
-        lr_range_test_step_rate: growth per `step_size` updates, as a multiple of the minimum.
-        lr_range_test_staircase: grow in stairs of `step_size` updates.
-        last_batch_iteration: see :class:`Schedule`.
-        growth: by equal amounts, as in DeepSpeed, or by equal factors.
-        corrected: taken for symmetry; there is nothing to correct.
+        optimizer: See :class:`Schedule`, as for `last_batch_iteration`; `corrected` has no effect.
+        lr_range_test_min_lr: Learning rate of the first step, one value or one per group.
+        lr_range_test_step_size: Steps in which it grows by `step_rate` times the minimum; >= 1.
+        lr_range_test_step_rate: Growth per `step_size` steps, as a multiple of the minimum.
+        lr_range_test_staircase: Grow every `step_size` steps only.
+        growth: "linear", as in DeepSpeed, or "exponential".
 
     Raises:
-        ValueError: a step size that is no positive integer; a list of another length than the groups; an unknown
-            growth, or an exponential one by a factor that is not positive.
+        ValueError: A step size is not a positive integer, a list has not one value per group, or a growth is unknown
+            or by a factor that is not positive.
     """
 
     def __init__(
@@ -60,9 +62,8 @@ class LRRangeTest(Schedule):
         growth: Growth = "linear",
         corrected: bool = False,
     ) -> None:
-        super().__init__(
-            optimizer, last_batch_iteration, corrected=corrected, num_groups=groups_of(lr_range_test_min_lr)
-        )
+        num_groups = groups_of(lr_range_test_min_lr)
+        super().__init__(optimizer, last_batch_iteration, corrected=corrected, num_groups=num_groups)
         self.min_lrs = self._per_group(lr_range_test_min_lr, "lr_range_test_min_lr")
         if not isinstance(lr_range_test_step_size, int) or lr_range_test_step_size <= 0:
             raise ValueError(f"lr_range_test_step_size: got {lr_range_test_step_size!r}; expected an integer >= 1")
@@ -73,22 +74,18 @@ class LRRangeTest(Schedule):
                 f"lr_range_test_step_rate: got {lr_range_test_step_rate!r}; expected more than -1, since exponential "
                 "growth is by powers of 1 + step_rate"
             )
-        self.step_size = lr_range_test_step_size
-        self.step_rate = lr_range_test_step_rate
-        self.staircase = lr_range_test_staircase
-        self.growth: Growth = growth
+        self.step_size, self.step_rate = lr_range_test_step_size, lr_range_test_step_rate
+        self.staircase, self.growth = lr_range_test_staircase, growth
         if last_batch_iteration == -1:
             self._write(self.min_lrs)
 
     def _lrs(self, k: int) -> list[Rate]:
-        interval = k / self.step_size
-        if self.staircase:
-            interval = math.floor(interval)
-        increase = 1 + self.step_rate * interval if self.growth == "linear" else self._power(interval)
+        interval = math.floor(k / self.step_size) if self.staircase else k / self.step_size
+        if self.growth == "linear":
+            increase = 1 + self.step_rate * interval
+        else:
+            try:
+                increase = float((1 + self.step_rate) ** interval)
+            except OverflowError:  # nobody stopped the test
+                increase = math.inf
         return [min_lr * increase for min_lr in self.min_lrs]
-
-    def _power(self, interval: float) -> float:
-        try:
-            return float((1 + self.step_rate) ** interval)
-        except OverflowError:  # a test that nobody stops
-            return math.inf

@@ -1,65 +1,58 @@
-"""The 1Cycle policy: one rise and fall of the rate, momentum against it, then an optional decay.
+"""The 1Cycle policy: the learning rate rises and falls once, momentum does the opposite, then both may decay.
 
-Source: L. Smith, "A disciplined approach to neural network hyper-parameters" (arXiv:1803.09820);
-DeepSpeed's `OneCycle`, whose values these are.
+Source: L. Smith, "A disciplined approach to neural network hyper-parameters" (arXiv:1803.09820), and DeepSpeed's
+`OneCycle`, whose values these are.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
-from schedulers.schedule import Default, Rate, Schedule, fill, groups_of, log
+from redline.schedulers.schedule import Default, Rate, Schedule, fill, groups_of, log
 
 __all__ = ["OneCycle"]
 
-_FORCED_BETA2 = 0.99  # what DeepSpeed writes into every group's second beta
+_FORCED_BETA2 = 0.99  # DeepSpeed writes this into every group's second beta
 
 
 class OneCycle(Schedule):
-    """Cycle the rate from its minimum to its maximum and back, and the momentum the other way.
+    """Cycle the learning rate from its minimum to its maximum and back, and the momentum the other way.
 
-    With ``u`` rising from 0 to 1 over the first `cycle_first_step_size` updates and falling back to 0
-    over the next `cycle_second_step_size`, then with ``d`` counting the updates after the cycle::
+    With ``u`` rising from 0 to 1 over the first `cycle_first_step_size` steps and falling back to 0 over the next
+    `cycle_second_step_size`, and with ``d`` counting the steps after the cycle::
 
         lr       = min_lr + (max_lr - min_lr) * u       then  min_lr / (1 + decay_lr_rate * d / decay_step_size)
         momentum = max_mom - (max_mom - min_mom) * u    then  max_mom * (1 + decay_mom_rate * d / decay_step_size)
 
-    A stair count cuts its half of the cycle into that many flat stairs. Momentum is the first of
-    ``betas``; where an optimizer has ``momentum`` instead, DeepSpeed leaves it alone with a warning,
-    and so does this class unless a momentum bound is given.
+    A stair count cuts its half of the cycle into that many flat stairs. Momentum is the first of ``betas``. If an
+    optimizer has ``momentum`` instead, DeepSpeed warns and leaves it unchanged, and so does this class unless a
+    momentum bound is given.
 
     >>> cycle = OneCycle(None, 0.002, 0.005, cycle_first_step_size=2000)
     >>> [round(lr, 6) for lr in cycle.lr_at([0, 1000, 2000, 3000, 4000, 5000])]
     [0.002, 0.0035, 0.005, 0.0035, 0.002, 0.002]
 
-    Corrected, momentum starts at its maximum (DeepSpeed's first update has the minimum), the second
-    beta stays the optimizer's (DeepSpeed writes 0.99), ``momentum`` is cycled as ``betas`` are, the
-    momentum decays downwards (``max_mom / (1 + ...)``; DeepSpeed's grows, past 1.0 in the end), and a
-    decay rate alone is enough to decay, by the update (DeepSpeed wants `decay_step_size` as well).
+    If corrected, momentum starts at its maximum (DeepSpeed's first step has the minimum), the second beta is the
+    optimizer's (DeepSpeed sets 0.99), ``momentum`` is cycled like ``betas``, momentum decays downwards
+    (``max_mom / (1 + ...)``; DeepSpeed's grows, eventually past 1.0), and a decay rate alone is enough, per step
+    (DeepSpeed needs `decay_step_size`, too).
 
     Args:
-        optimizer: see :class:`Schedule`.
-        cycle_min_lr: rate at both ends of the cycle, one value or one per group.
-        cycle_max_lr: rate at the peak, likewise.
-        decay_lr_rate: how fast the rate decays after the cycle, per `decay_step_size` updates.
-        cycle_first_step_size: updates from minimum to maximum; > 0.
-        cycle_second_step_size: updates back; None takes the first's.
-        cycle_first_stair_count: stairs in the rise; 0 for none.
-        cycle_second_stair_count: stairs in the fall; None takes the first's.
-        decay_step_size: updates of one decay interval; 0 for no decay.
-        cycle_momentum: cycle the momentum, too.
-        cycle_min_mom: momentum at the peak of the rate, one value or one per group.
-        cycle_max_mom: momentum at both ends, likewise.
-        decay_mom_rate: how fast the momentum changes after the cycle, per `decay_step_size` updates.
-        last_batch_iteration: see :class:`Schedule`.
-        corrected: see above.
+        optimizer: See :class:`Schedule`, as for `last_batch_iteration`.
+        cycle_min_lr: Learning rate at both ends of the cycle, one value or one per group; `cycle_max_lr` at the peak.
+        cycle_first_step_size: Steps from minimum to maximum, > 0; `cycle_second_step_size` back, None for the same.
+        cycle_first_stair_count: Stairs in the rise, 0 for none; `cycle_second_stair_count` in the fall, likewise.
+        decay_lr_rate: Decay after the cycle per `decay_step_size` steps, 0 for none; `decay_mom_rate` of the momentum.
+        cycle_momentum: Whether to cycle the momentum.
+        cycle_min_mom: Momentum at the peak of the learning rate, or one per group; `cycle_max_mom` at both ends.
 
     Raises:
-        ValueError: a step size that is not positive; a list of another length than the groups.
+        ValueError: A step size is not positive, or a list has not one value per group.
     """
 
     def __init__(
@@ -83,57 +76,66 @@ class OneCycle(Schedule):
     ) -> None:
         num_groups = groups_of(cycle_min_lr, cycle_max_lr, cycle_min_mom, cycle_max_mom)
         super().__init__(optimizer, last_batch_iteration, corrected=corrected, num_groups=num_groups)
-        self._set_shape(cycle_first_step_size, cycle_second_step_size)
-        self.decay_step_size = 1 if corrected and math.isclose(decay_step_size, 0) else decay_step_size
-        decays = not math.isclose(self.decay_step_size, 0)
-        self.first_stair_count = cycle_first_stair_count
-        self.second_stair_count = (
-            cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
+        # Float arithmetic throughout, like DeepSpeed's: integers would round differently.
+        self.first_step_size = float(cycle_first_step_size)
+        self.second_step_size = (
+            self.first_step_size if cycle_second_step_size is None else float(cycle_second_step_size)
         )
+        if self.first_step_size <= 0:
+            raise ValueError(f"cycle_first_step_size: got {cycle_first_step_size}; expected a number > 0")
+        if self.second_step_size < 0:
+            raise ValueError(f"cycle_second_step_size: got {cycle_second_step_size}; expected a number >= 0")
+        self.total_size = self.first_step_size + self.second_step_size
+        self.step_ratio = self.first_step_size / self.total_size
+        # Before anything is written: DeepSpeed refuses None here.
+        self.decay_step_size = 1 if corrected and math.isclose(decay_step_size, 0) else decay_step_size
+        self._decays = not math.isclose(self.decay_step_size, 0)
+        self.first_stair_count = second = cycle_first_stair_count
+        self.second_stair_count = second if cycle_second_stair_count is None else cycle_second_stair_count
         self.min_lrs = self._per_group(cycle_min_lr, "cycle_min_lr")
         self.max_lrs = self._per_group(cycle_max_lr, "cycle_max_lr")
         if last_batch_iteration == -1:
             self._write(self.min_lrs)
-        self.decay_lr_rate = 0.0 if math.isclose(decay_lr_rate, 0) or not decays else decay_lr_rate
+        self.decay_lr_rate = self._decay_rate(decay_lr_rate)
         self.decay_mom_rate = 0.0
-        given = not (isinstance(cycle_min_mom, Default) and isinstance(cycle_max_mom, Default))
-        self._momentum_key = self._find_momentum(given) if cycle_momentum else None
+        bounded = not (isinstance(cycle_min_mom, Default) and isinstance(cycle_max_mom, Default))
+        self._momentum_key = self._find_momentum(bounded) if cycle_momentum else None
         self.cycle_momentum = self._momentum_key is not None
-        if self.cycle_momentum:
-            self.min_moms = [float(mom) for mom in self._per_group(cycle_min_mom, "cycle_min_mom")]
-            self.max_moms = [float(mom) for mom in self._per_group(cycle_max_mom, "cycle_max_mom")]
-            self._beta2s = [
-                group["betas"][1] if corrected and "betas" in group else _FORCED_BETA2
-                for group in self.optimizer.param_groups
-            ]
-            if last_batch_iteration == -1:
-                self._write_momenta(self.max_moms if corrected else self.min_moms)
-            self.decay_mom_rate = 0.0 if math.isclose(decay_mom_rate, 0) or not decays else decay_mom_rate
-            self._cycle = [
-                (min_lr, max_lr - min_lr, max_mom, max_mom - min_mom, beta2)
-                for min_lr, max_lr, min_mom, max_mom, beta2 in zip(
-                    self.min_lrs, self.max_lrs, self.min_moms, self.max_moms, self._beta2s
-                )
-            ]
+        if not self.cycle_momentum:
+            return
+        # After the learning rates: DeepSpeed has written those already when it refuses a momentum.
+        self.min_moms = [float(mom) for mom in self._per_group(cycle_min_mom, "cycle_min_mom")]
+        self.max_moms = [float(mom) for mom in self._per_group(cycle_max_mom, "cycle_max_mom")]
+        groups = self.optimizer.param_groups
+        self._beta2s = [g["betas"][1] if corrected and "betas" in g else _FORCED_BETA2 for g in groups]
+        if last_batch_iteration == -1:
+            self._write_momenta(self.max_moms if corrected else self.min_moms)
+        self.decay_mom_rate = self._decay_rate(decay_mom_rate)
+        bounds = zip(self.min_lrs, self.max_lrs, self.min_moms, self.max_moms, self._beta2s)
+        self._cycle = [
+            (min_lr, max_lr - min_lr, max_mom, max_mom - min_mom, beta2)
+            for min_lr, max_lr, min_mom, max_mom, beta2 in bounds
+        ]
 
     @property
     def quirks(self) -> tuple[str, ...]:
         if self.corrected or not self.cycle_momentum:
             return ()
-        found = [f"the first update runs with momentum {self.min_moms[0]:g}, the minimum"]
+        found = [f"the first step has momentum {self.min_moms[0]:g}, the minimum"]
         if self._momentum_key == "betas":
             found.append(f"the second beta is set to {_FORCED_BETA2}")
         return tuple(found)
 
     def step(self, batch_iteration: int | None = None) -> None:
-        height = self._height(self.last_epoch + 1 if batch_iteration is None else batch_iteration + 1)
+        k = self.last_epoch + 1 if batch_iteration is None else batch_iteration + 1
+        height = self._height(k)
         if height is None or self._momentum_key != "betas":
             super().step(batch_iteration)
             if self.cycle_momentum:
-                self._write_momenta(self._cycle_momenta(self.last_epoch))
+                self._write_momenta(self._cycle_momenta(k))
             return
-        # The usual case in one loop: without the lists in between it takes half the time.
-        self.last_epoch = self.last_epoch + 1 if batch_iteration is None else batch_iteration + 1
+        # The usual case in one loop, which takes half the time of building lists first.
+        self.last_epoch = k
         for group, (low, lr_range, high, mom_range, beta2) in zip(self.optimizer.param_groups, self._cycle):
             lr = low + lr_range * height
             if type(group["lr"]) is float:
@@ -143,26 +145,17 @@ class OneCycle(Schedule):
             group["betas"] = (high - mom_range * height, beta2)
 
     def get_mom(self) -> list[Any] | None:
-        """The ``betas`` (or ``momentum``) of each group at the step reached; None where none is cycled."""
-        if not self.cycle_momentum:
-            return None
-        return self._pairs(self._cycle_momenta(self.last_epoch))
+        """The ``betas`` (or ``momentum``) of each group at the current step; None if momentum is not cycled."""
+        return self._pairs(self._cycle_momenta(self.last_epoch)) if self.cycle_momentum else None
 
-    def _set_shape(self, first: float, second: float | None) -> None:
-        self.first_step_size = float(first)
-        self.second_step_size = self.first_step_size if second is None else float(second)
-        if self.first_step_size <= 0:
-            raise ValueError(f"cycle_first_step_size: got {first}; expected a number > 0")
-        if self.second_step_size < 0:
-            raise ValueError(f"cycle_second_step_size: got {second}; expected a number >= 0")
-        self.total_size = self.first_step_size + self.second_step_size
-        self._first_share = self.first_step_size / self.total_size
+    def _decay_rate(self, rate: float) -> float:
+        return 0.0 if math.isclose(rate, 0) or not self._decays else rate
 
-    def _find_momentum(self, given: bool) -> str | None:
+    def _find_momentum(self, bounded: bool) -> str | None:
         """The key of the groups that holds the momentum to cycle, or None with a warning."""
         if "betas" in self.optimizer.defaults:
             return "betas"
-        if "momentum" in self.optimizer.defaults and (given or self.corrected):
+        if "momentum" in self.optimizer.defaults and (bounded or self.corrected):
             return "momentum"
         log.warning(
             "OneCycle: %s has no betas, so momentum is not cycled; give cycle_min_mom and cycle_max_mom to "
@@ -172,21 +165,21 @@ class OneCycle(Schedule):
         return None
 
     def _height(self, k: int) -> float | None:
-        """Where update `k` stands between minimum (0.0) and maximum (1.0); None past the cycle."""
+        """Where step `k` is between minimum (0.0) and maximum (1.0); None after the cycle."""
         total = self.total_size
         if k - 1 >= total:
             return None
-        # The sums keep DeepSpeed's order: another order differs in the last bit.
+        # In DeepSpeed's order of operations: another order differs in the last bit.
         x = 1.0 + k / total
         x -= 1 if k < total else math.floor(x)
-        rising = x <= self._first_share
+        rising = x <= self.step_ratio
         stairs = self.first_stair_count if rising else self.second_stair_count
         if stairs > 0:
             at = k % total
             if at <= self.first_step_size:
                 return math.floor(at * stairs / self.first_step_size) / stairs
             return math.floor((total - at) * stairs / self.second_step_size) / stairs
-        return x / self._first_share if rising else (x - 1) / (self._first_share - 1)
+        return x / self.step_ratio if rising else (x - 1) / (self.step_ratio - 1)
 
     def _lrs(self, k: int) -> list[Rate]:
         height = self._height(k)
@@ -213,6 +206,17 @@ class OneCycle(Schedule):
         if not self.cycle_momentum:
             return None
         return self.min_moms if k == 0 and not self.corrected else self._cycle_momenta(k)
+
+    def _momentum_limits(self) -> list[int | None]:
+        if not self.cycle_momentum or self.corrected or self.decay_mom_rate <= 0:
+            return []
+        after = range(math.floor(self.total_size) + 1, 2**62)  # the cycle, within which it stays below its maximum
+
+        def first(group: int) -> int | None:
+            index = bisect_left(after, True, key=lambda k: self._cycle_momenta(k)[group] >= 1)
+            return after[index] if index < len(after) else None
+
+        return [first(group) for group in range(len(self.max_moms))]
 
     def _pairs(self, momenta: list[float]) -> list[Any]:
         return list(zip(momenta, self._beta2s)) if self._momentum_key == "betas" else momenta

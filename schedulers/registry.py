@@ -1,7 +1,4 @@
-"""Schedule names, as a config writes them, to classes.
-
-Resolved in this order: ours, registered ones, `torch.optim.lr_scheduler`.
-"""
+"""Schedule names, as a config writes them, to classes: ours, then registered ones, then `torch.optim.lr_scheduler`."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from typing import TypeVar
 
 from torch.optim import lr_scheduler
 
-from schedulers.lr_range_test import LRRangeTest
-from schedulers.one_cycle import OneCycle
-from schedulers.schedule import Schedule
-from schedulers.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
+from redline.schedulers.lr_range_test import LRRangeTest
+from redline.schedulers.one_cycle import OneCycle
+from redline.schedulers.schedule import Schedule
+from redline.schedulers.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR, WarmupStableDecayLR
 
-__all__ = ["UnknownScheduleError", "is_built_in", "known", "register", "resolve"]
+__all__ = ["UnknownScheduleError", "known", "register", "resolve"]
 
 _OURS: dict[str, type[Schedule]] = {
-    cls.__name__: cls for cls in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
+    cls.__name__: cls for cls in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR, WarmupStableDecayLR)
 }
 _registered: dict[str, type] = {}
 
@@ -30,18 +27,14 @@ class UnknownScheduleError(LookupError):
 
 
 def register(name: str, cls: C) -> C:
-    """Make a schedule known to configs under a name of its own.
+    """Make a schedule of your own available to configs; returns its class.
 
     Args:
-        name: what the config's ``scheduler.type`` says.
-        cls: called as ``cls(optimizer, **params)``; anything with ``step()``, ``state_dict()`` and
-            ``load_state_dict()``.
-
-    Returns:
-        The class, so that the call can stand below its definition.
+        name: The config's ``scheduler.type``.
+        cls: Called as ``cls(optimizer, **params)``; has ``step()``, ``state_dict()`` and ``load_state_dict()``.
 
     Raises:
-        ValueError: the name is one of ours, or registered for another class.
+        ValueError: The name is one of ours, or registered for another class.
     """
     if name in _OURS or _registered.get(name, cls) is not cls:
         raise ValueError(f"{name}: the name is taken; register the schedule under another one")
@@ -50,20 +43,21 @@ def register(name: str, cls: C) -> C:
 
 
 def known() -> dict[str, type]:
-    """Every name a config can use, in the order of resolution, with its class."""
+    """Every name that a config can use, with its class."""
     torch_own = {
         name: cls
         for name, cls in vars(lr_scheduler).items()
-        if isinstance(cls, type) and not name.startswith("_") and _is_schedule(cls)
+        if isinstance(cls, type) and issubclass(cls, lr_scheduler.LRScheduler)
+        if name not in ("LRScheduler", "_LRScheduler")
     }
     return {**torch_own, **_registered, **_OURS}
 
 
 def resolve(name: str) -> type:
-    """The class behind a config's ``scheduler.type``.
+    """The class of a config's ``scheduler.type``.
 
     Raises:
-        UnknownScheduleError: there is none.
+        UnknownScheduleError: There is none.
     """
     classes = known()
     if name in classes:
@@ -71,14 +65,3 @@ def resolve(name: str) -> type:
     nearest = difflib.get_close_matches(name, classes, n=1)
     hint = f'did you mean "{nearest[0]}"?' if nearest else "register a schedule of your own with schedulers.register."
     raise UnknownScheduleError(f'"{name}": unknown schedule; {hint} Known: {", ".join(sorted(classes))}')
-
-
-def is_built_in(schedule: object) -> bool:
-    """Whether a schedule is one of ours or torch's, whose values follow from arguments and step alone."""
-    kind = type(schedule)
-    return kind in _OURS.values() or kind.__module__ == lr_scheduler.__name__
-
-
-def _is_schedule(cls: type) -> bool:
-    bases = (lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau)
-    return issubclass(cls, bases) and cls is not lr_scheduler.LRScheduler and cls.__name__ != "_LRScheduler"

@@ -1,44 +1,49 @@
-"""The base of every schedule here: a closed form of the step, written to the optimizer's groups.
+"""The base of every schedule here: a closed form of the step, written to the optimizer's parameter groups.
 
-Owns the step count, the state and the writing. What the values are is each schedule's own file.
-The constructor arguments, values and state follow DeepSpeed's `deepspeed/runtime/lr_schedules.py`,
-the interface is torch's `LRScheduler`.
+Owns the step count, the state and the writing; each schedule's values are in its own file. The constructor arguments,
+values and state are those of DeepSpeed's `deepspeed/runtime/lr_schedules.py`, the interface is torch's `LRScheduler`.
+`find_violation` looks ahead, in any schedule of ours or of torch's.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, overload
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar, overload
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Default", "NoOptimizer", "Rate", "Schedule", "fill", "groups_of", "log"]
+__all__ = [
+    "Default", "NoOptimizer", "Rate", "Schedule", "Violation", "fill", "find_violation", "groups_of", "is_built_in",
+    "length_of", "log",
+]  # fmt: skip
 
-log = logging.getLogger("schedulers")
+log = logging.getLogger("redline.schedulers")
 
-# A rate is a tensor where the user's optimizer holds tensors (torch.compile, CUDA graphs). The
-# arithmetic on it is then float32, as DeepSpeed's is.
+# A tensor if the user's optimizer holds tensors (torch.compile, CUDA graphs). Arithmetic on it is then float32, as
+# DeepSpeed's is.
 Rate = float | Tensor
+T = TypeVar("T")
 
 
 class Schedule(LRScheduler):
     """A learning rate, and for some a momentum, that is a closed form of the number of steps taken.
 
-    After ``k`` calls of :meth:`step` the groups hold the values for update ``k`` (counted from 0), so
-    construction sets those of the first update. Torch's ``last_epoch`` is ``k``; DeepSpeed's
-    ``last_batch_iteration`` is ``k - 1``.
+    After ``k`` calls of :meth:`step` the groups hold the values of optimizer step ``k``, counted from 0; construction
+    sets those of the first one. Torch's ``last_epoch`` is ``k``, DeepSpeed's ``last_batch_iteration`` is ``k - 1``.
 
     Args:
-        optimizer: any torch optimizer, or a wrapper that holds one as ``.optimizer``. With None the
-            schedule only evaluates (:meth:`lr_at`), and a rate that the optimizer would give counts as
-            1.0, so that the values are multiples of it.
-        last_batch_iteration: where to go on; -1 starts. With another value the constructor leaves the
-            optimizer as it is.
-        corrected: see each schedule; False gives DeepSpeed's values bit for bit.
-        num_groups: how many groups to evaluate for when there is no optimizer.
+        optimizer: Any torch optimizer, or a wrapper that holds one as ``.optimizer``. With None the schedule can only
+            be evaluated (:meth:`lr_at`), and a learning rate that the optimizer would give is 1.0.
+        last_batch_iteration: Where to resume; -1 starts. Any other value leaves the optimizer unchanged.
+        corrected: See each schedule; False gives DeepSpeed's values bit for bit.
+        num_groups: Number of groups to evaluate without an optimizer.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
@@ -52,10 +57,11 @@ class Schedule(LRScheduler):
         corrected: bool = False,
         num_groups: int = 1,
     ) -> None:
-        # Not LRScheduler.__init__: it patches optimizer.step, adds a key to the groups and steps once.
-        # Of the base class we keep the interface.
+        # Not LRScheduler.__init__, which patches optimizer.step, adds a key to the groups and steps once. Only the
+        # interface of the base class is used.
         self.optimizer = _torch_optimizer(optimizer, num_groups)
-        self.base_lrs = [_detached(group["lr"]) for group in self.optimizer.param_groups]
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.base_lrs = [lr.detach().clone() if isinstance(lr, Tensor) else lr for lr in lrs]
         self.last_epoch = last_batch_iteration + 1
         self.corrected = corrected
 
@@ -74,13 +80,13 @@ class Schedule(LRScheduler):
         return ()
 
     def step(self, batch_iteration: int | None = None) -> None:
-        """Move the optimizer to the values of the next update.
+        """Set the values of the next optimizer step.
 
         Args:
-            batch_iteration: go to this ``last_batch_iteration`` instead of the next one.
+            batch_iteration: Go to this ``last_batch_iteration`` instead.
         """
         self.last_epoch = k = self.last_epoch + 1 if batch_iteration is None else batch_iteration + 1
-        # The groups are read anew each time: optimizer.load_state_dict replaces them.
+        # The groups are read each time, because optimizer.load_state_dict replaces them.
         for group, lr in zip(self.optimizer.param_groups, self._lrs(k)):
             if type(group["lr"]) is float:  # nearly always; isinstance(lr, Tensor) is slow
                 group["lr"] = lr
@@ -88,55 +94,43 @@ class Schedule(LRScheduler):
                 fill(group, lr)
 
     def get_lr(self) -> list[Rate]:
-        """The rate of each group at the step reached; valid at any time."""
+        """The learning rate of each group at the current step; also before the first step and after loading."""
         return self._lrs(self.last_epoch)
 
-    def get_last_lr(self) -> list[Rate]:
-        """The same as :meth:`get_lr`: before the first step and after loading, too."""
-        return self._lrs(self.last_epoch)
+    get_last_lr = get_lr
 
     @overload
     def lr_at(self, step: int, group: int = 0) -> float: ...
     @overload
     def lr_at(self, step: Iterable[int], group: int = 0) -> list[float]: ...
     def lr_at(self, step: int | Iterable[int], group: int = 0) -> float | list[float]:
-        """The rate of update `step` (from 0), or of each step of a sequence; moves nothing.
-
-        Args:
-            step: an index, or any iterable of them (a range, an array, a 1-d tensor).
-            group: index of the parameter group.
+        """The learning rate of a group at a step, counted from 0, or at each of several; changes nothing.
 
         Raises:
-            ValueError: a negative step.
+            ValueError: A step is negative.
         """
-        if not isinstance(step, Iterable) or getattr(step, "ndim", 1) == 0:
-            return float(self._lrs(_index(step))[group])
-        return [float(self._lrs(_index(k))[group]) for k in step]
+        return _evaluate(step, lambda k: float(self._lrs(k)[group]))
 
     @overload
     def momentum_at(self, step: int, group: int = 0) -> float | None: ...
     @overload
     def momentum_at(self, step: Iterable[int], group: int = 0) -> list[float] | None: ...
     def momentum_at(self, step: int | Iterable[int], group: int = 0) -> float | list[float] | None:
-        """The momentum (or first beta) of update `step`, as :meth:`lr_at`; None where none is cycled."""
-        if not isinstance(step, Iterable) or getattr(step, "ndim", 1) == 0:
-            momenta = self._momenta(_index(step))
-            return None if momenta is None else momenta[group]
-        values = [self._momenta(_index(k)) for k in step]
-        return None if None in values else [momenta[group] for momenta in values if momenta is not None]
+        """The momentum, or first beta, as :meth:`lr_at`; None if it is not cycled."""
+        return None if self._momenta(0) is None else _evaluate(step, lambda k: (self._momenta(k) or [])[group])
 
     def state_dict(self) -> dict[str, Any]:
         """The step and nothing else, in DeepSpeed's form: ``{"last_batch_iteration": k - 1}``."""
         return {"last_batch_iteration": self.last_epoch - 1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved step: ours, DeepSpeed's, or torch's ``{"last_epoch": k}``.
+        """Resume from a saved step: ours, DeepSpeed's, or torch's ``{"last_epoch": k}``.
 
-        The rates in the groups are the optimizer's state and stay as they are until the next step, as
-        in torch and DeepSpeed; a corrected schedule writes them.
+        As in torch and DeepSpeed the learning rates in the groups are the optimizer's state, and change at the next
+        step only; a corrected schedule sets them.
 
         Raises:
-            KeyError: neither key is there.
+            KeyError: It has neither key.
         """
         if "last_batch_iteration" in state_dict:
             self.last_epoch = int(state_dict["last_batch_iteration"]) + 1
@@ -148,18 +142,18 @@ class Schedule(LRScheduler):
             self.step(self.last_batch_iteration)
 
     def _lrs(self, k: int) -> list[Rate]:
-        """The closed form: the rate of each group for update `k`."""
+        """The closed form: the learning rate of each group at step `k`."""
         raise NotImplementedError
 
     def _momenta(self, k: int) -> list[float] | None:
         return None
 
-    def _own_lrs(self) -> list[Rate]:
-        """The optimizer's rates, which the schedule is a share of.
+    def _momentum_limits(self) -> list[int | None]:
+        """The step at which the momentum of each group reaches 1, where it grows without end."""
+        return []
 
-        Raises:
-            ValueError: the optimizer has none: it finds its own.
-        """
+    def _optimizer_lrs(self) -> list[Rate]:
+        """The optimizer's own learning rates, for a schedule that multiplies them."""
         if any(lr is None for lr in self.base_lrs):
             raise ValueError("it starts from the optimizer's learning rate, which is None; give the optimizer an lr")
         return self.base_lrs
@@ -169,16 +163,12 @@ class Schedule(LRScheduler):
             fill(group, lr)
 
     def _per_group(self, value: Any, name: str) -> list[Any]:
-        """One value, or one per parameter group, as a list with one per group.
-
-        Raises:
-            ValueError: a list of another length than the groups.
-        """
-        groups = self.optimizer.param_groups
+        """A list with one value per parameter group, from one value or such a list."""
+        count = len(self.optimizer.param_groups)
         if not isinstance(value, (list, tuple)):
-            return [value] * len(groups)
-        if len(value) != len(groups):
-            raise ValueError(f"{name}: got {len(value)} values for {len(groups)} parameter groups; give one each")
+            return [value] * count
+        if len(value) != count:
+            raise ValueError(f"{name}: got {len(value)} values for {count} parameter groups; give one each")
         return list(value)
 
 
@@ -187,31 +177,33 @@ class Default(float):
 
 
 class NoOptimizer(Optimizer):
-    """Groups without parameters, for a schedule that is only evaluated.
-
-    Args:
-        groups: their settings.
-    """
+    """Parameter groups without parameters, for a schedule that is only evaluated."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.defaults = {key: value for key, value in groups[0].items() if key != "params"}
         self.param_groups = [{**group, "params": []} for group in groups]
 
-    def step(self, closure: Any = None) -> Any:  # torch's schedules wrap it
-        """Nothing to do."""
+    def step(self, closure: Any = None) -> Any:
+        """Does nothing; torch's schedules wrap it."""
 
 
 def groups_of(*values: Any) -> int:
-    """How many groups a schedule's arguments speak of: the length of the longest list, at least 1."""
+    """The number of groups that a schedule's arguments are for: the length of the longest list, at least 1."""
     return max((len(value) for value in values if isinstance(value, Sequence)), default=1)
 
 
 def fill(group: dict[str, Any], lr: Rate) -> None:
-    """Set a group's rate; a tensor keeps its identity."""
+    """Set a group's learning rate; a tensor is filled in place."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr.squeeze() if isinstance(lr, Tensor) else lr)
     else:
         group["lr"] = lr
+
+
+def is_built_in(schedule: object) -> bool:
+    """Whether a schedule is one of ours or torch's, whose values follow from arguments and step alone."""
+    module = type(schedule).__module__
+    return module == lr_scheduler.__name__ or module.startswith("redline.schedulers.")
 
 
 def _torch_optimizer(optimizer: Any, num_groups: int) -> Optimizer:
@@ -223,12 +215,119 @@ def _torch_optimizer(optimizer: Any, num_groups: int) -> Optimizer:
     raise TypeError(f"optimizer: got {type(optimizer).__name__}; expected a torch.optim.Optimizer")
 
 
-def _detached(lr: Rate) -> Rate:
-    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+def _evaluate(step: int | Iterable[int], value_at: Callable[[int], T]) -> T | list[T]:
+    # A 0-d array or tensor is iterable by its type, but holds one step.
+    if isinstance(step, Iterable) and getattr(step, "ndim", 1) > 0:
+        return [value_at(_index(k)) for k in step]
+    return value_at(_index(step))
 
 
 def _index(step: Any) -> int:
     k = int(step)
     if k < 0:
-        raise ValueError(f"step: got {k}; updates are counted from 0")
+        raise ValueError(f"step: got {k}; steps are counted from 0")
     return k
+
+
+# -- looking ahead --------------------------------------------------------------------------------------
+
+_LEAST, _MOST = 1_000, 10_000  # steps that are run
+_END = "end the training before that step, or change the schedule's arguments"
+_FALL = (
+    'decay_mom_rate makes the momentum grow, as in DeepSpeed; "redline": {"schedules": "corrected"} lets it fall '
+    "instead, and decay_mom_rate 0 keeps it"
+)
+
+
+class Violation(NamedTuple):
+    """A value that no optimizer accepts."""
+
+    step: int  # the first optimizer step with it, counted from 0
+    group: int  # index of the parameter group
+    name: str  # "learning rate", "momentum" or "beta1"
+    value: float  # at that step
+    remedy: str
+
+    def __str__(self) -> str:
+        allowed = "a finite number >= 0" if self.name == "learning rate" else f"0 <= {self.name} < 1"
+        return (
+            f"the {self.name} of parameter group {self.group} leaves what optimizers accept at optimizer step "
+            f"{self.step}, counted from 0: it is {self.value:.6g} there; expected {allowed}; {self.remedy}"
+        )
+
+
+def find_violation(schedule: Any) -> Violation | None:
+    """The first learning rate, momentum or beta1 that optimizers refuse.
+
+    A learning rate must be finite and not negative, a momentum or beta1 that the schedule changes at least 0 and below
+    1. A copy of the schedule is run for twice its own length, at least 1,000 and at most 10,000 steps, without touching
+    an optimizer; the momentum of `OneCycle` is known for all steps.
+
+    Args:
+        schedule: One of `schedulers` or of torch. Others, and those that call functions of the user, are not run.
+    """
+    if not _can_be_run(schedule):
+        return None
+    stand_in = NoOptimizer(copy.deepcopy([{**group, "params": []} for group in schedule.optimizer.param_groups]))
+    stand_in.defaults = dict(schedule.optimizer.defaults)
+    found = [*islice(_violations(copy.deepcopy(schedule, {id(schedule.optimizer): stand_in}), stand_in), 1)]
+    if isinstance(schedule, Schedule):
+        name, _ = _momentum(stand_in.param_groups[0])
+        for group, step in enumerate(schedule._momentum_limits()):
+            if step is not None:
+                found.append(Violation(step, group, name, schedule.momentum_at(step, group) or 0.0, _FALL))
+    return min(found, key=lambda each: each.step, default=None)
+
+
+def length_of(schedule: Any) -> int | None:
+    """The steps after which a schedule only repeats its last values; None if it is unknown."""
+    names = ("total_num_steps", "total_size", "total_steps", "warmup_num_steps", "total_iters", "T_max")
+    length = next((getattr(schedule, name) for name in names if hasattr(schedule, name)), None)
+    if length is None and hasattr(schedule, "step_size"):
+        length = 10 * schedule.step_size
+    return None if not length else round(length)
+
+
+def _can_be_run(schedule: Any) -> bool:
+    metric_or_function = (lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR, lr_scheduler.ReduceLROnPlateau)
+    if not is_built_in(schedule) or isinstance(schedule, metric_or_function):
+        return False
+    if getattr(schedule, "_scale_fn_custom", None) is not None:  # CyclicLR's
+        return False
+    return all(_can_be_run(each) for each in getattr(schedule, "_schedulers", ()))
+
+
+def _violations(schedule: Any, optimizer: NoOptimizer) -> Iterator[Violation]:
+    first = [_momentum(group)[1] for group in optimizer.param_groups]
+    cycles = getattr(schedule, "cycle_momentum", False)
+    remedy = _FALL if getattr(schedule, "decay_mom_rate", 0) > 0 else _END
+    start = getattr(schedule, "last_epoch", 0)
+    steps = min(_MOST, max(_LEAST, 2 * (length_of(schedule) or 0), _last_milestone(schedule)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about an optimizer that is not stepped
+        for step in range(start, start + steps):
+            for index, group in enumerate(optimizer.param_groups):
+                lr, (name, momentum) = group["lr"], _momentum(group)
+                if lr is not None and not (math.isfinite(lr) and lr >= 0):
+                    yield Violation(step, index, "learning rate", float(lr), _END)
+                if momentum is not None and (cycles or momentum != first[index]) and not 0 <= momentum < 1:
+                    yield Violation(step, index, name, float(momentum), remedy)
+            try:
+                schedule.step()
+            except (ValueError, OverflowError):  # torch's OneCycleLR ends with an error
+                return
+
+
+def _last_milestone(schedule: Any) -> int:
+    """The step after the last milestone, or twice the length of a chained schedule after it."""
+    milestones = getattr(schedule, "milestones", None) or getattr(schedule, "_milestones", None)
+    parts = getattr(schedule, "_schedulers", ())
+    inner = [max(_last_milestone(part), 2 * (length_of(part) or 0)) for part in parts]
+    return max(milestones or (), default=0) + max(inner, default=1)
+
+
+def _momentum(group: dict[str, Any]) -> tuple[str, Any]:
+    betas = group.get("betas")
+    if isinstance(betas, (tuple, list)) and betas:
+        return "beta1", betas[0]
+    return "momentum", group.get("momentum")

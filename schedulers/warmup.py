@@ -1,8 +1,8 @@
-"""Warm-ups: rise to the peak, then hold it, fall linearly, or fall along a cosine.
+"""Warm-ups: rise to the peak, then hold it, decay linearly, or decay along a cosine.
 
-Source: DeepSpeed's `WarmupLR`, `WarmupDecayLR` and `WarmupCosineLR`, whose values these are. The
-corrected variants differ in the steps: there the peak is reached by update ``warmup_num_steps - 1``
-and the floor by the last one, and no update is spent at a rate of zero.
+Source: DeepSpeed's `WarmupLR`, `WarmupDecayLR` and `WarmupCosineLR`, whose values these are. The corrected variants
+differ by a step: there the peak is at step ``warmup_num_steps - 1``, the floor at the last step, and no step has a
+learning rate of zero.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from schedulers.schedule import Default, Rate, Schedule, groups_of, log
+from redline.schedulers.schedule import Default, Rate, Schedule, groups_of, log
 
-__all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
+__all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "WarmupStableDecayLR"]
 
 
 class _Warmup(Schedule):
-    """What the three share: the shape of the rise, in DeepSpeed's steps or the corrected ones."""
-
-    warmup_num_steps: int
-    warmup_type: str
+    """The shape of the rise, which all three share."""
 
     def _set_warmup(self, warmup_num_steps: int, warmup_type: str) -> None:
         if not isinstance(warmup_num_steps, int) or warmup_num_steps <= 0:
@@ -29,13 +26,20 @@ class _Warmup(Schedule):
         if warmup_type not in {"log", "linear"}:
             log.warning("warmup_type: got %r; expected log or linear; running with log", warmup_type)
             warmup_type = "log"
-        # DeepSpeed's warm-up is never shorter than two steps: log(1) is 0, and it is divided by.
+        # DeepSpeed's warm-up has at least two steps, because it divides by log(warmup_num_steps).
         self.warmup_num_steps = warmup_num_steps if self.corrected else max(2, warmup_num_steps)
         self.warmup_type = warmup_type
         self._per_log = 1.0 / math.log(self.warmup_num_steps + self.corrected)
 
-    def _rise(self, k: int) -> float:
-        """How much of the way to the peak update `k`, which is within the warm-up, has come: 0 to 1."""
+    def _set_total(self, total_num_steps: int) -> None:
+        self.total_num_steps, warmup, name = total_num_steps, self.warmup_num_steps, type(self).__name__
+        if total_num_steps < warmup:
+            log.warning("%s: total_num_steps %s is less than warmup_num_steps %s", name, total_num_steps, warmup)
+
+    def _rise(self, k: int) -> float | None:
+        """How far step `k` is on the way to the peak, from 0 to 1; None after the warm-up."""
+        if k > self.warmup_num_steps - self.corrected:
+            return None
         if self.corrected:
             if self.warmup_type == "log":
                 return math.log(k + 2) / math.log(self.warmup_num_steps + 1)
@@ -44,26 +48,17 @@ class _Warmup(Schedule):
             return self._per_log * math.log(k)
         return (k - 1) / self.warmup_num_steps
 
-    def _warns_of_length(self, total_num_steps: int) -> None:
-        if total_num_steps < self.warmup_num_steps:
-            log.warning(
-                "%s: total_num_steps %s is less than warmup_num_steps %s",
-                type(self).__name__,
-                total_num_steps,
-                self.warmup_num_steps,
-            )
-
 
 class WarmupLR(_Warmup):
     """Rise from the minimum to the maximum over the warm-up, then hold.
 
-    With ``n = k - 1`` for update ``k`` (DeepSpeed's count) and ``W = warmup_num_steps``::
+    With ``n = k - 1`` for step ``k`` (DeepSpeed's count) and ``W = warmup_num_steps``::
 
         lr = min + (max - min) * n / W                 linear
         lr = min + (max - min) * log(n + 1) / log(W)   log
 
-    The first two updates (``n`` = -1 and 0) run at the minimum. Corrected, ``(k + 1) / W`` and
-    ``log(k + 2) / log(W + 1)`` take the fractions' place: the first update is above the minimum.
+    The first two steps (``n`` = -1 and 0) have the minimum. If corrected, the fractions are ``(k + 1) / W`` and
+    ``log(k + 2) / log(W + 1)``, and the first step is above the minimum.
 
     >>> for corrected in (False, True):
     ...     warmup = WarmupLR(None, 0.0, 0.1, 5, "linear", corrected=corrected)
@@ -72,17 +67,15 @@ class WarmupLR(_Warmup):
     [0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1]
 
     Args:
-        optimizer: see :class:`Schedule`.
-        warmup_min_lr: rate to start from, one value or one per group.
-        warmup_max_lr: rate to reach, likewise; None takes the optimizer's, group by group.
-        warmup_num_steps: updates of the warm-up; >= 1, and counted as at least 2.
-        warmup_type: "log" or "linear"; another name runs as log, with a warning.
-        last_batch_iteration: see :class:`Schedule`.
-        corrected: see above.
+        optimizer: See :class:`Schedule`, as for `last_batch_iteration`.
+        warmup_min_lr: Learning rate to start from, one value or one per group.
+        warmup_max_lr: Learning rate to reach, likewise; None takes the optimizer's, group by group.
+        warmup_num_steps: Steps of the warm-up; >= 1, and counted as at least 2.
+        warmup_type: "log" or "linear"; any other name runs as log, with a warning.
 
     Raises:
-        ValueError: a warm-up that is no positive integer; a list of another length than the groups; an optimizer
-            whose rate is None, where its rate is the maximum.
+        ValueError: A warm-up is not a positive integer, a list has not one value per group, or the optimizer's
+            learning rate, if it is the maximum, is None.
     """
 
     def __init__(
@@ -99,7 +92,8 @@ class WarmupLR(_Warmup):
         num_groups = groups_of(warmup_min_lr, warmup_max_lr)
         super().__init__(optimizer, last_batch_iteration, corrected=corrected, num_groups=num_groups)
         self.min_lrs = self._per_group(warmup_min_lr, "warmup_min_lr")
-        self.max_lrs = self._per_group(self._own_lrs() if warmup_max_lr is None else warmup_max_lr, "warmup_max_lr")
+        max_lrs = self._optimizer_lrs() if warmup_max_lr is None else warmup_max_lr
+        self.max_lrs = self._per_group(max_lrs, "warmup_max_lr")
         self._ranges = [high - low for low, high in zip(self.min_lrs, self.max_lrs)]
         self._set_warmup(warmup_num_steps, warmup_type)
         if last_batch_iteration == -1:
@@ -107,27 +101,28 @@ class WarmupLR(_Warmup):
 
     @property
     def quirks(self) -> tuple[str, ...]:
-        if self.corrected:
-            return ()
-        return (f"the first two updates run at warmup_min_lr, {float(self.min_lrs[0]):g}",)
+        return () if self.corrected else (f"the first two steps have warmup_min_lr, {float(self.min_lrs[0]):g}",)
 
     def _lrs(self, k: int) -> list[Rate]:
         if k == 0 and not self.corrected:
             return list(self.min_lrs)
-        within = k < self.warmup_num_steps if self.corrected else k <= self.warmup_num_steps
-        gamma = self._rise(k) if within else self._after(k)
-        return [low + delta * gamma for low, delta in zip(self.min_lrs, self._ranges)]
+        rise = self._rise(k)
+        fraction = self._after(k) if rise is None else rise
+        return [low + delta * fraction for low, delta in zip(self.min_lrs, self._ranges)]
 
     def _after(self, k: int) -> float:
-        """The share of the maximum that update `k`, past the warm-up, runs at."""
+        """The fraction of the maximum at step `k`, after the warm-up."""
         return 1.0
 
 
 class WarmupDecayLR(WarmupLR):
-    """Rise as :class:`WarmupLR`, then fall linearly, to the minimum at `total_num_steps`.
+    """Rise like :class:`WarmupLR`, then decay linearly to the minimum at `total_num_steps`.
 
-    After the warm-up, with ``n = k - 1``: ``lr = min + (max - min) * max(0, (total - n) / (total - W))``.
-    Corrected, ``(total - k) / (total - W + 1)``: the peak is update ``W - 1``, and the last update is
+    After the warm-up, with ``n = k - 1``::
+
+        lr = min + (max - min) * max(0, (total - n) / (total - W))
+
+    If corrected, the fraction is ``(total - k) / (total - W + 1)``: the peak is at step ``W - 1``, and the last step is
     the last above the minimum.
 
     >>> for corrected in (False, True):
@@ -136,19 +131,10 @@ class WarmupDecayLR(WarmupLR):
     [0.0, 0.0, 0.05, 0.1, 0.075, 0.05, 0.025, 0.0]
     [0.05, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0]
 
-    Args:
-        optimizer: see :class:`Schedule`.
-        total_num_steps: updates of the whole schedule; shorter than the warm-up is warned of.
-        warmup_min_lr: see :class:`WarmupLR`.
-        warmup_max_lr: see :class:`WarmupLR`; DeepSpeed's default is 0.001 here, whatever the optimizer
-            says. None, and the default of the corrected variant, is the optimizer's rate.
-        warmup_num_steps: see :class:`WarmupLR`.
-        warmup_type: see :class:`WarmupLR`.
-        last_batch_iteration: see :class:`Schedule`.
-        corrected: see above.
-
-    Raises:
-        ValueError: as :class:`WarmupLR`.
+    Args, besides those of :class:`WarmupLR`:
+        total_num_steps: Steps of the whole schedule; fewer than the warm-up's log a warning.
+        warmup_max_lr: DeepSpeed's default here is 0.001, whatever the optimizer has; None, and the default of the
+            corrected variant, is the optimizer's learning rate.
     """
 
     def __init__(
@@ -163,19 +149,11 @@ class WarmupDecayLR(WarmupLR):
         *,
         corrected: bool = False,
     ) -> None:
-        self.total_num_steps = total_num_steps
-        if corrected and isinstance(warmup_max_lr, Default):
-            warmup_max_lr = None
+        max_lr = None if corrected and isinstance(warmup_max_lr, Default) else warmup_max_lr
         super().__init__(
-            optimizer,
-            warmup_min_lr,
-            warmup_max_lr,
-            warmup_num_steps,
-            warmup_type,
-            last_batch_iteration,
-            corrected=corrected,
+            optimizer, warmup_min_lr, max_lr, warmup_num_steps, warmup_type, last_batch_iteration, corrected=corrected
         )
-        self._warns_of_length(total_num_steps)
+        self._set_total(total_num_steps)
 
     def _after(self, k: int) -> float:
         if self.corrected:
@@ -184,18 +162,57 @@ class WarmupDecayLR(WarmupLR):
         return max(0.0, left / max(1.0, self.total_num_steps - self.warmup_num_steps))
 
 
-class WarmupCosineLR(_Warmup):
-    """Rise to the optimizer's own rate, then fall along half a cosine to a share of it.
+class WarmupStableDecayLR(WarmupDecayLR):
+    """Rise like :class:`WarmupLR`, hold the maximum, then decay linearly to zero over the last `decay_num_steps`.
 
-    The optimizer's rate is multiplied, with ``n = k - 1``, ``W = warmup_num_steps`` and
-    ``p = min(1, (n - W + 1) / (total - W))``, by::
+    Redline's own, known as WSD (https://arxiv.org/abs/2404.06395): until the decay begins, nothing depends on the
+    length of the training. After the warm-up, with ``n = k - 1``, or if corrected ``n = k``::
+
+        lr = min + (max - min) * min(1, max(0, (total - n) / decay))
+
+    >>> wsd = WarmupStableDecayLR(None, 8, 3, 0.0, 0.1, 2, "linear", corrected=True)
+    >>> [round(lr, 3) for lr in wsd.lr_at(range(9))]
+    [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.067, 0.033, 0.0]
+
+    Args, besides those of :class:`WarmupDecayLR`:
+        decay_num_steps: Steps of the decay, which ends at `total_num_steps`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        total_num_steps: int,
+        decay_num_steps: int,
+        warmup_min_lr: float | Sequence[float] = 0.0,
+        warmup_max_lr: float | Sequence[float] | None = None,
+        warmup_num_steps: int = 1000,
+        warmup_type: str = "log",
+        last_batch_iteration: int = -1,
+        *,
+        corrected: bool = False,
+    ) -> None:
+        self.decay_num_steps = decay_num_steps
+        super().__init__(
+            optimizer, total_num_steps, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type,
+            last_batch_iteration, corrected=corrected,
+        )  # fmt: skip
+
+    def _after(self, k: int) -> float:
+        left = self.total_num_steps - (k if self.corrected else k - 1)
+        return max(0.0, min(1.0, left / max(1, self.decay_num_steps)))
+
+
+class WarmupCosineLR(_Warmup):
+    """Rise to the optimizer's own learning rate, then decay along half a cosine to a fraction of it.
+
+    With ``n = k - 1``, ``W = warmup_num_steps`` and ``p = min(1, (n - W + 1) / (total - W))``, the optimizer's learning
+    rate is multiplied by::
 
         min_ratio + (1 - min_ratio) * n / W                    in the warm-up (log: log(n + 1) / log(W))
         cos_min + (1 - cos_min) * (1 + cos(pi * p)) / 2        after it
 
-    The first update runs at 0, and a linear warm-up never reaches the peak. Corrected, the rise is that of
-    :class:`WarmupLR` and ``p = (k - W + 1) / (total - W)``: update ``W - 1`` has the peak and the
-    last one the floor.
+    The first step has 0, and a linear warm-up never reaches the peak. If corrected, the rise is that of
+    :class:`WarmupLR` and ``p = (k - W + 1) / (total - W)``: the peak is at step ``W - 1``, the floor at the last one.
 
     >>> for corrected in (False, True):
     ...     cosine = WarmupCosineLR(None, 6, 0.0, 2, 0.1, "linear", corrected=corrected)
@@ -203,18 +220,13 @@ class WarmupCosineLR(_Warmup):
     [0.0, 0.0, 0.5, 0.868, 0.55, 0.232, 0.1]
     [0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
 
-    Args:
-        optimizer: see :class:`Schedule`.
-        total_num_steps: updates of the whole schedule; shorter than the warm-up is warned of.
-        warmup_min_ratio: share of the rate to start from.
-        warmup_num_steps: updates of the warm-up; >= 1, and counted as at least 2.
-        cos_min_ratio: share of the rate to end at and stay at.
-        warmup_type: see :class:`WarmupLR`.
-        last_batch_iteration: see :class:`Schedule`.
-        corrected: see above.
+    Args, besides those of :class:`WarmupLR`:
+        total_num_steps: Steps of the whole schedule; fewer than the warm-up's log a warning.
+        warmup_min_ratio: Fraction of the learning rate to start from.
+        cos_min_ratio: Fraction of the learning rate to end at and stay at.
 
     Raises:
-        ValueError: a warm-up that is no positive integer; an optimizer whose rate is None.
+        ValueError: A warm-up is not a positive integer, or the optimizer's learning rate is None.
     """
 
     def __init__(
@@ -230,12 +242,10 @@ class WarmupCosineLR(_Warmup):
         corrected: bool = False,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration, corrected=corrected)
-        self._own_lrs()
-        self.total_num_steps = total_num_steps
-        self.warmup_min_ratio = warmup_min_ratio
-        self.cos_min_ratio = cos_min_ratio
+        self._optimizer_lrs()
+        self.warmup_min_ratio, self.cos_min_ratio = warmup_min_ratio, cos_min_ratio
         self._set_warmup(warmup_num_steps, warmup_type)
-        self._warns_of_length(total_num_steps)
+        self._set_total(total_num_steps)
         if last_batch_iteration == -1:
             self._write(self._lrs(0))
 
@@ -243,12 +253,12 @@ class WarmupCosineLR(_Warmup):
     def quirks(self) -> tuple[str, ...]:
         if self.corrected:
             return ()
-        start = "update runs at a rate of 0" if self.warmup_min_ratio else "two updates run at a rate of 0"
+        start = "step has learning rate 0" if self.warmup_min_ratio else "two steps have learning rate 0"
         peak = ("the peak is never reached",) if self.warmup_type == "linear" else ()
         return (f"the first {start}", *peak)
 
     def get_lr_ratio(self) -> float:
-        """The share of the optimizer's rate at the step reached."""
+        """The fraction of the optimizer's learning rate at the current step."""
         return self._ratio(self.last_epoch)
 
     def _lrs(self, k: int) -> list[Rate]:
@@ -260,8 +270,9 @@ class WarmupCosineLR(_Warmup):
     def _ratio(self, k: int) -> float:
         if k == 0 and not self.corrected:
             return 0.0
-        if k < self.warmup_num_steps or (k == self.warmup_num_steps and not self.corrected):
-            return self.warmup_min_ratio + self._rise(k) * (1.0 - self.warmup_min_ratio)
+        rise = self._rise(k)
+        if rise is not None:
+            return self.warmup_min_ratio + rise * (1.0 - self.warmup_min_ratio)
         done = k - self.warmup_num_steps + self.corrected
         progress = min(1.0, done / max(1, self.total_num_steps - self.warmup_num_steps))
         height = (1 + math.cos(math.pi * progress)) / 2

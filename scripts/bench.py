@@ -1,13 +1,13 @@
-"""What the engine costs beside a loop written by hand, DeepSpeed, Accelerate and Lightning Fabric.
+"""Benchmark the engine against a handwritten loop, DeepSpeed, Accelerate and Lightning Fabric.
 
-    overhead     microseconds a step, on a model so small that the step is nearly all overhead
-    throughput   digits MLP and GPT: one process and two, accumulation 1 and 4, fp32 and bf16, on CUDA a GPT-2, too
-    bytes        sent for an update by two processes
+    overhead     microseconds per step, on a model so small that the step is nearly all overhead
+    throughput   digits MLP and GPT: one rank and two, accumulation 1 and 4, fp32 and bf16, on CUDA a GPT-2, too
+    bytes        sent per optimizer step, on two ranks
     memory       peak of the GPT runs
-    start        import, build and first step of a fresh process
+    start        import, build and first step in a fresh process
 
-Each subject first repeats the loop's losses, and is timed only then. On CUDA it also says who waits for the GPU.
-Run by scripts/bench, which installs what it needs first.
+Every engine must reproduce the losses of the handwritten loop before it is timed. On CUDA the report also says which
+engines synchronize with the GPU. Run by scripts/bench, which installs what is needed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmark.crew import CrewError
 from benchmark.measure import compare, measure_start
 from benchmark.plan import MEASURES, Machine, comparisons, effort_of, start_subjects, start_task
 from benchmark.report import page, text
 from benchmark.task import SUBJECTS, is_installed
+from benchmark.worker_group import WorkerError
 
 PROBE = """
 import json, torch
@@ -57,9 +57,9 @@ def main() -> None:
 
     for name in dict.fromkeys(SUBJECTS.values()):
         if not any(is_installed(subject) for subject, module in SUBJECTS.items() if module == name):
-            say(f"{name.partition('.')[0]} is not installed, and left out; scripts/bench --peers installs it")
-    if device == "cuda" and machine.processes < 2:
-        say("there is one GPU: nothing is measured on two processes")
+            say(f"{name.partition('.')[0]} is not installed and left out; scripts/bench --peers installs it")
+    if device == "cuda" and machine.ranks < 2:
+        say("only one GPU: two ranks are not measured")
 
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -89,8 +89,8 @@ def main() -> None:
             task = start_task(machine)
             results["start"] = measure_start(task, start_subjects(), effort_of(task, options.quick), say)
             write(options, results)
-    except CrewError as error:
-        sys.exit(f"bench: the loop by hand failed: {error}")
+    except WorkerError as error:
+        sys.exit(f"bench: the handwritten loop failed: {error}")
     print(text(results))
 
 
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=measures, default=MEASURES, metavar="A,B", help=f"some of {', '.join(MEASURES)} (default: all)"
     )
-    parser.add_argument("--quick", action="store_true", help="small and few: to see that it runs, not for its figures")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures mean nothing")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
@@ -118,7 +118,7 @@ def measures(names: str) -> tuple[str, ...]:
 
 
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """After every comparison: a long run that is cut short has its figures so far."""
+    """Called after every comparison, so that an interrupted run keeps its figures."""
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     if options.markdown:

@@ -1,14 +1,14 @@
-"""The whole idea on real data: find a learning rate by a range test, train with it, and see whether it was worth it.
+"""Find a learning rate by a range test, train with it, and compare: on real data, in a minute or two.
 
-Handwritten digits (scikit-learn's, inside the package), a network of three layers, Adam:
+Handwritten digits (they come with scikit-learn), a network of three layers, Adam:
 
-    1  a slow and a fast range test beside a fixed learning rate
-    2  their picture, and the 1Cycle config that they suggest
-    3  training with that config, and with a grid of fixed learning rates to compare, on one process
-    4  the same with four times the batch, on two processes under torchrun
-    5  a table, honest whatever comes out
+    1  a slow and a fast range test, and a run at a fixed learning rate
+    2  their plot, and the 1Cycle config that they suggest
+    3  training with that config, and with a grid of fixed learning rates, on one rank
+    4  the same at four times the batch, on two ranks under torchrun
+    5  a table that compares them
 
-Run by scripts/demo, which installs what it needs first.
+Run by scripts/demo, which installs what is needed.
 """
 
 from __future__ import annotations
@@ -33,35 +33,21 @@ from digits import digits, train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from engine import EngineError, RangeTestResult, initialize, run_range_test
+from redline import EngineError, RangeTestResult, initialize, run_range_test
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "digits.json"  # batches of 32, Adam at 0.001
-LARGE_BATCH = ROOT / "configs" / "digits_large_batch.json"  # batches of 128
+CONFIG = ROOT / "configs" / "digits.json"  # batch size 32, Adam at 0.001
+LARGE_BATCH = ROOT / "configs" / "digits_large_batch.json"  # batch size 128
 GRID = (0.0003, 0.001, 0.003, 0.01, 0.03)  # fixed learning rates to compare with
-MIN_LR = 1e-4  # where the range tests start ...
-STEP_SIZE = 20  # ... and in how many updates they grow by rate x MIN_LR
-SLOW, FAST = 5, 150  # rates: the slow test ends at 0.0076, the fast one would at 0.225
-LEARNED = 1.0  # a validation loss that a run is timed to; all begin at 2.3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to do."""
-
-    out: Path
-    seeds: int = 5
-    epochs: int = 10  # of each training
-    steps: int = 300  # updates of each range test
-
-    def updates(self, batch_size: int) -> int:
-        """Updates of a training."""
-        return self.epochs * len(digits()[1]) // batch_size
+EPOCHS = 10  # of each training
+MIN_LR, STEP_SIZE, STEPS = 1e-4, 20, 300  # of the range tests
+SLOW, FAST = 5, 150  # rates: the slow test ends at 0.0076, the fast one would end at 0.225
+LEARNED = 1.0  # a validation loss to reach; all runs start at 2.3
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to set the learning rate, and what it led to: per seed, loss and accuracy after each epoch."""
+    """A way to set the learning rate; for each seed, loss and accuracy after each epoch."""
 
     name: str
     batch_size: int
@@ -69,20 +55,27 @@ class Method:
 
     @property
     def losses(self) -> list[float]:
-        """Validation loss at the end, one for each seed."""
+        """Final validation loss of each seed."""
         return [run[-1]["loss"] for run in self.runs]
 
-    @property
-    def accuracies(self) -> list[float]:
-        """Accuracy at the end, in percent, one for each seed."""
-        return [100 * run[-1]["accuracy"] for run in self.runs]
+    def loss_text(self) -> str:
+        return spread(self.losses, 4)
+
+    def accuracy_text(self) -> str:
+        return f"{spread([100 * run[-1]['accuracy'] for run in self.runs], 1)} %"
 
 
-# -- 1 and 2: the range test -------------------------------------------------------------------------
+def spread(values: list[float], digits: int) -> str:
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):.{digits}f} +- {deviation:.{digits}f}"
 
 
-def find_learning_rate(plan: Plan) -> RangeTestResult:
-    """A slow and a fast range test, and a run at the config's own learning rate."""
+def steps_of(batch_size: int) -> int:
+    """Optimizer steps of a training."""
+    return EPOCHS * len(digits()[1]) // batch_size
+
+
+def find_learning_rate() -> RangeTestResult:
     torch.manual_seed(0)
     model, data, loss, validation = digits()
     engine = initialize(model, CONFIG)
@@ -94,122 +87,84 @@ def find_learning_rate(plan: Plan) -> RangeTestResult:
         rates=(SLOW, FAST),
         min_lr=MIN_LR,
         step_size=STEP_SIZE,
-        steps=plan.steps,
+        steps=STEPS,
         validations=30,
-        train_steps=plan.updates(batch_size=32),
+        train_steps=steps_of(batch_size=32),
     )
 
 
-def tell_curves(result: RangeTestResult, steps: int) -> None:
-    """What the three runs did, in numbers."""
-    print(f"\n{'run':<12}  {f'below {LEARNED} after':>16}  {'lowest validation loss':>24}  end")
+def print_curves(result: RangeTestResult) -> None:
+    print(f"\n{'run':<12}  {f'below {LEARNED} after':>16}  {'lowest validation loss':>22}  end")
     for curve in result.curves:
-        learned = next((f"{updates} updates" for updates, loss in curve.validation if loss < LEARNED), "never")
-        updates, lowest = min(curve.validation, key=lambda point: point[1])
+        learned = next((f"{step} steps" for step, loss in curve.validation if loss < LEARNED), "never")
+        step, lowest = min(curve.validation, key=lambda point: point[1])
         end = f"learning rate {curve.lrs[-1]:.2g}"
-        if len(curve.steps) < steps:
-            end = f"diverged at update {curve.steps[-1]}, " + end
-        print(f"{curve.name:<12}  {learned:>16}  {f'{lowest:.3f} at update {updates}':>24}  {end}")
+        if len(curve.steps) < STEPS:
+            end = f"diverged at step {curve.steps[-1]}, {end}"
+        print(f"{curve.name:<12}  {learned:>16}  {f'{lowest:.3f} at step {step}':>22}  {end}")
 
 
-def tell_suggestion(result: RangeTestResult) -> None:
-    """The suggested schedule, each number with its reason."""
-    for line in result.summary().splitlines():
-        print(textwrap.fill(line, width=96, subsequent_indent="      "))
-
-
-# -- 3: training -------------------------------------------------------------------------------------
-
-
-def train_fixed(lr: float, plan: Plan) -> Method:
-    """The config as it is, but for its learning rate."""
-    config = json.loads(CONFIG.read_text())
-    config["optimizer"]["params"]["lr"] = lr
-    return train_seeds(f"fixed {lr:g}", config, plan)
-
-
-def train_seeds(name: str, config: dict[str, Any] | Path, plan: Plan) -> Method:
-    """One training per seed."""
-    method = Method(name, 32, [train(config, epochs=plan.epochs, seed=seed) for seed in range(plan.seeds)])
-    print(
-        f"{name:<12}  validation loss {spread(method.losses, 4)}   accuracy {spread(method.accuracies, 1)} %",
-        flush=True,
-    )
+def train_seeds(name: str, config: dict[str, Any] | Path, seeds: int) -> Method:
+    method = Method(name, 32, [train(config, epochs=EPOCHS, seed=seed) for seed in range(seeds)])
+    print(f"{name:<12}  validation loss {method.loss_text()}   accuracy {method.accuracy_text()}", flush=True)
     return method
 
 
-def best_of(methods: list[Method]) -> Method:
-    """The one with the lowest mean validation loss; a grid is judged by what it is chosen by, in its favour."""
-    return min(methods, key=lambda method: mean(method.losses))
+def train_fixed(lr: float, seeds: int) -> Method:
+    config = json.loads(CONFIG.read_text())
+    config["optimizer"]["params"]["lr"] = lr
+    return train_seeds(f"fixed {lr:g}", config, seeds)
 
 
-# -- 4: two processes --------------------------------------------------------------------------------
-
-
-def train_on_two_processes(plan: Plan) -> Method:
-    """Range test and training at four times the batch, each a command that anybody could type."""
-    found, results = plan.out / "two_processes", plan.out / "two_processes" / "training.json"
-    # Larger batches bear larger learning rates: both tests climb twice as fast.
-    test = f"--rates {2 * SLOW},{2 * FAST} --min-lr {MIN_LR} --step-size {STEP_SIZE} --steps {plan.steps}"
+def train_on_two_ranks(out: Path, seeds: int) -> Method:
+    """Range test and training at four times the batch, by two commands that anybody can type."""
+    results = out / "training.json"
+    # Larger batches allow larger learning rates: both tests climb twice as fast.
+    test = f"--step-rates {2 * SLOW},{2 * FAST} --min-lr {MIN_LR} --step-size {STEP_SIZE} --steps {STEPS}"
     torchrun(
-        *("-m", "engine", "range-test", "scripts/digits.py:digits", "--config", shown(LARGE_BATCH), *test.split()),
-        *("--train-steps", str(plan.updates(batch_size=128)), "--out", shown(found)),
+        *("-m", "redline", "range-test", "scripts/digits.py:digits", "--config", shown(LARGE_BATCH), *test.split()),
+        *("--train-steps", str(steps_of(batch_size=128)), "--out", shown(out), "--force"),
     )
     torchrun(
-        *("scripts/digits.py", "--config", shown(found / "one_cycle.json"), "--epochs", str(plan.epochs)),
-        *("--seeds", str(plan.seeds), "--out", shown(results)),
+        *("scripts/digits.py", "--config", shown(out / "one_cycle.json"), "--epochs", str(EPOCHS)),
+        *("--seeds", str(seeds), "--out", shown(results)),
     )
-    return Method("1Cycle, 4x batch, 2 processes", 128, json.loads(results.read_text()))
+    return Method("1Cycle, 4x batch, 2 ranks", 128, json.loads(results.read_text()))
 
 
 def torchrun(*arguments: str) -> None:
-    """Run a command on two processes of this machine, and show how it is typed."""
     launch = ["--standalone", "--nproc-per-node", "2", *arguments]
-    print(
-        "\n$ "
-        + textwrap.fill(
-            shlex.join(["torchrun", *launch]), width=96, subsequent_indent="      ", break_on_hyphens=False
-        ),
-        flush=True,
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes share the cores
+    command = shlex.join(["torchrun", *launch])
+    print("\n$ " + textwrap.fill(command, width=96, subsequent_indent="      ", break_on_hyphens=False), flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two ranks share the cores
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *launch], cwd=ROOT, env=environment, check=True)
 
 
-# -- 5: the comparison -------------------------------------------------------------------------------
-
-
-def tell_comparison(methods: list[Method], plan: Plan) -> None:
-    """The table, and what it says."""
-    print(f"{'':<32}  {'updates x batch':>15}  {'validation loss':>17}  {'accuracy':>14}")
-    for method in methods:
-        size = f"{plan.updates(method.batch_size)} x {method.batch_size}"
-        accuracy = f"{spread(method.accuracies, 1)} %"
-        print(f"{method.name:<32}  {size:>15}  {spread(method.losses, 4):>17}  {accuracy:>14}")
-    print(f"Mean +- standard deviation over {plan.seeds} initial networks, after {plan.epochs} epochs.")
-    best, cycle = methods[1], methods[2]
-    ratio = mean(cycle.losses) / mean(best.losses)
+def print_comparison(rows: dict[str, Method], best: Method, seeds: int) -> None:
+    print(f"{'':<32}  {'steps x batch':>15}  {'validation loss':>17}  {'accuracy':>14}")
+    for name, method in rows.items():
+        size = f"{steps_of(method.batch_size)} x {method.batch_size}"
+        print(f"{name:<32}  {size:>15}  {method.loss_text():>17}  {method.accuracy_text():>14}")
+    print(f"Mean +- standard deviation over {seeds} seeds, after {EPOCHS} epochs.")
+    ratio = mean(rows["1Cycle as suggested"].losses) / mean(best.losses)
     print(f"\n1Cycle as suggested ends at {ratio:.2f} times the validation loss of the best fixed learning rate,")
-    print("which was chosen by the very loss that it is judged by here.")
+    print("which was selected by the same validation loss, in its favor.")
 
 
-def draw_comparison(grid: list[Method], cycles: list[Method], path: Path) -> None:
+def plot_comparison(methods: list[Method], path: Path) -> None:
     """Validation loss along the training, and at its end for each seed."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     along, end = figure.subplots(1, 2)
-    shades = [str(0.8 - 0.15 * index) for index in range(len(grid))]  # of grey
-    for position, (method, color) in enumerate(zip([*grid, *cycles], [*shades, "#0072B2", "#D55E00"])):
-        curve = [mean(run[epoch]["loss"] for run in method.runs) for epoch in range(len(method.runs[0]))]
-        along.plot(range(1, len(curve) + 1), curve, color=color, marker="o", markersize=3, label=method.name)
+    grays = [str(0.8 - 0.15 * index) for index in range(len(GRID))]
+    for position, (method, color) in enumerate(zip(methods, [*grays, "#0072B2", "#D55E00"])):
+        curve = [mean(run[epoch]["loss"] for run in method.runs) for epoch in range(EPOCHS)]
+        along.plot(range(1, EPOCHS + 1), curve, color=color, marker="o", markersize=3, label=method.name)
         end.plot([position] * len(method.losses), method.losses, "o", color=color, alpha=0.6)
         end.plot([position - 0.3, position + 0.3], [mean(method.losses)] * 2, color=color, linewidth=3)
-    names = [method.name.replace(", ", ",\n") for method in [*grid, *cycles]]
+    names = [method.name.replace(", ", ",\n") for method in methods]
     end.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    for axes, title in (
-        (along, "along the training (mean)"),
-        (end, "at the end (a dot for each seed, and their mean)"),
-    ):
+    for axes, title in ((along, "during training (mean)"), (end, "at the end (a dot per seed, and their mean)")):
         axes.set_title(f"Validation loss {title}")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -233,83 +188,72 @@ def save_results(methods: list[Method], out: Path) -> None:
                     writer.writerow((method.name, method.batch_size, seed, epoch, values["loss"], values["accuracy"]))
 
 
-# -- the story ---------------------------------------------------------------------------------------
+def run(out: Path, seeds: int) -> None:
+    heading("1", f"A slow and a fast range test of {STEPS} steps each, and a run at a fixed learning rate")
+    result = find_learning_rate()
+    print_curves(result)
 
-
-def run(plan: Plan) -> None:
-    heading("1", f"A slow and a fast range test, {plan.steps} updates each, beside a fixed learning rate")
-    result = find_learning_rate(plan)
-    tell_curves(result, plan.steps)
-
-    heading("2", "The picture, and the 1Cycle schedule that it suggests")
-    one = plan.out / "one_process"
+    heading("2", "The plot, and the 1Cycle schedule that it suggests")
+    one = out / "one_rank"
     result.save(one)
-    print(f"{shown(result.plot(one / 'range_test.png'))}  look at it: where do the curves turn?\n")
-    tell_suggestion(result)
+    print(f"{shown(result.plot(one / 'range_test.png'))}  <- open it: where do the curves turn?\n")
+    for line in result.summary().splitlines():
+        print(textwrap.fill(line, width=96, subsequent_indent="      "))
 
-    heading(
-        "3", f"Training with it, and at fixed learning rates: {plan.epochs} epochs, {plan.seeds} seeds, one process"
-    )
-    logging.getLogger("engine").setLevel(logging.WARNING)  # each engine would introduce itself
-    cycle = train_seeds("1Cycle", one / "one_cycle.json", plan)
-    grid = [train_fixed(lr, plan) for lr in GRID]
+    heading("3", f"Training with it, and at fixed learning rates: {EPOCHS} epochs, {seeds} seeds, one rank")
+    logging.getLogger("redline").setLevel(logging.WARNING)  # each engine would log its summary
+    cycle = train_seeds("1Cycle", one / "one_cycle.json", seeds)
+    grid = [train_fixed(lr, seeds) for lr in GRID]
 
-    heading("4", "Four times the batch on two processes: a test at that batch size, then training")
-    large = train_on_two_processes(plan)
+    heading("4", "Four times the batch on two ranks: a range test at that batch size, then training")
+    large = train_on_two_ranks(out / "two_ranks", seeds)
 
-    heading("5", "Was it worth it?")
-    fixed, best = grid[GRID.index(0.001)], best_of(grid)
-    tell_comparison(
-        [
-            Method(f"{fixed.name}, the config's own", 32, fixed.runs),
-            Method(f"{best.name}, best of {len(GRID)} tried", 32, best.runs),
-            Method("1Cycle as suggested", 32, cycle.runs),
-            large,
-        ],
-        plan,
-    )
-    draw_comparison(grid, [cycle, large], plan.out / "comparison.png")
-    save_results([*grid, cycle, large], plan.out)
+    heading("5", "Comparison")
+    own, best = grid[GRID.index(0.001)], min(grid, key=lambda method: mean(method.losses))
+    rows = {
+        f"{own.name}, the config's own": own,
+        f"{best.name}, best of {len(GRID)} tried": best,
+        "1Cycle as suggested": cycle,
+        large.name: large,
+    }
+    print_comparison(rows, best, seeds)
+    plot_comparison([*grid, cycle, large], out / "comparison.png")
+    save_results([*grid, cycle, large], out)
 
 
 def heading(number: str, text: str) -> None:
     print(f"\n{number}. {text}\n" + "-" * (len(text) + 3), flush=True)
 
 
-def spread(values: list[float], digits: int) -> str:
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} +- {deviation:.{digits}f}"
-
-
 def shown(path: Path) -> str:
-    """A path as short as it can be typed from the repository."""
+    """A path relative to the repository, if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "demo-output", metavar="DIR", help="default: demo-output")
-    parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="trainings of each kind (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--out", type=Path, default=ROOT / "demo-output", metavar="DIR", help="default: demo-output")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trainings of each kind (default: 5)")
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error(f"--seeds: got {options.seeds}; expected at least 1")
-    plan = Plan(options.out.resolve(), options.seeds)
+    out = options.out.resolve()
     start = time.perf_counter()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes want two GPUs, and so small a network none ...
-    torch.set_num_threads(1)  # ... and no more than one thread
-    plan.out.mkdir(parents=True, exist_ok=True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so small a network gains nothing from a GPU, and two ranks need two ...
+    torch.set_num_threads(1)  # ... nor from more than one thread
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        run(plan)
+        run(out, options.seeds)
     except (EngineError, subprocess.CalledProcessError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    print(f"\nDone in {time.perf_counter() - start:.0f} s. All of it is in {shown(plan.out)}:")
-    print("  one_process/range_test.png    the range test (.csv and .json beside it: its numbers)")
-    print("  one_process/one_cycle.json    the config that it suggests, each number with its reason")
-    print("  two_processes/                the same for four times the batch")
-    print("  comparison.png                what came out (.csv and .json: all numbers)")
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. Results are in {shown(out)}:")
+    print("  one_rank/range_test.png    the range test (its numbers are in .csv and .json)")
+    print("  one_rank/one_cycle.json    the suggested config, with a reason for each number")
+    print("  two_ranks/                 the same for four times the batch")
+    print("  comparison.png             the comparison (all numbers are in .csv and .json)")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The demo's task: scikit-learn's handwritten digits, read by a small network.
+"""Handwritten digits: a task for `redline tune` and `redline range-test`, and a training script.
 
-1,797 images of 8 x 8 pixels come inside scikit-learn; nothing is downloaded. `digits` is what
-`redline range-test` wants of a task; `train` is the training script, and the shape of anybody's own:
+The 1,797 images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. `digits` is the task, `train` the
+training loop:
 
     redline range-test scripts/digits.py:digits --config configs/digits.json
     python scripts/digits.py --config configs/digits.json
@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from engine import Engine, initialize
+from redline import Engine, initialize
 
 TRAINING = 1280  # images: ten batches of 128, or forty of 32; the other 517 are held out
 
@@ -66,29 +66,29 @@ def evaluate(engine: Engine, validation: TensorDataset) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train on the digits; alone, or under torchrun on several processes.")
+    parser = argparse.ArgumentParser(description="Train on the digits, on one rank or on several under torchrun.")
     parser.add_argument("--config", required=True, metavar="C", help="DeepSpeed's JSON")
     parser.add_argument(
         "--epochs", type=int, default=10, metavar="N", help="passes over the data (default: %(default)s)"
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="so many runs, one after the other (default: %(default)s)"
+        "--seeds", type=int, default=1, metavar="N", help="runs, one after the other (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results here, too, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results here, as JSON")
     options = parser.parse_args()
     runs = []
     for seed in range(options.seeds):
         runs.append(train(options.config, epochs=options.epochs, seed=seed))
-        logging.getLogger("engine").setLevel(logging.WARNING)  # the first has introduced itself
-        if is_rank_zero():
+        logging.getLogger("redline").setLevel(logging.WARNING)  # the first has logged its summary
+        if is_rank_0():
             print(
                 "seed {}: validation loss {loss:.4f}, accuracy {accuracy:.1%}".format(seed, **runs[-1][-1]), flush=True
             )
-    if options.out and is_rank_zero():
+    if options.out and is_rank_0():
         options.out.write_text(json.dumps(runs) + "\n")
 
 
-def is_rank_zero() -> bool:
+def is_rank_0() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 

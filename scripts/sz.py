@@ -1,4 +1,4 @@
-"""Print how long the source is: lines of each file, longest first in its folder, and the sum."""
+"""Print the lines of each source file, longest first in its folder, and the total."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
             print(f"{lines:6,}  {path.relative_to(ROOT)}")
         total += sum(sizes.values())
         print(f"{sum(sizes.values()):6,}  {name}, {len(sizes)} files\n")
-    print(f"{total:6,}  in all")
+    print(f"{total:6,}  total")
 
 
 if __name__ == "__main__":

@@ -85,19 +85,11 @@ class Browser:
     def open(
         self, path: Path, *, width: int = 1200, height: int = 900, dark: bool = False, script: bool = True
     ) -> Page:
-        """Show a file.
-
-        Args:
-            path: of the page.
-            width: of the window, in CSS pixels.
-            height: likewise.
-            dark: whether the reader prefers a dark scheme.
-            script: whether JavaScript runs.
-        """
+        """Show a file in a window of this size, in CSS pixels."""
         context = self.send("Target.createBrowserContext")["browserContextId"]
         target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = self.pages[session] = Page(self, session)
+        page = self.pages[session] = Page(self, session, context)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.send(f"{domain}.enable")
         page.resize(width, height)
@@ -139,21 +131,20 @@ class Browser:
 
 
 class Page:
-    """One open page.
+    """One open page."""
 
-    Attributes:
-        errors: of the console, and exceptions.
-        requests: addresses that were asked for, the page's own apart.
-    """
-
-    def __init__(self, browser: Browser, session: str) -> None:
-        self._browser, self._session = browser, session
-        self.errors: list[str] = []
-        self.requests: list[str] = []
+    def __init__(self, browser: Browser, session: str, context: str) -> None:
+        self._browser, self._session, self._context = browser, session, context
+        self.errors: list[str] = []  # of the console, and exceptions
+        self.requests: list[str] = []  # addresses that were asked for, the page's own apart
         self._loaded = False
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._browser.send(method, self._session, **parameters)
+
+    def close(self) -> None:
+        """Close it with its context."""
+        self._browser.send("Target.disposeBrowserContext", browserContextId=self._context)
 
     def note(self, message: dict[str, Any]) -> None:
         method, values = message.get("method", ""), message.get("params", {})
@@ -195,11 +186,6 @@ class Page:
         self.move(x, y)
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def touch(self, x: float, y: float) -> None:
-        """A finger that is put down and taken away."""
-        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
-        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def middle(self, selector: str) -> tuple[float, float]:
         """The middle of an element, which is scrolled into view."""

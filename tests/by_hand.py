@@ -12,18 +12,28 @@ import itertools
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import Engine, initialize
-from engine.checkpoint.state import weights_of
+from redline import Engine, initialize
+from redline.run_state import named_weights
 from tests.plain_loop import Net, batch, mse
 
-__all__ = ["PRECISIONS", "ByHand", "Case", "build", "differences", "exact", "failures", "grid", "loss_of"]
+__all__ = [
+    "GRIDS", "PRECISIONS", "ByHand", "Case", "Check", "Kinds", "build", "differences", "exact", "failures_of_kinds",
+    "grid", "loss_of",
+]  # fmt: skip
+
+# Ranks, and of each kind of script one case of the grid in so many. Three ranks divide rows unevenly.
+GRIDS = pytest.mark.parametrize(
+    ("ranks", "every"),
+    [(1, 1), (2, 3), pytest.param(2, 1, marks=pytest.mark.long), pytest.param(3, 1, marks=pytest.mark.long)],
+)
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -177,7 +187,7 @@ class ByHand:
 def exact(engine: Engine) -> dict[str, Tensor]:
     """The fp32 weights that the optimizer updates, in full; a collective."""
     found = {}
-    for name, weight in weights_of(engine).items():
+    for name, weight in named_weights(engine).items():
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         found[name] = whole.detach().float().clone()
     return found
@@ -203,9 +213,22 @@ def differences(case: Case, engine: Engine, hand: ByHand, *, norm: bool = True) 
     return "; ".join(found)
 
 
-def failures(check: Callable[[Case, int], str | None], cases: Any) -> list[str]:
+Check = Callable[[Case, int], str | None]  # of a case, on a rank: what is wrong
+Kinds = Mapping[str, tuple[Check, dict[str, Any]]]  # each with the part of the grid that it is about
+
+
+def failures_of_kinds(kinds: Kinds, ranks: int, every: int, **options: Any) -> dict[str, list[str]]:
+    """What each kind's check says of its cases: of one in `every`, which all kinds together make the whole grid of."""
+    found = {}
+    for number, (name, (check, own)) in enumerate(kinds.items()):
+        cases = list(grid(ranks, **own, **options))
+        found[name] = _failures(check, cases[number % every :: every])
+    return found
+
+
+def _failures(check: Check, cases: Iterable[Case]) -> list[str]:
     """What a check says of each case, on this rank, where it finds a fault."""
-    logging.getLogger("engine").setLevel(logging.WARNING)
+    logging.getLogger("redline").setLevel(logging.WARNING)
     rank = int(os.environ["RANK"])
     found = []
     for case in cases:

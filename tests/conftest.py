@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+# On a busy machine anything may take long.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # What runs in the background of a shell without job control has Ctrl-C ignored, and hands that on to its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

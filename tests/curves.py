@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from engine.range_test.curve import Curve
+from redline.range_test.curve import Curve
 
 __all__ = ["FAST", "SLOW", "descent", "flat", "make_curve"]
 

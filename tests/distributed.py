@@ -146,12 +146,12 @@ class _Process:
 
     def where(self) -> str:
         """The tracebacks of all threads; written even while the process waits in a collective."""
+        text = b""
         with suppress(OSError):
             os.kill(self._process.pid or 0, rank.DUMP_SIGNAL)
-            if self._dump.poll(5.0):
-                time.sleep(0.2)  # until all of it is written
-                return os.read(self._dump.fileno(), 1 << 16).decode(errors="replace")
-        return "(it writes no traceback)"
+            while self._dump.poll(1.0 if text else 30.0):  # it comes in pieces
+                text += os.read(self._dump.fileno(), 1 << 16)
+        return text.decode(errors="replace") or "(it writes no traceback)"
 
     def kill(self) -> None:
         self._process.kill()

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine import EngineError, initialize
+from redline import EngineError, initialize
 from tests.distributed import RanksFailed, run_ranks
 from tests.plain_loop import LEFT_OUT, NEVER_SHARDED, Broken, Impossible, Loop, Net, Setup, batch, mse
 
@@ -41,7 +41,7 @@ __all__ = ["Outcome", "Program", "generate", "report", "run", "run_alone", "run_
 
 HEADS = ("a", "b")
 MODULES = ("trunk", "gain", "branch", "a", "b", LEFT_OUT)
-_PATIENCE = timedelta(seconds=20)  # of a rank, until the other one has done the same operation
+_PATIENCE = timedelta(seconds=60)  # of a rank, until the other one has done the same operation
 
 
 # -- operations ----------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ class Program:
         lines = [
             "import os, tempfile",
             "import torch",
-            "from engine import initialize",
+            "from redline import initialize",
             "from tests.plain_loop import Broken, Net, batch, mse",
             'rank, seen, folder = int(os.environ.get("RANK", 0)), [], tempfile.mkdtemp()',
             *self.beginning(),
@@ -858,7 +858,7 @@ class _quiet:
     """The engine's lines about progress and what it warns of are no part of the comparison."""
 
     def __enter__(self) -> None:
-        self._log = logging.getLogger("engine")
+        self._log = logging.getLogger("redline")
         self._level, self._log.disabled = self._log.level, True
 
     def __exit__(self, *_: object) -> None:
@@ -886,7 +886,7 @@ def run_together(programs: Sequence[Program]) -> Iterator[Outcome]:
         with tempfile.TemporaryDirectory() as folder:
             failure = ""
             try:
-                run_ranks(_rank, 2, left, folder, timeout=60 + 20 * len(left))
+                run_ranks(_rank, 2, left, folder, timeout=120 + 60 * len(left))
             except RanksFailed as error:
                 failure = str(error)
             path = Path(folder) / "outcomes0"

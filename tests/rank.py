@@ -39,11 +39,18 @@ __all__ = ["DUMP_SIGNAL", "IMPORTED", "serve"]
 IMPORTED = [
     *("pytest", "hypothesis", "numpy", "pydantic", "jsonschema"),
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"),
-    *("engine.start", "engine.config", "engine.checkpoint", "engine.range_test", "tests.rank"),
+    *(
+        "redline.start",
+        "redline.config",
+        "redline.checkpoint.load",
+        "redline.checkpoint.save",
+        "redline.checkpoint.model_file",
+    ),
+    *("redline.range_test", "tests.rank"),
 ]
 DUMP_SIGNAL = signal.SIGUSR1  # a rank that hangs then writes down where
 
-_OURS = ("engine", "schedulers", "scripts", "tests")
+_OURS = ("redline", "scripts", "tests")
 _SYS = ("argv", "path", "stdin", "stdout", "stderr", "excepthook", "displayhook")
 _TORCH: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),

@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.range_test.contents import Contents, contents_of
-from engine.range_test.curve import Curve, Kind
-from engine.range_test.result import RangeTestResult
+from redline.range_test.curve import Curve, Kind
+from redline.range_test.result import RangeTestResult
+from redline.reports.model import Report, report_of
 
 __all__ = ["KINDS", "AMark", "ATrial", "make_result", "make_run", "tuning"]
 
@@ -28,6 +28,7 @@ class ATrial:
     lr: float
     loss: float
     diverged: bool = False
+    steps: int = 100
 
 
 def make_run(
@@ -78,10 +79,10 @@ MARKS = (
 )
 
 
-TRIES = ((0.03, -1.2, False), (0.0075, -0.8, False), (0.12, -1.0, False), (0.48, math.inf, True), (0.06, -1.3, False))
+TRIES = ((0.03, 1.2, False), (0.0075, 1.6, False), (0.12, 1.4, False), (0.48, math.inf, True), (0.06, 1.1, False))
 
 
-def tuning() -> Contents:
+def tuning() -> Report:
     """Everything at once: seeds, batch sizes, a sweep, rules, a search, trials, and what was left out."""
     curves = [make_run(rate, name=f"rate {rate:g}, seed {seed}", seed=seed) for rate in (5, 50) for seed in range(3)]
     curves += [make_run(50, name=f"batch size {size}", train_batch_size=size, best=1e-3 * size) for size in (64, 256)]
@@ -93,13 +94,13 @@ def tuning() -> Contents:
         ATrial(make_run(None, name="fixed 0.1", validated=True), "fixed", 0.1, math.nan, True),
     ]
     return replace(
-        contents_of(make_result(*curves)),
+        report_of(make_result(*curves)),
         title="Learning rate tuning",
         marks=MARKS,
         trials=tuple(trials),
         winner=0,
         search=tuple(
-            (ATrial(make_run(None, name=f"try {lr:g}", validated=True), "WarmupDecayLR", lr, came, diverged), came)
+            ATrial(make_run(None, name=f"try {lr:g}", validated=True), "WarmupDecayLR", lr, came, diverged)
             for lr, came, diverged in TRIES
         ),
         left_out=("The fast test was left out: the budget was 18 updates.",),
@@ -107,8 +108,9 @@ def tuning() -> Contents:
 
 
 _ALL_KINDS = {
+    "search alone": lambda: replace(tuning(), curves=(), marks=(), trials=(), batches=()),
     "several": lambda: replace(
-        contents_of(
+        report_of(
             make_result(
                 make_run(None, validated=True),
                 make_run(5, validated=True, skipped=(0, 7)),
@@ -118,17 +120,17 @@ _ALL_KINDS = {
         ),
         marks=MARKS,
     ),
-    "one": lambda: contents_of(make_result(make_run(50))),
-    "twelve": lambda: contents_of(make_result(*(make_run(2.0**k) for k in range(12)))),
-    "flat": lambda: contents_of(make_result(make_run(5, best=1e9, noise=0.2, name="flat", updates=30))),
-    "nan": lambda: contents_of(make_result(_with_nan(), make_run(5))),
-    "only nan": lambda: contents_of(make_result(replace(make_run(5, updates=30), losses=(math.nan,) * 30))),
-    "negative": lambda: contents_of(make_result(make_run(5, lift=-100), make_run(50, lift=-100))),
-    "one update": lambda: contents_of(make_result(make_run(5, updates=1))),
-    "no updates": lambda: contents_of(make_result(make_run(5, updates=0))),
-    "only a baseline": lambda: contents_of(make_result(make_run(None))),
-    "nothing": lambda: contents_of(make_result()),
-    "long": lambda: contents_of(make_result(make_run(0.01, updates=5001), make_run(0.02, updates=1999))),
+    "one": lambda: report_of(make_result(make_run(50))),
+    "twelve": lambda: report_of(make_result(*(make_run(2.0**k) for k in range(12)))),
+    "flat": lambda: report_of(make_result(make_run(5, best=1e9, noise=0.2, name="flat", updates=30))),
+    "nan": lambda: report_of(make_result(_with_nan(), make_run(5))),
+    "only nan": lambda: report_of(make_result(replace(make_run(5, updates=30), losses=(math.nan,) * 30))),
+    "negative": lambda: report_of(make_result(make_run(5, lift=-100), make_run(50, lift=-100))),
+    "one update": lambda: report_of(make_result(make_run(5, updates=1))),
+    "no updates": lambda: report_of(make_result(make_run(5, updates=0))),
+    "only a baseline": lambda: report_of(make_result(make_run(None))),
+    "nothing": lambda: report_of(make_result()),
+    "long": lambda: report_of(make_result(make_run(0.01, updates=5001), make_run(0.02, updates=1999))),
     "tuning": tuning,
 }
 KINDS: dict[str, Any] = _ALL_KINDS

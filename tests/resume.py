@@ -125,7 +125,7 @@ CASES = {
 
 def build(case: Case, **extra: Any) -> Any:
     """The engine of a case, with further keys of the config."""
-    from engine import initialize
+    from redline import initialize
 
     torch.manual_seed(0)
     model = Net(drops=case.drops, norm=case.norm)
@@ -220,7 +220,7 @@ def trained(engine: Any, steps: int, then: Callable[[], Any] = lambda: None) -> 
 
 
 def _left(engine: Any) -> dict[str, Any]:
-    engine.put_away()
+    engine.reshard()
     left: dict[str, Any] = {f"model.{name}": _plain(each) for name, each in engine.module.state_dict().items()}
     weights = [weight for group in engine.optimizer.param_groups for weight in group["params"]]
     for index, weight in enumerate(weights):

@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import initialize, peers
+from redline import initialize
+from redline.distributed import failure
 from tests.distributed import RanksFailed, ranks, run_ranks
 
 FOUND_AT_IMPORT = os.environ.get("WORLD_SIZE")
@@ -75,7 +76,7 @@ def test_the_pool_serves_one_call_after_the_other_and_grows() -> None:
     assert not set(run_ranks(pid, 2, fresh=True)) & set(four)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.floats(-4, 4, width=32))
 def test_a_property_may_call_them_many_times(world_size: int, x: float) -> None:
     with ranks(world_size) as pool:
@@ -100,21 +101,21 @@ def leave_all_sorts(folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("error")
     logging.disable(logging.CRITICAL)
-    logging.getLogger("engine").addHandler(logging.NullHandler())
-    logging.getLogger("engine").setLevel(logging.ERROR)
+    logging.getLogger("redline").addHandler(logging.NullHandler())
+    logging.getLogger("redline").setLevel(logging.ERROR)
     logging.getLogger().addFilter(lambda record: False)
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
     torch.use_deterministic_algorithms(True)
     torch.set_default_device("meta")
     random.seed(7), numpy.random.seed(7), torch.manual_seed(7)
-    peers._peers = "left"  # type: ignore[assignment]
-    peers.name_ranks = None  # type: ignore[assignment]
+    failure._peers = "left"  # type: ignore[assignment]
+    failure.name_ranks = None  # type: ignore[assignment]
     dist.init_process_group("gloo")
 
 
 def all_sorts() -> dict[str, Any]:
-    log, root = logging.getLogger("engine"), logging.getLogger()
+    log, root = logging.getLogger("redline"), logging.getLogger()
     return {
         "environment": sorted(set(os.environ) - {"MASTER_PORT"}),
         "folder": os.getcwd(),
@@ -130,7 +131,7 @@ def all_sorts() -> dict[str, Any]:
             torch.get_num_threads(),
         ),
         "random": (random.random(), float(numpy.random.rand()), torch.rand(()).item()),
-        "engine": (peers._peers, peers.name_ranks([0])),
+        "engine": (failure._peers, failure.name_ranks([0])),
         "module": (_counted, next(_numbers), len(_kept)),
         "process group": dist.is_initialized(),
         "threads": [each.name for each in threading.enumerate()],
@@ -215,6 +216,7 @@ def leak_a_process_group() -> int:
     return os.getpid()
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 does not name gloo's threads, which tell")
 def test_a_rank_whose_process_group_cannot_be_freed_is_replaced() -> None:
     leaking = run_ranks(leak_a_process_group, 2)
     assert not set(run_ranks(pid, 2)) & set(leaking)
@@ -258,10 +260,11 @@ def hang_on(rank: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_tells_where_and_is_replaced() -> None:
     before = run_ranks(pid, 2)
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(hang_on, 2, 0, timeout=5.0)
+        run_ranks(hang_on, 2, 0, timeout=20.0)
     assert str(failed.value).startswith("rank 0 of 2 gave no answer in time; it is here:\n")
     assert "in hang_on" in str(failed.value)
     assert not set(run_ranks(pid, 2)) & set(before)
@@ -272,10 +275,11 @@ def hang_in_a_thread() -> str:
     return "done"
 
 
+@pytest.mark.long
 def test_a_rank_whose_threads_do_not_end_is_a_failure_too() -> None:
     run_ranks(pid, 1)  # so that starting it takes none of the time below
     with pytest.raises(RanksFailed, match="rank 0 of 1 answered, and did not end in time"):
-        run_ranks(hang_in_a_thread, 1, timeout=5.0)
+        run_ranks(hang_in_a_thread, 1, timeout=20.0)
 
 
 def test_what_cannot_be_pickled_fails_before_any_rank_is_asked() -> None:

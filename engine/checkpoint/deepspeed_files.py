@@ -1,114 +1,73 @@
-"""The files of a checkpoint that DeepSpeed wrote: found by their names, read without running what is in them.
+"""The files of a checkpoint that DeepSpeed wrote: found by name, read without running anything, mapped into memory.
 
-DeepSpeed pickles objects of its own beside the tensors: the loss scaler, an enum, addresses in flat buffers. Their
-names are on a short list, found by looking into what 0.19.8 writes; they are read as inert objects with the same
-attributes. Everything else that is no tensor or plain type is refused by name. Files are mapped: what is read of them
-is paged in.
+Next to tensors, DeepSpeed pickles objects of its own: the loss scaler, an enum, addresses in flat buffers. Those few
+classes, found by looking into what 0.19.8 writes, are read as inert objects with the same attributes. Everything else
+that is neither a tensor nor a plain type is refused by name.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.compiled import plain_names
-from engine.errors import EngineError
+from redline.checkpoint.storage import MANIFEST
+from redline.checkpoint.tensors import PART, StoredTensor
+from redline.compiled import plain_names
+from redline.errors import EngineError
 
-__all__ = ["Files", "Mapped", "files_of", "is_deepspeeds"]
+__all__ = ["SCALERS", "FlatTensor", "MappedFiles", "is_deepspeed"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
-_OF_OTHERS = {  # what else DeepSpeed writes
+_UNSUPPORTED = {  # what else DeepSpeed writes
     "layer_*_model_states.pt": "the layers of a PipelineModule or the experts of an MoE model",
     "expp_rank_*_optim_states.pt": "the experts of an MoE model",
     "expert_*_model_states.pt": "the experts of an MoE model",
     "zero": "a model in DeepSpeed's universal format",
     "offloaded_tensors": "tensors that were offloaded to NVMe",
 }
+# Where the names of parameters and buffers are; of a compiled module they have the compiler's prefix.
+_NAMED = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments")
+
+
+# -- reading without running code -----------------------------------------------------------------------
 
 
 class _Inert:
-    """Stands for an object of DeepSpeed's: what it was made with, and its attributes; it can do nothing."""
+    """In place of an object of DeepSpeed's: its arguments and attributes, and no behavior."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
-def _stand_in(name: str) -> type[_Inert]:
-    # Named as what it stands for: the tuples that say so beside the class are not in every torch.
-    module, _, name = name.rpartition(".")
-    return type(name, (_Inert,), {"__module__": module, "__qualname__": name})
-
-
-_STAND_INS: list[Any] = [
-    _stand_in(name)
-    for name in (
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    )
-]
+def _stand_in(module: str, name: str) -> type[_Inert]:
+    # Named like what it replaces: not every torch accepts (class, name) tuples.
+    return type(name, (_Inert,), {"__module__": f"deepspeed.{module}", "__qualname__": name})
 
 
 def _zero_stage(kind: Any, name: Any) -> Any:
-    """Stands for ``getattr(cls, name)``, as which early releases of Python 3.11 (Debian 12's 3.11.2) pickle an enum.
-
-    Raises:
-        UnpicklingError: it asks for anything but a stage of ZeRO.
-    """
-    if getattr(kind, "__qualname__", None) != "ZeroStageEnum" or name not in _STAGES:
+    """In place of ``getattr(kind, name)``, as which Debian 12's Python 3.11.2 pickles an enum."""
+    stages = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+    if getattr(kind, "__qualname__", None) != "ZeroStageEnum" or name not in stages:
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr, of {kind!r} and {name!r}")
-    return kind(_STAGES[name])
+    return kind(stages[name])
 
 
-_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
-_zero_stage.__module__, _zero_stage.__qualname__ = "builtins", "getattr"  # by which torch's unpickler finds it
-_STAND_INS.append(_zero_stage)
-
-
-class Mapped:
-    """One file, read when something in it is wanted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._content: dict[str, Any] | None = None
-
-    def content(self) -> dict[str, Any]:
-        """What was saved; its tensors are in the file until they are touched.
-
-        Raises:
-            EngineError: it cannot be read, or asks for code.
-        """
-        if self._content is None:
-            self._content = _load(self.path)
-        return self._content
-
-    def tensor(self, *keys: Any) -> Tensor:
-        """A tensor in it.
-
-        Raises:
-            EngineError: it is not there.
-        """
-        value: Any = self.content()
-        try:
-            for key in keys:
-                value = value[key]
-        except (KeyError, IndexError, TypeError):
-            value = None
-        if not isinstance(value, Tensor):
-            raise EngineError(f"{self.path}: no tensor at {'.'.join(map(str, keys))}; it is not as DeepSpeed writes it")
-        return value.detach()
-
-    def release(self) -> None:
-        """Give the memory back; what is wanted later is read anew."""
-        self._content = None
+_zero_stage.__module__, _zero_stage.__qualname__ = "builtins", "getattr"  # the name by which torch's unpickler finds it
+SCALERS = tuple(_stand_in("runtime.fp16.loss_scaler", name) for name in ("LossScaler", "DynamicLossScaler"))
+_STAND_INS: list[Any] = [
+    *SCALERS,
+    _stand_in("runtime.zero.config", "ZeroStageEnum"),
+    _stand_in("utils.tensor_fragment", "fragment_address"),
+    _zero_stage,
+]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -116,93 +75,132 @@ def _load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise EngineError(_why_refused(path, str(error))) from None
-    except (FileNotFoundError, PermissionError) as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # of a broken file: RuntimeError, OSError, EOFError, KeyError, ...
-        reason = str(error).partition("\n")[0]
-        raise EngineError(f"{path}: it is broken, or no file of DeepSpeed's: {reason}") from error
-    if not isinstance(content, dict):
-        raise EngineError(f"{path}: it holds {type(content).__name__}, not what DeepSpeed writes")
-    return {key: plain_names(value) if key in _NAMED else value for key, value in content.items()}
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asked = f"it asks for {match[1]}" if match else "it contains more than tensors and plain types"
+        raise EngineError(
+            f"{path}: refused: {asked}, which DeepSpeed does not write and which could run anything; nothing of it was "
+            "run. If it is in the client_state of your script, save again without it"
+        ) from None
+    except Exception as error:  # torch.load fails in many ways
+        raise EngineError(f"{path}: it is broken, or not DeepSpeed's: {str(error).partition(chr(10))[0]}") from error
+    return {key: plain_names(value) if key in _NAMED else value for key, value in dict(content).items()}
 
 
-# Where the names of parameters and buffers are: DeepSpeed writes those of a compiled module with its wrapper in them.
-_NAMED = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments")
+# -- files ----------------------------------------------------------------------------------------------
 
 
-def _why_refused(path: Path, message: str) -> str:
-    """torch tells how to load it all the same; here it should be clear what is refused and why."""
-    match = re.search(r"GLOBAL ([\w.]+)", message)
-    asked = f"it asks for {match[1]}" if match else "it holds more than tensors and plain types"
-    return (
-        f"{path}: refused: {asked}, which DeepSpeed does not write and which could run anything; nothing of it was "
-        "run. If it is in the client_state of a script of yours, save again without it"
-    )
+def is_deepspeed(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of DeepSpeed's and not one of Redline's, by the names in it."""
+    try:
+        if (directory / MANIFEST).exists():  # which may have DeepSpeed's files next to its own
+            return False
+        return directory.is_dir() and any(_MODEL.fullmatch(path.name) for path in directory.iterdir())
+    except OSError:  # somebody else's
+        return False
 
 
-@dataclass
-class Files:
-    """The files of one checkpoint.
+class MappedFiles:
+    """The files of one checkpoint; each is mapped when it is needed, and tensors are paged in when they are touched.
 
     Attributes:
-        folder: where they are.
-        model: `mp_rank_00_model_states.pt`, or one of each process at stage 3.
-        optimizer: one of each process at stages 1 to 3; none at stage 0.
-        most: bytes that may be read until the memory is given back.
-    """
-
-    folder: Path
-    model: list[Mapped]
-    optimizer: list[Mapped]
-    most: int = 16 << 20
-    _read: int = 0
-
-    def has_read(self, count: int) -> None:
-        """That many bytes more were read: now and then map anew, so that the pages of what was read can go."""
-        self._read += count
-        if self._read >= self.most:
-            self.release()
-
-    def release(self) -> None:
-        """Give the memory of all back; what is wanted later is read anew."""
-        self._read = 0
-        for file in (*self.model, *self.optimizer):
-            file.release()
-
-
-def is_deepspeeds(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of DeepSpeed's, by the names in it."""
-    return folder.is_dir() and any(_MODEL.fullmatch(path.name) for path in folder.iterdir())
-
-
-def files_of(folder: Path) -> Files:
-    """The files of a checkpoint, each process's in its place.
+        model: ``mp_rank_00_model_states.pt``, or one file per rank at stage 3.
+        optimizer: one file per rank at stages 1 to 3; none at stage 0.
+        release_bytes: bytes read after which the files are unmapped, so that their pages do not fill up the memory.
 
     Raises:
-        EngineError: some are missing, or of a kind that is not read.
+        EngineError: some are missing, or of a kind that is not supported.
     """
-    for pattern, what in _OF_OTHERS.items():
-        if any(folder.glob(pattern)):
-            raise EngineError(f"{folder}: it has {what} ({pattern}), which are not read here")
-    model, optimizer = _by_rank(folder, _MODEL), _by_rank(folder, _OPTIMIZER)
-    return Files(folder, model, optimizer)
+
+    def __init__(self, directory: Path) -> None:
+        for pattern, what in _UNSUPPORTED.items():
+            if any(directory.glob(pattern)):
+                raise EngineError(f"{directory}: it has {what} ({pattern}), which is not supported")
+        self.release_bytes = 16 << 20
+        self.model, self.optimizer = _by_rank(directory, _MODEL), _by_rank(directory, _OPTIMIZER)
+        self._contents: dict[Path, dict[str, Any]] = {}
+        self._read_bytes = 0
+
+    def content(self, path: Path) -> dict[str, Any]:
+        """What was saved in a file."""
+        if path not in self._contents:
+            self._contents[path] = _load(path)
+        return self._contents[path]
+
+    def vector(self, path: Path, keys: Sequence[Any]) -> Tensor:
+        """A tensor in a file, by the keys that lead to it, taken as a flat vector."""
+        value: Any = self.content(path)
+        try:
+            for key in keys:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            value = None
+        if not isinstance(value, Tensor):
+            raise EngineError(f"{path}: no tensor at {'.'.join(map(str, keys))}; it is not as DeepSpeed writes it")
+        return value.detach().reshape(-1)
+
+    def count(self, num_bytes: int) -> None:
+        """Count bytes that were read; after many, all files are unmapped, until they are needed again."""
+        self._read_bytes += num_bytes
+        if self._read_bytes >= self.release_bytes:
+            self._read_bytes = 0
+            self._contents.clear()
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Mapped]:
+def _by_rank(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None:
-            continue
-        if int(match["mp"]) != 0:
-            raise EngineError(
-                f"{path}: it is of a model that was split by tensor parallelism, which is not read here; join it in "
-                "DeepSpeed first"
-            )
-        found[int(match["rank"] or 0)] = path
+    for path in sorted(directory.iterdir()):
+        if match := pattern.fullmatch(path.name):
+            if int(match["mp"]) != 0:
+                raise EngineError(
+                    f"{path}: it is of a model that was split by tensor parallelism, which is not supported; merge it "
+                    "with DeepSpeed first"
+                )
+            found[int(match["rank"] or 0)] = path
     missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
     if missing:
         name = found[max(found)].name.replace(f"rank_{max(found)}_", f"rank_{missing[0]}_")
-        raise EngineError(f"{folder}: {name} is missing, and with it the part of process {missing[0]}")
-    return [Mapped(found[rank]) for rank in sorted(found)]
+        raise EngineError(f"{directory}: {name} is missing, and with it the part of rank {missing[0]}")
+    return [found[rank] for rank in sorted(found)]
+
+
+class FlatTensor(StoredTensor):
+    """A tensor in flat vectors, of which each file has one.
+
+    Args:
+        keys: that lead to the vector in each file.
+        start: where the tensor begins: in the vectors one after the other, or in each of them if it is sharded.
+        sharded: each file has an equal shard of the tensor, rounded up; the last ones may be padding.
+
+    Raises:
+        EngineError: the vectors have fewer elements than the tensor.
+    """
+
+    def __init__(
+        self, files: MappedFiles, paths: Sequence[Path], keys: tuple[Any, ...], shape: torch.Size, start: int = 0,
+        *, sharded: bool = False,
+    ) -> None:  # fmt: skip
+        self.shape, self._files, self._keys = shape, files, keys
+        self._pieces: list[tuple[Path, int, int]] = []
+        shard, before, found = math.ceil(shape.numel() / len(paths)), 0, 0
+        for path in paths:
+            vector = files.vector(path, keys)
+            first = start if sharded else max(start - before, 0)
+            count = min(shape.numel() - found, vector.numel() - first, shard if sharded else shape.numel())
+            if count > 0:
+                self._pieces.append((path, first, count))
+                found += count
+            before += vector.numel()
+        self.dtype = vector.dtype
+        if found != shape.numel():
+            raise EngineError(
+                f"{path}: {'.'.join(map(str, keys))} has {found} elements for a parameter of {shape.numel()}; give "
+                "initialize the same parameters in the same order"
+            )
+
+    def parts(self) -> Iterator[Tensor]:
+        for path, first, length in self._pieces:
+            for start in range(first, first + length, PART):
+                count = min(PART, first + length - start)
+                # Looked up each time: the file may have been unmapped in between.
+                yield self._files.vector(path, self._keys).narrow(0, start, count)
+                self._files.count(count * self.dtype.itemsize)

@@ -1,282 +1,304 @@
-"""Writing a checkpoint: beside, flushed, listed in a manifest, renamed, and then named in `latest`."""
+"""Writing a checkpoint: capture the run, write to a hidden directory, flush, list in a manifest, rename atomically."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan
 
-from engine.checkpoint import layout
-from engine.checkpoint.background import Background
-from engine.checkpoint.files import Checksummed, Record, flush, remove
-from engine.checkpoint.keep import remove_old
-from engine.checkpoint.manifest import NAME, Manifest, text_of
-from engine.checkpoint.ranks import Ranks
-from engine.checkpoint.state import Captured, capture, checksum
-from engine.errors import EngineError
-from engine.log import log
-from engine.peers import name_ranks
+from redline.checkpoint import storage
+from redline.checkpoint.optimizer_state import capture_optimizer, capture_schedule, listed
+from redline.checkpoint.ranks import RankGroup
+from redline.checkpoint.state import RANK_STATE, STATE, Checkpoint, plain_copy
+from redline.checkpoint.storage import CorruptCheckpoint, FileRecord, Manifest, fsync
+from redline.checkpoint.tensors import TensorWriter, is_sharded, local_tensor, memory_of
+from redline.compiled import plain_name
+from redline.distributed.failure import name_ranks
+from redline.errors import EngineError
+from redline.log import log
+from redline.master_params import sum_of_bits
+from redline.random_state import random_state
+from redline.run_state import Run, aliases_of, extra_state_modules, named_buffers, named_weights, progress_of
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.planner import SavePlan
+    from redline.config import EngineConfig
 
-    from engine.checkpoint.tensors import Writing
-    from engine.engine import Engine
-
-__all__ = ["save_checkpoint"]
-
-_DOING = "save_checkpoint"
-_SHOWN = 8  # names in a warning
+__all__ = ["Save"]
 
 
-def save_checkpoint(
-    engine: Engine,
-    save_dir: str | Path,
-    tag: str | None,
-    client_state: Mapping[str, Any],
-    *,
-    save_latest: bool,
-    exclude_frozen: bool,
-) -> bool:
-    """See :meth:`engine.Engine.save_checkpoint`."""
-    options = engine.config.redline.checkpoint
-    section = engine.config.checkpoint
-    background: Background | None = engine._background
-    if options.async_save and background is None:
-        background = engine._background = Background(engine.world_size)
-    if background is not None:
-        background.wait()
-    captured: Captured | None = None
-    fault: Exception | None = None
-    try:
-        captured = _capture(engine, save_dir, client_state, exclude_frozen)
-    except Exception as error:  # to be told to the other processes
-        fault = error
-    save = _Save(
-        ranks=Ranks(engine.global_rank, engine.world_size, None if background is None else background.group),
-        parent=Path(save_dir),
-        tag=f"global_step{engine.global_steps}" if tag is None else str(tag),
-        latest=save_latest,
-        step=engine.global_steps,
-        validation=(section.tag_validation if section is not None else "Warn").lower(),
-        keep_last=options.keep_last,
-        keep_every=options.keep_every,
-    )
-    if background is None or captured is None:
-        values = {} if captured is None else captured.values()
-        save.run(captured, fault, values)
-    else:
-        values = background.copy(captured.values())
-        background.start(lambda: save.run(captured, fault, values))
-    return True
-
-
-def _capture(engine: Engine, save_dir: str | Path, client_state: Mapping[str, Any], exclude_frozen: bool) -> Captured:
-    if not str(save_dir).strip():
-        raise EngineError(f"save_dir: got {save_dir!r}; expected a folder")
-    done = engine._accumulation.accumulated
-    if done:
-        log.warning(
-            "%s: in the middle of an update, after %d of its %d micro-batches; their gradients are in no checkpoint: "
-            "it holds the last complete update, and a run that resumes from it sees these micro-batches again, if it "
-            "reads engine.training_dataloader, with other random numbers; save after the step() that ends an update",
-            _DOING, done, engine.gradient_accumulation_steps(),
-        )  # fmt: skip
-    return capture(engine, client_state, exclude_frozen=exclude_frozen)
-
-
-@dataclass
-class _Offer:
-    """What a process tells the others before anything is written."""
+class _Offer(NamedTuple):
+    """What a rank sends to the others before anything is written; numbers are checksums."""
 
     tag: str
-    folder: str
+    directory: str
     plan: SavePlan
     buffers: dict[str, int]
     params: dict[str, int]
+    writes: dict[str, tuple[int, int]]
 
 
-@dataclass
-class _Save:
-    """One checkpoint on its way to the disk, on one process."""
+class Save:
+    """One checkpoint, on one rank: captured when training stops for it, and written then or later.
 
-    ranks: Ranks
-    parent: Path
-    tag: str
-    latest: bool
-    step: int
-    validation: str
-    keep_last: int | None
-    keep_every: int | None
+    Args:
+        save_dir: directory of checkpoints.
+        tag: name of this one; None takes ``global_stepN``.
+        latest: whether `latest` will name it.
+        protected: a tag that is not removed.
 
-    def run(self, captured: Captured | None, fault: Exception | None, values: Mapping[str, Tensor]) -> None:
-        """Bring it to the disk, on all processes or on none.
+    Attributes:
+        error: why the run could not be captured; `write` raises it on all ranks.
+        values: what this rank has of each tensor, by key; not copied, so nobody may change it before it is written.
+    """
 
-        Args:
-            captured: the state, or None for what could not be captured.
-            fault: why not.
-            values: what this process has of each tensor; nobody changes them while this runs.
+    def __init__(
+        self, run: Run, config: EngineConfig, group: Any, save_dir: str | Path, tag: Any, *, latest: bool,
+        protected: str | None,
+    ) -> None:  # fmt: skip
+        self._ranks = RankGroup("save_checkpoint", run.global_rank, run.world_size, group)
+        self._config, self._save_dir, self._latest, self._protected = config, save_dir, latest, protected
+        # Absolute: with async_save the script may change its working directory before the thread writes.
+        self._parent = Path(save_dir).absolute()
+        self._step = run.counters()["global_steps"]
+        self._tag = f"global_step{self._step}" if tag is None else str(tag)
+        self.error: Exception | None = None
+        self.values: dict[str, Tensor] = {}
 
-        Raises:
-            EngineError: on all processes, if it failed on one.
-        """
-        from engine.checkpoint.tensors import Writing  # see there
-
-        writing: list[Writing] = []
-        made: list[Path] = []
-
-        def offer() -> _Offer:
-            if fault is not None:
-                raise fault
-            assert captured is not None
-            layout.check_tag(self.tag)
-            writing.append(Writing(captured.tensors, self.ranks.rank))
-            partial = layout.new_partial(self.parent, self.tag)
-            if self.ranks.rank == 0:
-                self.parent.mkdir(parents=True, exist_ok=True)
-                layout.tidy(self.parent)
-                made.append(partial)
-                partial.mkdir()
-            sums = (
-                {name: checksum(values[key]) for name, key in captured.buffers.items()} if self.ranks.size > 1 else {}
-            )
-            return _Offer(self.tag, partial.name, writing[0].plan, sums, captured.params)
-
+    def capture(self, run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) -> None:
+        """Capture the run, whose pending step is resolved, as it was after its last complete optimizer step."""
+        done = run.accumulated_micro_batches
+        if done:
+            log.warning(
+                "save_checkpoint: within an accumulation, after %d of its %d micro-batches; their gradients are in no "
+                "checkpoint: it has the state after the last optimizer step, and a run that resumes from it sees these "
+                "micro-batches again, if it reads engine.training_dataloader, with other random numbers; save after "
+                "the step() that ends an accumulation",
+                done, run.gradient_accumulation_steps(),
+            )  # fmt: skip
         try:
-            offers = self.ranks.agree(_DOING, offer)
-            assert captured is not None
+            run.reshard()
+            self._capture(run, client_state, exclude_frozen)
+        except Exception as error:  # the other ranks have to know, too
+            self.error = error
+
+    def _capture(self, run: Run, client_state: Mapping[str, Any], exclude_frozen: bool) -> None:
+        module, weights, buffers = run.module, named_weights(run), named_buffers(run.module)
+        frozen = [plain_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        left_out = frozen if exclude_frozen else []
+        saved = [name for name in weights if name not in left_out]
+        tensors = {f"model.{name}": weights[name] for name in saved}
+        known_as = {"data": "training_dataloader.state_dict()"}
+        self._shared = {
+            **{key: plain_copy(value, known_as.get(key, key)) for key, value in progress_of(run).items()},
+            "weights": saved,
+            "frozen": frozen,
+            "left_out": left_out,
+            "buffers": list(buffers),
+            "aliases": aliases_of(module),
+            "extra_state": {
+                name: plain_copy(each.get_extra_state(), f"{name or type(each).__name__}.get_extra_state()")
+                for name, each in extra_state_modules(module)
+            },
+            "optimizer": None if run.optimizer is None else capture_optimizer(run.optimizer, weights, tensors),
+            "schedule": capture_schedule(run, self._config),
+            "client_state": plain_copy(dict(client_state), "client_state"),
+        }
+        self._rank_state: dict[str, Any] = {"random": random_state()}
+        self._buffers = {name: f"model.{name}" for name in buffers}
+        everything = tensors | {f"model.{name}": buffer for name, buffer in buffers.items()}
+        # All ranks plan to write the same tensors; of buffers, in which they may differ, rank 0's.
+        self._writer = TensorWriter(everything if run.global_rank == 0 else tensors, run.global_rank)
+        self.values = {key: local_tensor(tensor) for key, tensor in everything.items()}
+        self._params = _param_checksums(dict(module.named_parameters())) if run.world_size > 1 else {}
+        written = {} if run.master_params is None else run.master_params.take_writes()
+        self._writes = {plain_name(name): written[each] for name, each in module.named_parameters() if each in written}
+
+    def write(self) -> None:
+        """Write it on all ranks, or on none: then every rank raises the same EngineError."""
+        ranks = self._ranks
+        with ExitStack() as cleanup:
+            # Each step that can fail is a collective of its own: a rank that failed alone would leave the others
+            # waiting in the next one.
+            offers = ranks.run(lambda: self._offer(cleanup))
             self._check_tags([each.tag for each in offers])
-            self._compare_params([each.params for each in offers])
-            self.tag = offers[0].tag
-            partial = self.parent / offers[0].folder
-            size = writing[0].settle([each.plan for each in offers])
-            self.ranks.agree(_DOING, lambda: self._check_room(partial, size))
-            own = {**captured.own, "buffers": _differing(captured.buffers, values, offers, self.ranks.rank)}
-            written = self.ranks.agree(_DOING, lambda: self._write(partial, writing[0], values, own))
-            shared = captured.shared
-            self.ranks.agree(_DOING, lambda: self._finish(partial, writing[0], written, shared))
-        except BaseException:
-            for path in made:
-                remove(path)
-            raise
+            _compare_params(offers)
+            self._tag, partial = offers[0].tag, self._parent / offers[0].directory
+            size = self._writer.share([each.plan for each in offers])
+            # Before anything is written: a disk that fills up halfway would be found out much later.
+            ranks.run(lambda: self._check_directory(partial, size))
+            own, first = offers[ranks.rank].buffers, offers[0].buffers
+            # Running statistics, for example, which nobody averages.
+            differing = [name for name in self._buffers if own.get(name) != first.get(name)]
+            self._rank_state["buffers"] = {name: self.values[self._buffers[name]].cpu().clone() for name in differing}
+            written = ranks.run(lambda: self._write_rank(partial))
+            ranks.run(lambda: self._finish(partial, written, cleanup))
+
+    def _offer(self, cleanup: ExitStack) -> _Offer:
+        if not str(self._save_dir).strip():
+            raise EngineError(f"save_dir: got {self._save_dir!r}; expected a directory")
+        if self.error is not None:
+            raise self.error
+        storage.check_tag(self._tag)
+        partial = storage.partial_path(self._parent, self._tag)
+        if self._ranks.rank == 0:
+            self._parent.mkdir(parents=True, exist_ok=True)
+            if self._latest and (self._parent / storage.LATEST).is_dir():
+                raise EngineError(
+                    f"{self._parent / storage.LATEST}: it is a directory; expected the file that names the newest "
+                    "checkpoint, or nothing; rename it, or save with save_latest=False"
+                )
+            cleanup.enter_context(storage.claim(self._parent))
+            cleanup.callback(storage.remove, partial)  # once it is renamed, it is not there
+            partial.mkdir()
+        several = self._ranks.world_size > 1
+        buffers = {name: _crc32(self.values[key]) for name, key in self._buffers.items()} if several else {}
+        return _Offer(self._tag, partial.name, self._writer.plan, buffers, self._params, self._writes)
 
     def _check_tags(self, tags: list[str]) -> None:
-        if len(set(tags)) == 1 or self.validation == "ignore":
+        section = self._config.checkpoint
+        validation = (section.tag_validation if section is not None else "Warn").lower()
+        if len(set(tags)) == 1 or validation == "ignore":
             return
-        said = ", ".join(f"{tag!r} on rank {rank}" for rank, tag in enumerate(tags) if tag != tags[0])
-        said = f"{_DOING}: tag {tags[0]!r} on rank 0, {said}"
-        if self.validation == "fail":
-            raise EngineError(f"{said}; checkpoint.tag_validation is Fail; give the same tag on all ranks")
-        log.warning("%s; all of it is saved under rank 0's; give the same tag on all ranks", said)
+        others = ", ".join(f"{tag!r} on rank {rank}" for rank, tag in enumerate(tags) if tag != tags[0])
+        text = f"save_checkpoint: tag {tags[0]!r} on rank 0, {others}"
+        if validation == "fail":
+            raise EngineError(f"{text}; checkpoint.tag_validation is Fail; give the same tag on all ranks")
+        log.warning("%s; everything is saved under rank 0's; give the same tag on all ranks", text)
 
-    def _compare_params(self, checksums: list[dict[str, int]]) -> None:
-        """Warn where a model's parameters are not the same on all ranks, as they are after every optimizer step."""
-        first = checksums[0]
-        different: dict[str, list[int]] = {}
-        for rank, own in enumerate(checksums):
-            for name in sorted(first.keys() | own.keys()):
-                if first.get(name) != own.get(name):
-                    different.setdefault(name, []).append(rank)
-        if not different:
-            return
-        ranks = sorted({rank for each in different.values() for rank in each})
-        shown = ", ".join([*list(different)[:_SHOWN], *(["..."] if len(different) > _SHOWN else [])])
-        log.warning(
-            "%s: %d of the model's parameters differ between rank 0 and %s: %s; a script has probably written into "
-            "them on some ranks only; write the same values on all ranks; nothing was repaired",
-            _DOING, len(different), name_ranks(ranks), shown,
-        )  # fmt: skip
-
-    def _check_room(self, partial: Path, size: int) -> None:
+    def _check_directory(self, partial: Path, size: int) -> None:
         if not partial.is_dir():
-            raise EngineError(f"{partial}, which rank 0 has made, is not there; save_dir has to be one folder for all")
-        free = shutil.disk_usage(partial).free
-        if free < size:
             raise EngineError(
-                f"{self.parent}: the checkpoint takes {_mb(size)}, and the disk has {_mb(free)} free; nothing was "
-                "written; make room, or keep fewer checkpoints with redline.checkpoint.keep_last"
+                f"{partial}, which rank 0 has made, is not there; save_dir has to be one directory for all ranks"
             )
+        remedy = "make room, or keep fewer checkpoints with redline.checkpoint.keep_last"
+        storage.check_free_space(partial, size, f"{self._parent}: the checkpoint", remedy)
 
-    def _write(
-        self, partial: Path, writing: Writing, values: Mapping[str, Tensor], own: dict[str, Any]
-    ) -> tuple[dict[str, Record], Any]:
-        """This process's files; flushed, but for rank 0's, which has more to write."""
+    def _write_rank(self, partial: Path) -> tuple[dict[str, FileRecord], Any]:
+        """This rank's files; flushed to disk, except on rank 0, which has more to write."""
+        name = RANK_STATE.format(self._ranks.rank)
+        with self._disk_errors():
+            results = self._writer.write(partial, self.values)
+            records = {
+                **self._writer.records,
+                name: storage.write_file(partial / name, lambda file: torch.save(self._rank_state, file)),
+            }
+            if self._ranks.rank != 0:
+                fsync(partial / name for name in records)
+        return records, results
 
-        def write() -> tuple[dict[str, Record], Any]:
-            results = writing.write(partial, values)
-            name = layout.rank_file(self.ranks.rank)
-            with Checksummed(partial / name) as file:
-                torch.save(own, file)  # type: ignore[arg-type]  # it writes, and nothing else
-            records = {**writing.records, name: file.record}
-            if self.ranks.rank != 0:
-                flush(partial / name for name in records)
-            return records, results
-
-        done: tuple[dict[str, Record], Any] = self._on_disk(write)
-        return done
-
-    def _finish(
-        self, partial: Path, writing: Writing, written: list[tuple[dict[str, Record], Any]], shared: dict[str, Any]
-    ) -> None:
-        """What only rank 0 does, when all have written."""
-        if self.ranks.rank != 0:
+    def _finish(self, partial: Path, written: list[tuple[dict[str, FileRecord], Any]], cleanup: ExitStack) -> None:
+        """What only rank 0 does, after all have written."""
+        if self._ranks.rank != 0:
             return
-        latest = layout.new_partial(self.parent, layout.LATEST)
+        parent, latest = self._parent, storage.partial_path(self._parent, storage.LATEST)
+        with self._disk_errors():
+            self._writer.finish(partial, [results for _, results in written])
+            records = {name: record for files, _ in written for name, record in files.items()} | self._writer.records
+            records[STATE] = storage.write_file(partial / STATE, lambda file: torch.save(self._shared, file))
+            # Last, since it makes the directory a checkpoint.
+            manifest = Manifest(self._tag, self._step, len(written), self._latest, _time_after_latest(parent), records)
+            storage.write_file(partial / storage.MANIFEST, lambda file: file.write(manifest.to_json().encode()))
+            # All at once: nobody looks into the directory before it has its name.
+            own = {*written[0][0], *self._writer.records, STATE, storage.MANIFEST}
+            own.update(self._write_deepspeed(partial, manifest))
+            flushed = [*(partial / name for name in own), partial]
+            if self._latest:
+                cleanup.callback(storage.remove, latest)
+                latest.write_text(self._tag, encoding="utf-8")
+                flushed.append(latest)
+            fsync(flushed)
+            storage.rename_into_place(partial, parent / self._tag)
+        with self._disk_errors(f"after tag {self._tag} was written: it is complete, but `latest` may name another"):
+            if self._latest:
+                os.replace(latest, parent / storage.LATEST)
+            fsync([parent])  # both names; a file system that orders renames cannot keep the second one alone
+        # From here on the checkpoint is saved, whatever happens.
+        storage.remove(storage.replaced_path(parent, self._tag))
+        options = self._config.redline.checkpoint
+        if options.keep_last is not None:
+            kept = [self._tag, self._protected or ""]
+            storage.remove_expired(parent, options.keep_last, options.keep_every, kept)
 
-        def write() -> None:
-            writing.finish([results for _, results in written])
-            records = {name: record for files, _ in written for name, record in files.items()} | writing.records
-            records[layout.STATE] = _write_text(partial / layout.STATE, json.dumps(shared))
-            manifest = Manifest(self.tag, self.step, len(written), self.latest, time.time(), records)
-            _write_text(partial / NAME, text_of(manifest))
-            if self.latest:
-                _write_text(latest, self.tag)
-            # All at once, and the disk is waited for once: before it has its name nobody looks into the folder.
-            mine = {*written[0][0], *writing.records, layout.STATE, NAME}
-            flush([*(partial / name for name in mine), partial, *([latest] if self.latest else [])])
-            layout.put_in_place(partial, self.parent / self.tag)
-            if self.latest:
-                os.replace(latest, self.parent / layout.LATEST)
-            flush(
-                [self.parent]
-            )  # both names; a file system that keeps the order of renames cannot keep the second alone
+    def _write_deepspeed(self, partial: Path, manifest: Manifest) -> list[str]:
+        """DeepSpeed's files, if they are asked for. They are in no manifest: the checkpoint is whole without them."""
+        if self._config.redline.checkpoint.format != "deepspeed":
+            return []
+        from redline.checkpoint.deepspeed_writer import write_deepspeed  # here, not above: most runs never need it
 
-        self._on_disk(write)
-        remove(layout.aside(self.parent, self.tag))
-        remove_old(self.parent, self.tag, self.keep_last, self.keep_every)
-
-    def _on_disk(self, write: Callable[[], Any]) -> Any:
         try:
-            return write()
+            return write_deepspeed(partial, Checkpoint(partial, manifest), self._config)
+        except EngineError as error:
+            log.warning("save_checkpoint: the checkpoint is saved without DeepSpeed's files: %s", error)
+            return []
+
+    @contextmanager
+    def _disk_errors(self, when: str | None = None) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            raise EngineError(
-                f"{self.parent}: {error.strerror or error}{where}, while tag {self.tag} was written; what there was of "
-                "it is removed; the checkpoints that were there are as they were"
-            ) from error
+            when = when or (
+                f"while tag {self._tag} was written; what was written of it is removed; the checkpoints that were "
+                "there have not changed"
+            )
+            raise EngineError(f"{self._parent}: {error.strerror or error}{where}, {when}") from error
 
 
-def _differing(
-    buffers: Mapping[str, str], values: Mapping[str, Tensor], offers: list[_Offer], rank: int
-) -> dict[str, Tensor]:
-    """Buffers in which this process differs from rank 0: running statistics, say, which nobody averages."""
-    mine, first = offers[rank].buffers, offers[0].buffers
-    return {name: values[key].cpu().clone() for name, key in buffers.items() if mine.get(name) != first.get(name)}
+def _compare_params(offers: list[_Offer]) -> None:
+    """Warn where the model's parameters, or what a script has written into them, are not the same on all ranks."""
+    unequal = _differing([each.params for each in offers])
+    changed = {name for each in offers for name, (_, elements) in each.writes.items() if elements}
+    sums = _differing([{name: total for name, (total, _) in each.writes.items()} for each in offers])
+    written = {name: ranks for name, ranks in sums.items() if name in changed and name not in unequal}
+    for names, text in (
+        (unequal, "%d of the model's parameters differ on %s: %s; a script has probably written into them on some "
+                  "ranks only; "),
+        (written, "since the last save a script has not written the same values into %d of the model's parameters on "
+                  "%s: %s; of each write the optimizer step has kept the rows that its rank owns, at ZeRO stages 1 and "
+                  "2; "),
+    ):  # fmt: skip
+        if names:
+            ranks = name_ranks(sorted({rank for each in names.values() for rank in each}))
+            text = f"save_checkpoint: {text}write the same values on all ranks; nothing was repaired"
+            log.warning(text, len(names), ranks, listed(names, 8))
 
 
-def _write_text(path: Path, text: str) -> Record:
-    with Checksummed(path) as file:
-        file.write(text.encode())
-    return file.record
+def _differing(checksums: list[dict[str, int]]) -> dict[str, list[int]]:
+    """The names under which not all ranks have one number, with those that have another than most; else with all."""
+    differing = {}
+    for name in sorted({name for own in checksums for name in own}):
+        numbers = [own.get(name) for own in checksums]
+        common, count = Counter(numbers).most_common(1)[0]
+        if count < len(numbers):
+            has_majority = 2 * count > len(numbers)
+            differing[name] = [r for r, number in enumerate(numbers) if number != common or not has_majority]
+    return differing
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _param_checksums(params: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sum of the bits of each full parameter, taken as integers; computed on the device, read from it at once."""
+    full = {name: param.detach() for name, param in params.items() if not is_sharded(param)}
+    return dict(zip(full, torch.stack([sum_of_bits(param) for param in full.values()]).tolist())) if full else {}
+
+
+def _crc32(tensor: Tensor) -> int:
+    full = tensor.detach().cpu().contiguous()
+    return zlib.crc32(memory_of(full)) if full.nbytes else 0
+
+
+def _time_after_latest(parent: Path) -> float:
+    """Now, but after the latest checkpoint: a clock that goes back does not change the order of checkpoints."""
+    try:
+        before = storage.find(parent, storage.read_latest(parent) or "")[1].time
+    except (CorruptCheckpoint, EngineError):
+        before = max((each.time for each in storage.manifests(parent).values() if each is not None), default=0.0)
+    return max(time.time(), before + 1e-3)

@@ -1,58 +1,40 @@
-"""The JSON language: from a file, a dict or a text to a frozen, typed config, or to everything wrong with it.
+"""The JSON language: a file, a dict or a text becomes a frozen, typed config, or everything that is wrong with it.
 
-    parser, document  text to value, with line and column
-    words, section    what a message is made of; what every model shares
-    component         a section that names a class: {"type", "params"}
-    optimizer, scheduler, batch, root    the models of what is honoured
-    sections          the models of all other sections of DeepSpeed
-    key, support      the status of every DeepSpeed key
-    judge, rules      everything that is wrong, found at once
-    load, values, report, schema, catalog, explain    what is done with all this
+    document                  text to value, with line and column
+    section                   what all sections share; a key in words
+    components, zero, sections    the sections that are honoured
+    root                      EngineConfig: the keys at the top, batch sizes, and the rules across sections
+    refused.json              the keys that are refused or have no effect
+    schema                    all of this as one JSON Schema
+    load                      a document becomes an EngineConfig
+    effective                 the values of one with their origins
+    report, explain           what is said of configs and keys
 
 It describes and never acts; nothing here makes an optimizer, a process group or a file.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from engine.config.load import Source, UnsupportedConfigError, load_config
-from engine.config.optimizer import OptimizerConfig
-from engine.config.root import EngineConfig
-from engine.config.scheduler import SchedulerConfig
+from redline.config.components import OptimizerConfig, SchedulerConfig
+from redline.config.effective import Value, effective, fingerprint, origins
+from redline.config.load import Source, UnsupportedConfigError, load_config
+from redline.config.root import EngineConfig
+from redline.config.schema import build_schema
 
 if TYPE_CHECKING:
-    from engine.config.report import KeyStatus, Report, validate
-    from engine.config.schema import build_schema
-    from engine.config.values import Difference, Value, differences, effective, fingerprint, origins
+    from redline.config.report import Difference, KeyStatus, Report, differences, validate
 
 __all__ = [
-    "Difference",
-    "EngineConfig",
-    "KeyStatus",
-    "OptimizerConfig",
-    "Report",
-    "SchedulerConfig",
-    "Source",
-    "UnsupportedConfigError",
-    "Value",
-    "build_schema",
-    "differences",
-    "effective",
-    "fingerprint",
-    "load_config",
-    "origins",
-    "validate",
-]
-
-# A training run reads its config and no more: what else is done with configs comes with its first use.
-_LATER = {
-    **dict.fromkeys(("Difference", "Value", "differences", "effective", "fingerprint", "origins"), "values"),
-    "build_schema": "schema",
-    **dict.fromkeys(("KeyStatus", "Report", "validate"), "report"),
-}
+    "Difference", "EngineConfig", "KeyStatus", "OptimizerConfig", "Report", "SchedulerConfig", "Source",
+    "UnsupportedConfigError", "Value", "build_schema", "differences", "effective", "fingerprint", "load_config",
+    "origins", "validate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f"engine.config.{_LATER[name]}"), name)
+    """What training does not need is imported when it is first asked for."""
+    if name in ("Difference", "KeyStatus", "Report", "differences", "validate"):
+        from redline.config import report
+
+        return getattr(report, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,28 +1,35 @@
-"""What a config is worth, as a value: `redline validate` prints it.
+"""What a config comes to, for `redline validate` and `redline diff`.
 
 Exit codes: 0 runs as written, 1 is not valid, 3 is valid DeepSpeed and asks for what is not built here.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
-from engine.config.batch import BATCH_KEYS
-from engine.config.document import Document, copy_document, format_route, read
-from engine.config.foresee import foresee
-from engine.config.load import Reading, Source, in_order, read_config
-from engine.config.root import EngineConfig
-from engine.config.support import HONOURED, KEYS, NO_EFFECT, REFUSED
-from engine.config.table import Paint, paint_nothing, paint_on_terminal, rows_as_text
-from engine.config.values import effective
-from engine.config.words import shown
-from engine.errors import ConfigError, Problem
+from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig
+from redline.config.document import Document, copy_document, format_route, read
+from redline.config.effective import Value, effective
+from redline.config.load import Reading, Source, in_order
+from redline.config.root import BATCH_KEYS, EngineConfig
+from redline.config.schema import is_switched_off, whole_schema
+from redline.config.section import HONOURED, NO_EFFECT, REFUSED, shown
+from redline.console import Paint, paint_nothing, rows_as_text
+from redline.errors import ConfigError, Problem
 
-__all__ = ["KeyStatus", "Report", "validate"]
+__all__ = ["Difference", "KeyStatus", "Report", "differences", "validate"]
+
+POLICY_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +43,15 @@ class KeyStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything there is to say of a config.
+    """All that was found in a config.
 
     Attributes:
         source: the file's name, or "config".
         errors: what makes it invalid, in the order of the document.
         refusals: what is valid DeepSpeed and not built here.
-        warnings: what runs, and will go wrong: the schedule leaves what its optimizer accepts.
-        keys: the document's keys that are known, and refused ones further down.
+        keys: the document's keys, and refused ones further down.
         config: the part of it that is honoured; None if it is not valid.
+        warnings: what runs and will go wrong: the schedule leaves what its optimizer accepts.
     """
 
     source: str
@@ -77,115 +84,216 @@ class Report:
             "resolved": self.config.model_dump(mode="json") if self.config and self.config.world_size else {},
         }
 
-    def to_text(self, color: bool = False, *, width: int | None = None, whole: bool = False) -> str:
+    def to_text(self, width: int | None = None, paint: Paint = paint_nothing, *, whole: bool = False) -> str:
         """The same for people: every problem, every key, the batch.
 
         Args:
-            color: for a terminal.
             width: columns of the terminal; None for a pipe.
+            paint: color of a text by its kind.
             whole: every value of the config in force, too, with its origin.
         """
-        return "\n".join(_lines(self, width, paint_on_terminal if color else paint_nothing, whole))
+        return "\n".join(self._lines(width, paint, whole))
+
+    def _lines(self, width: int | None, paint: Paint, whole: bool) -> Iterator[str]:
+        yield paint(f"{self.source}: {self._verdict()}", "head")
+        for problem in (*self.errors, *self.refusals, *self.warnings):
+            place = self.source if problem.line is None else f"{self.source}:{problem.line}:{problem.column}"
+            yield "  " + ": ".join([paint(place, "problem"), *filter(None, [problem.path]), problem.message])
+        if self.keys:
+            yield ""
+            rows = [(key.path, key.status, key.note) for key in self.keys]
+            yield from rows_as_text(rows, ("key", "status", "note"), width, paint)
+        if self.config is not None and self.config.world_size:
+            train, micro, steps = (getattr(self.config, key) for key in BATCH_KEYS)
+            yield f"\nbatch: {train} = {micro} per rank x {steps} accumulated x world size {self.config.world_size}"
+        if whole and self.config is not None:
+            yield ""
+            values = [(path, value.origin, shown(value.value)) for path, value in effective(self.config).items()]
+            yield from rows_as_text(values, ("key", "origin", "value"), width, paint)
+
+    def _verdict(self) -> str:
+        if not self.valid:
+            count = len(self.errors) + len(self.refusals)
+            return "1 problem" if count == 1 else f"{count} problems"
+        if self.runnable:
+            return "valid; runs as written" + ("; 1 warning" if self.warnings else "")
+        what = "something" if len(self.refusals) == 1 else f"{len(self.refusals)} things"
+        return f"valid DeepSpeed, but asks for {what} that Redline does not have"
 
 
 def validate(
     source: Source, *, world_size: int | None = None, policy: str | Path | dict[str, Any] | None = None
 ) -> Report:
-    """Judge a config without running it.
+    """Check a config without running it.
 
     Args:
         source: a path, a dict or JSON text, as for `load_config`.
-        world_size: processes that would train; default WORLD_SIZE, else 1.
+        world_size: ranks that would train; default WORLD_SIZE, else 1.
         policy: a JSON Schema with rules of your own, as a path or a dict; the document is checked against it
             as it was written, before defaults, without comment keys. What breaks it is an error.
 
     Raises:
         ConfigError: the policy itself cannot be read, or is no JSON Schema.
     """
-    rules = _read_policy(policy) if policy is not None else None
+    # Read first: a broken policy is an error of its own, whatever the config is.
+    rules = None if policy is None else copy_document(policy) if isinstance(policy, dict) else read(Path(policy))
     try:
-        reading = read_config(source, world_size)
+        reading = Reading(source, world_size)
     except ConfigError as error:
         return Report(error.source, list(error.problems))
-    document, errors = reading.document, reading.mistakes
+    document, errors, config = reading.document, reading.mistakes, reading.config
     if rules is not None:
-        errors = in_order([*errors, *_breaches(document, *rules)])
-    config = None if errors else reading.config
-    foreseen = None if config is None else foresee(config)
+        errors = in_order(
+            [*errors, *_breaches(document, rules, "policy" if isinstance(policy, dict) else rules.source)]
+        )
+        config = None if errors else config
+    foreseen = None if config is None else _foresee(config)
     warnings = [] if foreseen is None else [document.problem(("scheduler", "params"), foreseen)]
     return Report(document.source, errors, reading.refusals, _keys(reading), config, warnings)
 
 
 def _keys(reading: Reading) -> list[KeyStatus]:
+    """The status of each key at the top, and of what is refused within it."""
     refused = {problem.path: problem.message for problem in reading.refusals}
     wrong = {problem.path for problem in reading.mistakes}
+    settings, schema = reading.document.settings, whole_schema()
     found = []
-    unscheduled = "optimizer" not in reading.document.settings
-    for name in reading.document.settings:
-        if (key := KEYS.get(name)) is None:
+    for name, value in settings.items():
+        key = schema["properties"].get(schema["aliases"].get(name, name))
+        if key is None:  # somebody else's key: it is refused, or an error that is listed already
+            found += [KeyStatus(name, REFUSED, refused[name])] if name in refused else []
             continue
-        off = key.switch is not None and key.is_off(reading.document.settings[name])
-        if (off or key.status == REFUSED) and name not in refused and name not in wrong:
-            found.append(KeyStatus(name, NO_EFFECT, "it switches nothing on"))
-        else:
-            note = f"{key.note}; initialize must get an optimizer" if name == "scheduler" and unscheduled else key.note
-            found.append(KeyStatus(name, key.status, note))
-        found += [KeyStatus(path, REFUSED, why) for path, why in refused.items() if path.startswith(f"{name}.")]
+        inside = [KeyStatus(path, REFUSED, why) for path, why in refused.items() if path.startswith(f"{name}.")]
+        status, note = key.get("status", HONOURED), key.get("note") or key["description"]
+        if name in refused:
+            status, note = REFUSED, refused[name]
+        elif (status == REFUSED or is_switched_off(key, value)) and name not in wrong:
+            status, note = NO_EFFECT, "it switches nothing on"
+        elif name == "scheduler" and "optimizer" not in settings:
+            note += "; initialize must get an optimizer"
+        found += [KeyStatus(name, status, note), *inside]
     return found
 
 
-def _read_policy(policy: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
-    document = copy_document(policy) if isinstance(policy, dict) else read(Path(policy))
-    if document.mistakes:
-        problems = [document.problem(route, message) for route, message in document.mistakes.items()]
-        raise ConfigError(problems, document.source)
-    return document.value, "policy" if isinstance(policy, dict) else document.source
-
-
-def _breaches(document: Document, policy: dict[str, Any], name: str) -> Iterator[Problem]:
+def _breaches(document: Document, policy: Document, name: str) -> Iterator[Problem]:
     """What in a document a policy does not allow."""
     # Here, not above: only a policy needs it. Its types are in a package of their own, which may be missing.
     from jsonschema import Draft202012Validator, SchemaError, validators  # type: ignore[import-untyped,unused-ignore]
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    checker = validators.validator_for(policy, default=Draft202012Validator)
+    if policy.mistakes:
+        raise ConfigError([policy.problem(*mistake) for mistake in policy.mistakes.items()], policy.source)
+    checker = validators.validator_for(policy.value, default=Draft202012Validator)
     try:
-        checker.check_schema(policy)
+        checker.check_schema(policy.value)
         registry: Registry[Any] = Registry()  # an empty one: a policy is not fetched from the network
-        for error in checker(policy, registry=registry).iter_errors(document.settings):
-            yield document.problem(tuple(error.absolute_path), f"{shown(error.message)[1:-1]} ({name})")
+        with _time_limit(POLICY_TIMEOUT):
+            errors = list(checker(policy.value, registry=registry).iter_errors(document.settings))
+    except TimeoutError:
+        reason = (
+            f"its patterns take longer than {POLICY_TIMEOUT:g} s on this config; a repeat within a repeat, such as "
+            '"(a+)+", takes exponential time: write it without one'
+        )
+        raise ConfigError([Problem("", reason)], name) from None
     except SchemaError as error:
         where = format_route(tuple(error.absolute_path))
         raise ConfigError([Problem(where, f"no JSON Schema: {error.message}")], name) from None
     except (Unresolvable, re.error, RecursionError) as error:
         raise ConfigError([Problem("", f"cannot be applied: {error}")], name) from None
+    for breach in errors:
+        yield document.problem(tuple(breach.absolute_path), f"{shown(breach.message)[1:-1]} ({name})")
 
 
-def _lines(report: Report, width: int | None, paint: Paint, whole: bool) -> Iterator[str]:
-    yield paint(f"{report.source}: {_verdict(report)}", "head")
-    for problem in (*report.errors, *report.refusals, *report.warnings):
-        place = report.source if problem.line is None else f"{report.source}:{problem.line}:{problem.column}"
-        yield "  " + ": ".join([paint(place, "problem"), *([problem.path] if problem.path else []), problem.message])
-    if report.keys:
-        yield ""
-        rows = [(key.path, key.status, key.note) for key in report.keys]
-        yield from rows_as_text(rows, ("key", "status", "note"), width, paint)
-    config = report.config
-    if config is not None and config.world_size:
-        train, micro, steps = (getattr(config, key) for key in BATCH_KEYS)
-        yield ""
-        yield f"batch: {train} = {micro} a process x {steps} accumulated x world size {config.world_size}"
-    if whole and config is not None:
-        yield ""
-        values = [(path, value.origin, shown(value.value)) for path, value in effective(config).items()]
-        yield from rows_as_text(values, ("key", "origin", "value"), width, paint)
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in this block after so many seconds; only where signals are handled, in the main thread on Unix."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def _verdict(report: Report) -> str:
-    if not report.valid:
-        return "1 problem" if len(report.errors) == 1 else f"{len(report.errors)} problems"
-    if report.runnable:
-        return "valid; runs as written" + ("; 1 warning" if report.warnings else "")
-    what = "something" if len(report.refusals) == 1 else f"{len(report.refusals)} things"
-    return f"valid DeepSpeed, but asks for {what} that Redline does not have"
+def _foresee(config: EngineConfig) -> str | None:
+    """The first step at which the schedule leaves what optimizers accept, in words; None if there is none.
+
+    Of DeepSpeed's five schedules only OneCycle's momentum can; so most configs are checked without torch. A registered
+    class is not looked at, and a schedule that refuses its arguments is reported by `initialize`.
+    """
+    scheduler = config.scheduler
+    if scheduler is None:
+        return None
+    params = scheduler.params
+    grows = isinstance(params, OneCycleParams) and params.cycle_momentum and params.decay_mom_rate > 0
+    if scheduler.type in SchedulerConfig.models and not grows:
+        return None
+    from redline.schedulers import Schedule, resolve  # here, not above: they import torch
+    from redline.schedulers.schedule import NoOptimizer, find_violation
+
+    arguments = scheduler.arguments()
+    # A list has a value for each parameter group, a single value is that of all.
+    num_groups = max((len(value) for value in arguments.values() if isinstance(value, (list, tuple))), default=1)
+    optimizer = NoOptimizer([_group(config.optimizer)] * num_groups)
+    cls: Any = resolve(scheduler.type)
+    if issubclass(cls, Schedule):
+        arguments["corrected"] = config.redline.schedules == "corrected"
+    try:
+        schedule = cls(optimizer, **arguments)
+    except (TypeError, ValueError):
+        return None
+    violation = find_violation(schedule)
+    return None if violation is None else str(violation)
+
+
+def _group(optimizer: OptimizerConfig | None) -> dict[str, Any]:
+    """What a schedule reads of a parameter group: learning rate and momentum; Adam's without an optimizer."""
+    if optimizer is None:
+        return {"lr": 1e-3, "betas": (0.9, 0.999)}
+    values = dict(optimizer.params)
+    if optimizer.type not in optimizer.models:
+        parameters = inspect.signature(optimizer.classes()[optimizer.type]).parameters
+        values = {name: parameter.default for name, parameter in parameters.items()} | values
+    if not isinstance(values.get("lr"), (float, int)):  # Muon's is null, and a required one has no default
+        values["lr"] = 1e-3
+    return {name: values[name] for name in ("lr", "betas", "momentum") if name in values}
+
+
+# -- two configs ------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """A path whose value differs in two configs; None where a config does not have it."""
+
+    path: str
+    first: Value | None
+    second: Value | None
+
+
+def differences(first: EngineConfig, second: EngineConfig) -> list[Difference]:
+    """Where two configs in force are not the same; where a value comes from does not count.
+
+    What only follows from another difference is left out: a value that is derived in both, and the defaults of a type
+    that one of them has.
+    """
+    one, other = effective(first), effective(second)
+    pairs = {path: (one.get(path), other.get(path)) for path in [*one, *other]}
+    return [
+        Difference(path, *pair)
+        for path, pair in pairs.items()
+        if len({value and json.dumps(value.value, sort_keys=True) for value in pair}) > 1 and not _follows(pair)
+    ]
+
+
+def _follows(pair: Sequence[Value | None]) -> bool:
+    origins = {value.origin for value in pair if value is not None}
+    return origins == {"derived"} or (None in pair and origins == {"default"})

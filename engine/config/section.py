@@ -1,106 +1,100 @@
-"""What every section of the config is: a frozen, strict pydantic model that words its own mistakes.
+"""What every section of the config is, a frozen, strict pydantic model with one field per key, and keys in words.
 
-Owns the number types of the language and the form in which a mistake leaves a model: a pydantic error of
-type MISTAKE (or REFUSAL: valid DeepSpeed that is not built here) whose ``ctx`` has the finished message, at
-the route in the JSON, with no union tags.
+A field is the only home of its key: the annotation has its type and range; `key`, `unread` and `refused` add default,
+meaning and what becomes of it. The checks, the JSON Schema, `redline explain` and the docs are made from the fields;
+messages are worded from the JSON Schema of a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_origin
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Final, TypeAlias, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
-
-from engine.config.parser import Route
-from engine.config.words import describe, is_slip, nearest, objection, shown
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 __all__ = [
-    "MISTAKE", "NOT_HERE", "OR_OFF", "OR_SWITCH", "REFUSAL", "REPAIR", "TO_DEFAULT", "TO_NULL", "Betas", "Count",
-    "Fraction", "Index", "Integer", "Loose", "NonNegative", "PerGroup", "Positive", "Rare", "Ratio", "Section", "Whole",
-    "adapter_of", "check", "failure", "finished", "literals", "sections_in", "unknown_key", "wrong",
+    "FROM_DATA", "HONOURED", "NOT_HERE", "NO_EFFECT", "REFUSED", "TO_DEFAULT", "TO_NULL", "AutoSection", "Betas",
+    "Conflict", "Count", "Fraction", "Index", "LooseSection", "NonNegative", "PerGroup", "Positive", "Ratio", "Schema",
+    "Section", "Text", "Whole", "describe", "either", "faults", "is_slip", "key", "nearest", "objection", "options",
+    "refused", "required", "section", "shown", "unknown_key", "unread",
 ]  # fmt: skip
 
-MISTAKE, REFUSAL = "mistake", "refusal"
-REPAIR = "repair"  # the context of a second look: what is required and has a mistake is at its example
+HONOURED: Final = "honoured"
+NO_EFFECT: Final = "no effect"
+REFUSED: Final = "refused"
 
-# What becomes of "auto", which Hugging Face's integration fills in, where nobody has filled it in.
+# What becomes of "auto", which Hugging Face's integration fills in, where it has not been filled in.
 TO_DEFAULT = "the default"
 TO_NULL = "null, which takes the optimizer's"
 NOT_HERE = "refused: nothing here tells it; give a number"
+FROM_DATA = "from redline.epochs and the length of training_data; refused without them"
+
+Schema = dict[str, Any]
+# Keys that cannot be obeyed together, with spaces between them: "bf16.enabled fp16.enabled"; and the message. It is
+# reported at the first key, and counts only if no key has a mistake of its own.
+Conflict = tuple[str, str]
 
 T = TypeVar("T")
-
-
-def _integral(value: Any) -> Any:
-    """JSON Schema's reading: 2e3 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _frozen(value: Any) -> Any:
-    """JSON has lists, and no tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Integer = Annotated[int, BeforeValidator(_integral)]
-Whole = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
-Index = Annotated[int, Field(ge=-1), BeforeValidator(_integral)]
+Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=-1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_frozen)]
+Text = Annotated[str, Field(min_length=1)]
+# JSON has lists and no tuples: the container is converted, its items stay strict.
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+PerGroup: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1, strict=False)]
 
 
-class _OrOff:
-    """Lets a section be false, which is null: DeepSpeed's configs switch sections off so."""
+def key(default: Any, meaning: str, note: str = "", **extra: Any) -> Any:
+    """A field for a key that does what it says.
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(_off, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        (section, null) = handler(schema)["anyOf"]
-        return {"anyOf": [section, {"const": False}, null]}
-
-
-def _off(value: Any) -> Any:
-    return None if value is False else value
+    Args:
+        default: DeepSpeed's.
+        meaning: one sentence, with the unit.
+        note: how it is done here.
+        extra: for the schema; `allowed`, if there, has the only values besides null and the default that are built.
+    """
+    return Field(default=default, description=meaning, json_schema_extra={"note": note, **extra} if note else extra)
 
 
-OR_OFF = _OrOff()
+def required(meaning: str, example: Any) -> Any:
+    """A field for a key that must be given."""
+    return Field(description=meaning, examples=[example])
 
 
-class _OrSwitch:
-    """Lets ZeRO be true, which is stage 1: an older spelling of DeepSpeed's; false is null."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(_switched, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        (section, null) = handler(schema)["anyOf"]
-        return {"anyOf": [section, {"type": "boolean"}, null]}
+def unread(default: Any, meaning: str, why: str) -> Any:
+    """A field for a key without effect, and why that is harmless."""
+    return key(default, meaning, why, status=NO_EFFECT)
 
 
-def _switched(value: Any) -> Any:
-    return {"stage": 1} if value is True else _off(value)
+def refused(default: Any, meaning: str, why: str, *allowed: Any) -> Any:
+    """A field for a key that is not built; null, the default and the allowed values ask for nothing."""
+    return key(default, meaning, why, status=REFUSED, allowed=list(allowed))
 
 
-OR_SWITCH = _OrSwitch()
-PerGroup: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_frozen)]
+def section(meaning: str, note: str = "", off: Schema | None = None, **extra: Any) -> Any:
+    """A field for a section at the top.
+
+    Args:
+        meaning: one sentence.
+        note: how it is done here.
+        off: other values than an object or null; default false, which is null.
+        extra: for the schema; `switch` names the key inside without which nothing inside is refused.
+    """
+
+    def extend(schema: Schema) -> None:
+        # Between the section and null. The model never sees it: `load` has made it null by then.
+        schema["anyOf"].insert(1, off or {"const": False})
+        schema.update({"note": note, **extra} if note else extra)
+
+    return Field(default=None, description=meaning, json_schema_extra=extend)
 
 
 class Section(BaseModel):
@@ -109,209 +103,160 @@ class Section(BaseModel):
     Attributes:
         aliases: older or other spellings of keys, with the name of the field.
         auto: the keys that may be "auto", with what becomes of it; "*" stands for all keys of the section.
-        loose: whether DeepSpeed lets keys pass here that it does not know. One that is no slip of the pen is then
-            refused, and not a mistake.
+        loose: whether DeepSpeed accepts unknown keys here. One that is no typing error is then refused, not a mistake.
+        retired: keys that configs still have although DeepSpeed no longer knows them, with what to do instead; refused.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),  # "model_info" is a key
-    )
+    # Most sections are only used inside `EngineConfig`, which builds them.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     aliases: ClassVar[dict[str, str]] = {}
     auto: ClassVar[dict[str, str]] = {}
     loose: ClassVar[bool] = False
+    retired: ClassVar[dict[str, str]] = {}
 
-    def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Keys of this section that cannot be obeyed together, and why; the first is where it is said."""
+    def conflicts(self) -> Iterator[Conflict]:
+        """The keys of this section that cannot be obeyed together."""
         yield from ()
 
     @classmethod
-    def misplaced(cls, key: str) -> str | None:
-        """Where a key that is not known in this section belongs, for a message."""
-        return None
-
-    @classmethod
-    def refused(cls, key: str) -> str | None:
-        """Why a key that this section does not have is refused, and not a mistake: configs have it, rightly once."""
-        return None
-
-    @classmethod
-    def on_auto(cls, key: str) -> str | None:
-        """What becomes of "auto" as the value of a key; None where it is no value."""
-        key = cls.aliases.get(key, key)
-        if key not in cls.model_fields or "auto" in literals(cls.model_fields[key].annotation):
-            return None
-        return cls.auto.get(key, cls.auto.get("*"))
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_our_words(cls, value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
-        found: list[InitErrorDetails] = []
-        spelt: dict[str, str] = {}
-        if isinstance(value, dict):
-            value, spelt = _renamed(cls, value, found)
-            value = _without_auto(cls, value, found)
-            if info.context == REPAIR or found:
-                value = {**_examples(cls), **value}
-        try:
-            section = handler(value)
-        except ValidationError as error:
-            found += _mistakes(cls, error)
-        else:
-            for reads, message in section.contradictions() if not found else ():
-                found.append(finished(MISTAKE, reads[:1], message, reads))
-        if found:
-            raise failure([_as_spelt(each, spelt) for each in found])
-        return section
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        # Into the section's own schema, which may be a reference by now: `load` walks documents along it.
+        schema = handler.resolve_ref_schema(reference := handler(core))
+        traits = {"aliases": cls.aliases, "auto": cls.auto, "loose": cls.loose, "retired": cls.retired}
+        schema.update({name: trait for name, trait in traits.items() if trait})
+        return reference
 
 
-class Rare(Section):
-    """A section that few configs have: its validator is made when the first one does."""
-
-    model_config = ConfigDict(defer_build=True)
-
-
-class Loose(Rare):
-    """A rare section in which DeepSpeed lets keys pass that it does not know."""
+class LooseSection(Section):
+    """A section in which DeepSpeed accepts unknown keys."""
 
     loose: ClassVar[bool] = True
 
 
-def _renamed(
-    cls: type[Section], value: dict[Any, Any], found: list[InitErrorDetails]
-) -> tuple[dict[Any, Any], dict[str, str]]:
-    """A value with the fields' own names, and how those were spelt that were spelt otherwise."""
-    spelt = {cls.aliases[key]: key for key in value if key in cls.aliases}
-    for name, key in spelt.items():
-        if name in value:
-            found.append(finished(MISTAKE, (key,), f"given beside {name}, which is the same; remove it"))
-    spelt = {name: key for name, key in spelt.items() if name not in value}
-    twice = {key for key in value if key in cls.aliases and spelt.get(cls.aliases[key]) != key}
-    return {cls.aliases.get(key, key): item for key, item in value.items() if key not in twice}, spelt
+class AutoSection(Section):
+    """A section in which every key may be "auto"."""
+
+    auto: ClassVar[dict[str, str]] = {"*": TO_DEFAULT}
 
 
-def _without_auto(cls: type[Section], value: dict[Any, Any], found: list[InitErrorDetails]) -> dict[Any, Any]:
-    """A value without the keys that are "auto" where that may be."""
-    kept = {}
-    for key, item in value.items():
-        outcome = cls.on_auto(key) if item == "auto" else None
-        if outcome is None:
-            kept[key] = item
-        elif outcome == TO_NULL:
-            kept[key] = None
-        elif outcome == NOT_HERE:
-            message = 'got "auto", which Hugging Face\'s integration fills in and nothing here can; give a number'
-            found.append(finished(REFUSAL, (key,), message))
-    return kept
+# -- keys in words ---------------------------------------------------------------------------------------
+
+_NOUNS = {
+    "integer": "a whole number", "number": "a number", "string": "a string", "object": "an object: { ... }",
+    "array": "a list", "null": "null",
+}  # fmt: skip
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_NUMBER = re.compile(r"\s*[+-]?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\s*")
 
 
-def _examples(cls: type[Section]) -> dict[str, Any]:
-    """A sound value for each required key that has one."""
-    return {name: each.examples[0] for name, each in cls.model_fields.items() if each.is_required() and each.examples}
+def objection(value: Any, schema: Schema) -> str:
+    """The message about a value that its schema does not allow: what was given, what is allowed, what to do."""
+    message = f"got {shown(value)}; expected {describe(schema)}"
+    if "$comment" in schema:  # what else would do
+        message += f", {schema['$comment']}"
+    remedy = _remedy(value, schema)
+    return f"{message}; {remedy}" if remedy else message
 
 
-def _as_spelt(mistake: InitErrorDetails, spelt: dict[str, str]) -> InitErrorDetails:
-    route = mistake.get("loc", ())
-    if route and route[0] in spelt:
-        mistake["loc"] = (spelt[str(route[0])], *route[1:])
-    return mistake
-
-
-def literals(annotation: Any) -> tuple[Any, ...]:
-    """The words that an annotation lists, unions included."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    return tuple(word for part in get_args(annotation) for word in literals(part))
-
-
-def sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """The models of sections that an annotation names, unions included."""
-    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from sections_in(part)
-
-
-def wrong(kind: str, message: str, reads: tuple[str, ...] = ()) -> PydanticCustomError:
-    """What a field's validator raises: a MISTAKE or a REFUSAL, in its final words."""
-    return PydanticCustomError(kind, "{message}", {"message": message, "reads": reads})
-
-
-def finished(kind: str, route: Route, message: str, reads: tuple[str, ...] = ()) -> InitErrorDetails:
-    """The same, on its way to the top; a mistake about several keys of a section names those that it reads."""
-    return InitErrorDetails(type=wrong(kind, message, reads), loc=route, input=None)
-
-
-def failure(mistakes: list[InitErrorDetails]) -> ValidationError:
-    return ValidationError.from_exception_data("config", mistakes)
-
-
-@cache
-def adapter_of(annotation: Any) -> TypeAdapter[Any]:
-    """A judge of single values, as strict as a section."""
-    return TypeAdapter(annotation, config=Section.model_config)
-
-
-def check(adapter: TypeAdapter[Any], value: Any) -> tuple[Any, str | None]:
-    """A value as its type has it, and what is wrong with it in words, if anything is."""
-    try:
-        return adapter.validate_python(value), None
-    except ValidationError:
-        return value, objection(value, adapter.json_schema())
+def faults(error: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """An error of jsonschema in our words; where several options fail, those of the one that is meant."""
+    # An error of a branch that got further than the value's own type is about the branch that was meant.
+    inner = [each for each in error.context or () if each.relative_path or each.validator == "required"]
+    if inner:
+        for each in inner:
+            yield from faults(each)
+    elif error.validator == "required":
+        for name in error.validator_value:
+            if name not in error.instance:
+                yield (*error.absolute_path, name), f"missing; expected {describe(error.schema['properties'][name])}"
+    else:
+        yield tuple(error.absolute_path), objection(error.instance, error.schema)
 
 
 def unknown_key(key: str, known: Iterable[str], elsewhere: str | None = None) -> str:
-    """What to tell someone who wrote a key that means nothing where it stands."""
+    """The message about a key that has no meaning where it was written."""
+    known = list(known)
     if elsewhere:
         return f"unknown key here; {elsewhere}"
-    known = list(known)
-    guess = nearest(key, known)
-    if guess:
+    if guess := nearest(key, known):
         return f'unknown key; did you mean "{guess}"?'
     if len(known) <= 12:
         return f"unknown key; known here: {', '.join(known) or 'none'}"
     return f"unknown key; rename it to {shown('_' + key)} if it is a comment"
 
 
-def _mistakes(cls: type[Section], error: ValidationError) -> list[InitErrorDetails]:
-    """pydantic's errors in our words: one for each value, union tags gone."""
-    found: dict[Route, InitErrorDetails] = {}
-    for line in error.errors(include_url=False):
-        kind, route, value = line["type"], line["loc"], line["input"]
-        if kind in (MISTAKE, REFUSAL):
-            found[route] = finished(kind, route, line["ctx"]["message"], line["ctx"]["reads"])
-        elif not route:
-            found[route] = finished(MISTAKE, route, objection(value, {"type": "object"}))
-        elif kind == "extra_forbidden":
-            key = str(route[-1])
-            refusal, elsewhere = cls.refused(key), cls.misplaced(key)
-            foreign = cls.loose and not elsewhere and not is_slip(key, cls.model_fields)
-            message = refusal or unknown_key(key, cls.model_fields, elsewhere)
-            found[route] = finished(REFUSAL if refusal or foreign else MISTAKE, route, message)
-        else:
-            schema = cls.model_json_schema()["properties"][route[0]]
-            if kind == "missing" and len(route) == 1:
-                found[route] = finished(MISTAKE, route, f"missing; expected {describe(schema)}")
-                continue
-            items = [part for part in route[1:] if isinstance(part, int) and kind != "missing"]
-            if items:  # the fault is an item's: what else was said of the whole list is beside the point
-                found.pop(route[:1], None)
-                schema = _item_schema(schema, items[0])
-            elif any(other[0] == route[0] for other in found):
-                continue
-            place = (route[0], *items)
-            found[place] = finished(MISTAKE, place, objection(value, schema))
-    return list(found.values())
+def describe(schema: Schema) -> str:
+    """The values that a schema allows, in words.
+
+    >>> describe({"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}]})
+    'a number >= 0 or null'
+    """
+    return either(dict.fromkeys(word for option in options(schema) for word in _words(option)))
 
 
-def _item_schema(schema: dict[str, Any], index: Any) -> dict[str, Any]:
-    for option in schema.get("anyOf", [schema]):
-        if "prefixItems" in option:
-            option = {"items": option["prefixItems"][index]}
-        if "items" in option:
-            return dict(option["items"])
-    return {}
+def options(schema: Schema) -> list[Schema]:
+    """The alternatives of a schema, ``anyOf`` and lists of types taken apart."""
+    if "anyOf" in schema:
+        return [option for each in schema["anyOf"] for option in options(each)]
+    kinds = schema.get("type")
+    return [{**schema, "type": kind} for kind in kinds] if isinstance(kinds, list) else [schema]
+
+
+def shown(value: Any) -> str:
+    """A value as JSON writes it, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def either(words: Iterable[str]) -> str:
+    """``0, 1, 2 or 3``."""
+    *rest, last = words
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is closest to, if any is close."""
+    by_lower = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower()[:60], by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def is_slip(name: str, known: Iterable[str]) -> bool:
+    """Whether a name looks like a typing error: close to a known one, and of as many words."""
+    guess = nearest(name, known)
+    if guess is None or name.count("_") != guess.count("_"):
+        return False
+    return difflib.SequenceMatcher(None, name.lower()[:60], guess.lower()).ratio() >= 0.75
+
+
+def _words(schema: Schema) -> list[str]:
+    """The values of a schema without alternatives, in words; several if it lists them."""
+    kind = "object" if "$ref" in schema else schema.get("type", "")
+    if "const" in schema or "enum" in schema:
+        return [shown(value) for value in schema.get("enum", [schema.get("const")])]
+    if kind == "boolean":
+        return ["true", "false"]
+    if item := schema.get("items") or schema.get("prefixItems", [None])[0]:
+        count = f"{len(schema['prefixItems'])} " if "prefixItems" in schema else ""
+        items = describe(item).replace("number", "numbers", 1).replace("string", "strings", 1)
+        return [f"a list of {count}{items.removeprefix('a ')}"]
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in _BOUNDS.items() if name in schema]
+    example = f" such as {shown(schema['examples'][0])}" if kind == "string" and "examples" in schema else ""
+    return [_NOUNS.get(kind, "a value") + (f" {' and '.join(bounds)}" if bounds else "") + example]
+
+
+def _remedy(value: Any, schema: Schema) -> str | None:
+    """What to do about a value, where its form tells what was meant."""
+    choices = options(schema)
+    kinds = {option.get("type") for option in choices}
+    number = not kinds.isdisjoint(("integer", "number"))
+    if value == "auto":
+        wanted = "a number" if number else "true or false" if "boolean" in kinds else "a value"
+        return f'"auto" is filled in by Hugging Face\'s integration; give {wanted}'
+    if isinstance(value, str):
+        if (number and _NUMBER.fullmatch(value)) or ("boolean" in kinds and value.lower() in ("true", "false")):
+            return "remove the quotes"
+        guess = nearest(value, [word for option in choices for word in option.get("enum", []) if isinstance(word, str)])
+        return f'did you mean "{guess}"?' if guess else None
+    return None

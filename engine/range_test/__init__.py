@@ -1,17 +1,16 @@
-"""The learning rate range test: run it, record it, read it, show it.
+"""The learning rate range test: run it, record it, read it. `redline.reports` shows it.
 
-rig         a live engine on which short runs are made, and which is then as it was before; `runner` is the test
-recorder    what any run notes of itself; `passive` keeps that of a run whose config says LRRangeTest
-curve       the record of one run; `smoothing` and `divergence` read it
-analysis    curves to a suggestion, pure numbers; `suggestion` is what comes out
-result      a test as a value, on disk, and as a config; `picture` and `report` show it
-task        model, data and loss in the forms people have them
-snapshot    the state that a test puts back
+session     short runs on a live engine, which is restored afterwards; `runner` makes a test of them
+recorder    records a run: an active test's, or a training whose config says LRRangeTest
+curve       the record of one run, its smoothing and divergence, and the rules of other tools
+suggest     curves to a suggestion or a refusal, pure numbers
+result      a test as a value, on disk, in the monitors, and as a config
+task        model, data and loss in the forms that users have; `importers` read what other tools recorded
 """
 
-from engine.range_test.curve import Curve
-from engine.range_test.result import RangeTestResult
-from engine.range_test.runner import run_range_test
-from engine.range_test.suggestion import Refusal, Suggestion
+from redline.range_test.curve import Curve
+from redline.range_test.result import RangeTestResult
+from redline.range_test.runner import run_range_test
+from redline.range_test.suggest import Refusal, Suggestion
 
 __all__ = ["Curve", "RangeTestResult", "Refusal", "Suggestion", "run_range_test"]

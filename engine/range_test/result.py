@@ -1,12 +1,15 @@
 """What a range test found: its curves, what they were measured with, and what they suggest.
 
-Owns the form in which a test is kept (`range_test.json`, `range_test.csv`) and the config it suggests.
+Owns the files that a test is kept in (`range_test.json`, `range_test.csv`), the config it suggests, and what goes to
+the monitors that the config names.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import inspect
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,48 +18,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.engine import Engine
-from engine.errors import RangeTestError
-from engine.range_test.adapt import adapt
-from engine.range_test.analysis import suggest
-from engine.range_test.curve import Curve
-from engine.range_test.smoothing import SMOOTHING
-from engine.range_test.suggestion import Refusal, Suggestion
+from redline.engine import Engine
+from redline.errors import RangeTestError
+from redline.monitoring.metrics import MetricsLogger
+from redline.monitoring.writers import CurveReport, Line, Scalar
+from redline.optimizers import resolve
+from redline.range_test.curve import SMOOTHING, Curve
+from redline.range_test.suggest import Refusal, Suggestion, suggest
 
-__all__ = ["RangeTestResult", "curve_from_json", "curve_to_json", "write_curves", "write_text"]
+__all__ = [
+    "RECORDS", "RangeTestResult", "adapt_config", "check_out", "curve_report_of", "publish", "write_curves",
+    "write_text",
+]  # fmt: skip
 
-JSON_NAME = "range_test.json"
-CSV_NAME = "range_test.csv"
-CONFIG_NAME = "one_cycle.json"
-
+JSON_NAME, CSV_NAME, CONFIG_NAME = "range_test.json", "range_test.csv", "one_cycle.json"
+RECORDS = (JSON_NAME, CONFIG_NAME, "tune.json", "tuned.json")  # what is replaced only on request
 CSV_COLUMNS = ("run", "step", "lr", "loss", "validation_loss")
 
 
 @dataclass(frozen=True)
 class RangeTestResult:
-    """The outcome of a range test as a value; nothing is drawn or written unless asked.
+    """The outcome of a range test as a value; nothing is drawn or written unless asked."""
 
-    Attributes:
-        curves: one per run, the fixed learning rate's among them.
-        config: the config that the test ran with, as it was given; the suggestion is written into a copy.
-        train_batch_size: samples of one update at which the curves were measured; 0 where nobody knows.
-        world_size: processes that took part.
-        optimizer: class name.
-        train_steps: updates of the planned training.
-        group_ratios: learning rate of each parameter group as a multiple of the first one's, which the curves show.
-        settings: what the optimizer was given for the test that is not the config's: ``(("weight_decay", 1e-4),)``.
-        beta: weight of the past in the smoothing of the losses: of the reading, not of the record.
-    """
-
-    curves: tuple[Curve, ...]
-    config: dict[str, Any]
-    train_batch_size: int
+    curves: tuple[Curve, ...]  # one per run, those at a fixed learning rate among them
+    config: dict[str, Any]  # that the test ran with, as it was given; the suggestion is written into a copy
+    train_batch_size: int  # samples per step at which the curves were measured; 0 where it is unknown
     world_size: int
-    optimizer: str
-    train_steps: int
-    group_ratios: tuple[float, ...] = (1.0,)
-    settings: tuple[tuple[str, float], ...] = ()
-    beta: float = SMOOTHING
+    optimizer: str  # class name
+    train_steps: int  # optimizer steps of the planned training
+    group_ratios: tuple[float, ...] = (1.0,)  # each parameter group's LR as a multiple of the first one's
+    settings: tuple[tuple[str, float], ...] = ()  # of the optimizer that differ from the config's
+    beta: float = SMOOTHING  # weight of the past in the smoothing of the losses: of the reading, not of the record
 
     @classmethod
     def of(
@@ -82,47 +74,67 @@ class RangeTestResult:
         curves = self._measured_at(self.train_batch_size, self.settings)
         return suggest(curves, train_steps=self.train_steps, beta=self.beta)
 
-    def select(
-        self, train_batch_size: int | None = None, settings: Mapping[str, float] | None = None
-    ) -> RangeTestResult:
-        """What was measured at a batch size and with settings of the optimizer, as a test of its own.
-
-        Suggestion and config are of these.
-
-        Args:
-            train_batch_size: samples of an update; None for the result's own.
-            settings: such as ``{"weight_decay": 1e-4}``; None for the result's own.
-
-        Raises:
-            RangeTestError: nothing was measured there; the message says where something was.
-        """
-        size = self.train_batch_size if train_batch_size is None else train_batch_size
-        wanted = self.settings if settings is None else tuple(sorted(settings.items()))
-        curves = self._measured_at(size, wanted)
-        if not any(curve.is_test for curve in curves):
-            there = {(curve.train_batch_size or self.train_batch_size, curve.settings) for curve in self.curves}
-            known = "; ".join(f"batch size {size}, settings {dict(each)}" for size, each in sorted(there))
-            raise RangeTestError(f"select: no test at batch size {size}, settings {dict(wanted)}; there are: {known}")
-        config = adapt(self.config, (self.train_batch_size, size), self.world_size, dict(wanted))
-        return replace(self, curves=curves, config=config, train_batch_size=size, settings=wanted)
-
-    def _measured_at(self, train_batch_size: int, settings: tuple[tuple[str, float], ...]) -> tuple[Curve, ...]:
-        return tuple(
-            curve
-            for curve in self.curves
-            if (curve.train_batch_size or self.train_batch_size) == train_batch_size
-            and (curve.settings or self.settings) == settings
-        )
+    @cached_property
+    def batches(self) -> tuple[tuple[int, Suggestion | Refusal], ...]:
+        """The answer at each batch size that was tested with the config's settings, where there are at least two."""
+        by_size: dict[int, list[Curve]] = {}
+        for curve in self.curves:
+            if curve.is_test and not curve.settings:
+                size = curve.train_batch_size or self.train_batch_size
+                by_size.setdefault(size, []).append(replace(curve, train_batch_size=None))
+        if len(by_size) < 2:
+            return ()
+        return tuple((size, suggest(tests, train_steps=self.train_steps)) for size, tests in sorted(by_size.items()))
 
     @property
     def has_suggestion(self) -> bool:
         """Whether there is a schedule to train with."""
         return isinstance(self.suggestion, Suggestion)
 
+    # -- other readings of the same curves ---------------------------------------------------------
+
+    def select(
+        self, train_batch_size: int | None = None, settings: Mapping[str, float] | None = None
+    ) -> RangeTestResult:
+        """The curves of one batch size and of certain optimizer settings as a result of their own.
+
+        Args:
+            train_batch_size: samples per step; None for the result's own.
+            settings: such as ``{"weight_decay": 1e-4}``; None for the result's own.
+
+        Raises:
+            RangeTestError: nothing was measured there; the message lists what was.
+        """
+        size = self.train_batch_size if train_batch_size is None else train_batch_size
+        wanted = self.settings if settings is None else tuple(sorted(settings.items()))
+        curves = self._measured_at(size, wanted)
+        if not any(curve.is_test for curve in curves):
+            measured = {(curve.train_batch_size or self.train_batch_size, curve.settings) for curve in self.curves}
+            known = "; ".join(f"batch size {size}, settings {dict(each)}" for size, each in sorted(measured))
+            raise RangeTestError(f"select: no test at batch size {size}, settings {dict(wanted)}; there are: {known}")
+        config = adapt_config(self.config, (self.train_batch_size, size), self.world_size, dict(wanted))
+        return replace(self, curves=curves, config=config, train_batch_size=size, settings=wanted)
+
+    def planned_for(self, train_steps: int) -> RangeTestResult:
+        """The same curves, read for a training of another length."""
+        return replace(self, train_steps=train_steps)
+
+    def smoothed_by(self, beta: float) -> RangeTestResult:
+        """The same curves, read with another smoothing: `beta` is the weight of the past, in [0, 1)."""
+        return replace(self, beta=beta)
+
+    def _measured_at(self, train_batch_size: int, settings: tuple[tuple[str, float], ...]) -> tuple[Curve, ...]:
+        def key(curve: Curve) -> tuple[int, tuple[tuple[str, float], ...]]:
+            return curve.train_batch_size or self.train_batch_size, curve.settings or self.settings
+
+        return tuple(curve for curve in self.curves if key(curve) == (train_batch_size, settings))
+
+    # -- what it suggests --------------------------------------------------------------------------
+
     def to_config(self) -> dict[str, Any]:
         """The test's config with the suggested ``OneCycle`` as its schedule, ready to train with.
 
-        Under ``_range_test`` it says where each number comes from; engines skip that key.
+        The reason for each number is under ``_range_test``, a key that the engine ignores.
 
         Raises:
             RangeTestError: there is no suggestion; the message says why and what to do.
@@ -135,8 +147,8 @@ class RangeTestResult:
             for key in ("cycle_min_lr", "cycle_max_lr"):
                 params[key] = [float(f"{params[key] * ratio:.6g}") for ratio in self.group_ratios]
         if any(name == "momentum" for name, _ in self.settings):
-            params["cycle_momentum"] = False  # measured at one that does not move
-        config = copy.deepcopy(self.config)
+            params["cycle_momentum"] = False  # measured at a constant momentum
+        config = copy.deepcopy({key: value for key, value in self.config.items() if key != "_tune"})
         config["scheduler"] = {"type": "OneCycle", "params": params}
         config["_range_test"] = {
             "reasons": answer.reasons,
@@ -146,21 +158,6 @@ class RangeTestResult:
         }
         return config
 
-    def planned_for(self, train_steps: int) -> RangeTestResult:
-        """The same curves, read for a training of another length."""
-        return replace(self, train_steps=train_steps)
-
-    def smoothed_by(self, beta: float) -> RangeTestResult:
-        """The same curves, read with another smoothing: `beta` is the weight of the past, in [0, 1)."""
-        return replace(self, beta=beta)
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the curves into a PNG, SVG or PDF file; needs matplotlib (``pip install 'redline[plot]'``)."""
-        from engine.range_test.contents import contents_of
-        from engine.range_test.picture import draw_range_test
-
-        return draw_range_test(contents_of(self), Path(path))
-
     def summary(self) -> str:
         """The suggestion in words, a line for each number; or the refusal."""
         answer = self.suggestion
@@ -168,18 +165,45 @@ class RangeTestResult:
             lines = [f"No suggestion. {answer.reason}", answer.remedy]
         else:
             where = f" at batch size {self.train_batch_size}" if self.train_batch_size else ""
-            lines = [f"Suggested OneCycle for {self.train_steps} updates{where}:"]
+            lines = [f"Suggested OneCycle for {self.train_steps} steps{where}:"]
             for key, value in answer.params().items():
                 lines.append(f"  {key} = {value:g}  {answer.reasons.get(key, '')}".rstrip())
         return "\n".join([*lines, *(f"Note: {note}" for note in answer.notes)])
 
-    # -- on disk ---------------------------------------------------------------------------------
+    def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
+        """Draw the curves; needs matplotlib (``pip install 'redline[plot]'``).
 
-    def save(self, directory: str | Path) -> dict[str, Path]:
-        """Write JSON, CSV and, if there is a suggestion, the config; an earlier test's files are replaced.
+        Args:
+            path: a PNG, SVG or PDF file for the whole picture; None draws the loss by learning rate, inline in a
+                notebook.
+            ax: matplotlib's axes to draw on; None for new ones.
 
         Returns:
-            What was written, by kind: "json", "csv", "config".
+            The path, or else the axes.
+        """
+        from redline.reports import plot_report, report_of  # reports import results; only this goes the other way
+
+        return plot_report(report_of(self), path, ax)
+
+    def __repr__(self) -> str:
+        answer = self.suggestion
+        found = f"{answer.cycle_min_lr:g} to {answer.cycle_max_lr:g}" if isinstance(answer, Suggestion) else "none"
+        return f"<RangeTestResult of {len(self.curves)} runs, suggested learning rates: {found}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the suggestion and the picture."""
+        from redline.reports import report_of
+        from redline.reports.html import render_cell
+
+        return render_cell(report_of(self))
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write JSON, CSV and, if there is a suggestion, the config; files of an earlier test are replaced.
+
+        Returns:
+            The files written, by kind: "json", "csv", "config".
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +215,7 @@ class RangeTestResult:
             write_text(config, json.dumps(self.to_config(), indent=2) + "\n")
             written["config"] = config
         else:
-            config.unlink(missing_ok=True)  # an earlier test's suggestion is not this one's
+            config.unlink(missing_ok=True)  # the suggestion of an earlier test
         return written
 
     @classmethod
@@ -205,94 +229,136 @@ class RangeTestResult:
         try:
             return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise RangeTestError(
-                f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
-            ) from None
+            message = f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
+            raise RangeTestError(message) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RangeTestError(f"{path}: is no record of a range test ({error})") from error
+            raise RangeTestError(f"{path}: not a record of a range test ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain values."""
+        """All fields but `beta`, and the suggestion, as plain values."""
+        names = ("train_batch_size", "world_size", "optimizer", "train_steps", "group_ratios", "settings")
         return {
-            "train_batch_size": self.train_batch_size,
-            "world_size": self.world_size,
-            "optimizer": self.optimizer,
-            "train_steps": self.train_steps,
-            "group_ratios": self.group_ratios,
-            "settings": self.settings,
+            **{name: getattr(self, name) for name in names},
             "suggestion": asdict(self.suggestion),
             "config": self.config,
-            "curves": [curve_to_json(curve) for curve in self.curves],
+            "curves": [curve.to_json() for curve in self.curves],
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RangeTestResult:
-        """What `to_json` gave.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is something else.
-        """
-        curves = tuple(curve_from_json(curve) for curve in value["curves"])
+        """The inverse of `to_json`; raises ValueError, KeyError or TypeError if `value` is something else."""
         names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
-        ratios = tuple(value["group_ratios"])
-        settings = tuple((name, setting) for name, setting in value.get("settings", ()))
-        return cls(curves=curves, group_ratios=ratios, settings=settings, **{name: value[name] for name in names})
+        return cls(
+            curves=tuple(Curve.from_json(curve) for curve in value["curves"]),
+            group_ratios=tuple(value["group_ratios"]),
+            settings=tuple((name, setting) for name, setting in value.get("settings", ())),
+            **{name: value[name] for name in names},
+        )
+
+
+def adapt_config(
+    config: Mapping[str, Any], batch_sizes: tuple[int, int], world_size: int, settings: Mapping[str, float]
+) -> dict[str, Any]:
+    """A copy of a config with another batch size, the micro-batch unchanged, and other optimizer settings.
+
+    `batch_sizes` are the samples per step under that config, and those wanted. A script's own optimizer stays as it is.
+    """
+    new = copy.deepcopy(dict(config))
+    before, wanted = batch_sizes
+    if wanted != before:
+        accumulation = new.pop("gradient_accumulation_steps", None)
+        micro_batch = new.get("train_micro_batch_size_per_gpu")
+        if not isinstance(micro_batch, int):  # left out, or "auto"
+            micro_batch = before // (world_size * (accumulation if isinstance(accumulation, int) else 1))
+        new |= {"train_batch_size": wanted, "train_micro_batch_size_per_gpu": micro_batch}
+    if settings and new.get("optimizer"):
+        params = new["optimizer"]["params"] = {**(new["optimizer"].get("params") or {})}
+        for name, value in settings.items():
+            if name == "momentum" and _takes_betas(new["optimizer"]["type"]):
+                params["betas"] = [value, params.get("betas", (0.9, 0.999))[1]]
+            else:
+                params[name] = value
+    return new
+
+
+def _takes_betas(optimizer: str) -> bool:
+    if optimizer == "Muon":
+        return False
+    is_deepspeeds = optimizer.lower() in ("adam", "adamw", "lamb", "lion")
+    return is_deepspeeds or "betas" in inspect.signature(resolve(optimizer)).parameters
 
 
 def write_curves(path: Path, curves: Sequence[Curve]) -> None:
-    """Write a CSV with a row for each update of each run."""
-    with _replacing(path).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
-        for curve in curves:
-            writer.writerows(_rows(curve))
-    _replacing(path).replace(path)
+    """Write a CSV with a row for each step of each run; a validation loss is in the row of the step before it."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(CSV_COLUMNS)
+    for curve in curves:
+        after = {steps - 1: loss for steps, loss in curve.validation}
+        if -1 in after:
+            writer.writerow((curve.name, -1, "", "", after[-1]))
+        for step, lr, loss in zip(curve.steps, curve.lrs, curve.losses):
+            writer.writerow((curve.name, step, lr, loss, after.get(step, "")))
+    write_text(path, file.getvalue())
 
 
-def _rows(curve: Curve) -> list[tuple[Any, ...]]:
-    """A row for each update; a validation loss stands in the row of the update it was measured after."""
-    after = {updates - 1: loss for updates, loss in curve.validation}
-    rows: list[tuple[Any, ...]] = [(curve.name, -1, "", "", after[-1])] if -1 in after else []
-    for step, lr, loss in zip(curve.steps, curve.lrs, curve.losses):
-        rows.append((curve.name, step, lr, loss, after.get(step, "")))
-    return rows
+def check_out(directory: str | Path, *, force: bool) -> None:
+    """Refuse a folder that holds results, before there are others to write there; `force` allows to replace them.
 
-
-def curve_to_json(curve: Curve) -> dict[str, Any]:
-    """A curve as plain values. JSON knows no nan and no infinity: they become strings."""
-    return asdict(curve) | {
-        "lrs": [_number(lr) for lr in curve.lrs],  # by powers, one that nobody stopped ends at infinity
-        "losses": [_number(loss) for loss in curve.losses],
-        "validation": [[updates, _number(loss)] for updates, loss in curve.validation],
-    }
-
-
-def curve_from_json(value: dict[str, Any]) -> Curve:
-    """What `curve_to_json` gave."""
-    return Curve(
-        name=value["name"],
-        rate=value["rate"],
-        steps=tuple(value["steps"]),
-        lrs=tuple(float(lr) for lr in value["lrs"]),
-        losses=tuple(float(loss) for loss in value["losses"]),
-        validation=tuple((updates, float(loss)) for updates, loss in value["validation"]),
-        kind=value.get("kind", "fixed" if value["rate"] is None else "linear"),
-        seed=value.get("seed", 0),
-        skipped=tuple(value.get("skipped", ())),
-        train_batch_size=value.get("train_batch_size"),
-        settings=tuple((name, setting) for name, setting in value.get("settings", ())),
-    )
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+    Raises:
+        RangeTestError: it does; or it is meant as a file.
+    """
+    if Path(directory).suffix.lower() in (".png", ".svg", ".pdf", ".html", ".json", ".csv"):
+        raise RangeTestError(f"out: {directory}: give a folder, for several files")
+    found = [name for name in RECORDS if (Path(directory) / name).exists()]
+    if found and not force:
+        raise RangeTestError(
+            f"out: {directory} holds earlier results ({', '.join(found)}); give another folder, or replace them with "
+            "--force (force=True)"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a full disk leaves the file that was there."""
-    _replacing(path).write_text(text)
-    _replacing(path).replace(path)
+    """Write to a temporary file, then rename, so that a full disk leaves the previous file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")  # a CSV has its own line ends
+    temporary.replace(path)
 
 
-def _replacing(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+# -- monitors ------------------------------------------------------------------------------------------
+
+
+def publish(
+    engine: Engine, groups: Mapping[str, Sequence[Curve]], answer: Suggestion | Refusal, notes: Sequence[str] = ()
+) -> None:
+    """Send curves and their answer to TensorBoard, Weights & Biases, CSV files and Comet, on rank 0.
+
+    `groups` are curves by the first part of their name: "RangeTest", "Search" or "Trials". They are charted against the
+    step as ``RangeTest/rate 5/loss`` and ``.../lr``: the charts of the training stay untouched.
+    """
+    for callback in engine.callbacks:
+        if isinstance(callback, MetricsLogger):
+            callback.log_report(curve_report_of(groups, answer, notes))
+
+
+def curve_report_of(
+    groups: Mapping[str, Sequence[Curve]], answer: Suggestion | Refusal, notes: Sequence[str] = ()
+) -> CurveReport:
+    """The same as a monitor takes it; arguments as in `publish`."""
+    scalars: list[Scalar] = []
+    for name, curve in ((f"{group}/{each.name}", each) for group, curves in groups.items() for each in curves):
+        for step, lr, loss in zip(curve.steps, curve.lrs, curve.losses):
+            scalars += [Scalar(f"{name}/loss", loss, step), Scalar(f"{name}/lr", lr, step)]
+        scalars += [Scalar(f"{name}/validation_loss", loss, steps) for steps, loss in curve.validation]
+    lines = []
+    for curve in filter(lambda each: each.is_test, groups.get("RangeTest", ())):
+        points = [point for point in zip(curve.lrs, curve.losses) if math.isfinite(point[1])]
+        lines.append(Line(curve.name, [lr for lr, _ in points], [loss for _, loss in points]))
+    numbers = answer.params() if isinstance(answer, Suggestion) else {}
+    if isinstance(answer, Refusal):
+        text = [f"**No suggestion.** {answer.reason} {answer.remedy}"]
+    else:
+        rows = [f"| `{key}` | {value:g} | {answer.reasons.get(key, '')} |" for key, value in numbers.items()]
+        text = ["| key | value | where it comes from |", "| --- | --- | --- |", *rows]
+    text += ["", *(f"- {note}" for note in (*answer.notes, *notes))]
+    return CurveReport("RangeTest", scalars, lines, ("lr", "loss"), numbers, "\n".join(text).rstrip())

@@ -1,12 +1,13 @@
-"""What a range test trains on: the user's model, data and loss, in the forms people have them.
+"""What short runs train on: the user's model, data and loss, in the usual forms.
 
     # task.py                                        redline range-test task.py:digits --config config.json
     def digits():
-        return model, train_dataset, loss_fn, validation_dataset      # the last is optional
+        return model, train_dataset, loss_fn, validation_dataset      # the last two are optional
 
-`data` is a dataset, a pair of tensors, or anything that yields batches again and again (a DataLoader).
-`loss` is called as ``loss(model, batch)``; a criterion, recognised by a second parameter named target,
-targets, label, labels or y as in `torch.nn`, is called as ``loss(model(inputs), targets)``.
+`data` is a dataset, a tuple or dict of tensors, or a loader. `loss` is called as ``loss(model, batch)``; a criterion,
+which is recognized by a second parameter named target, targets, label, labels or y as in `torch.nn`, is called as
+``loss(model(inputs), targets)``. Without one the model's output has the loss, as those of Hugging Face do. `validation`
+is data, or a function ``metric(model)``.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
 
-from engine.data import build_loader
-from engine.device import to_device
-from engine.distributed import World
-from engine.errors import RangeTestError
+from redline.data import build_loader
+from redline.device import to_device
+from redline.distributed.process_group import World
+from redline.errors import RangeTestError
 
-__all__ = ["Task", "batches", "load_task", "loss_of", "scalar_of", "training_batches", "validation_batches"]
+__all__ = [
+    "LossFn", "Mode", "Task", "batches", "is_metric", "load_task", "loader_of", "loss_of", "parts_of", "scalar_of",
+]  # fmt: skip
 
 LossFn = Callable[..., Tensor]
+Mode = Literal["min", "max"]
 
 _TARGET_NAMES = frozenset({"target", "targets", "label", "labels", "y"})
 
@@ -41,55 +45,51 @@ class Task:
 
     model: nn.Module
     data: Any
-    loss: LossFn
+    loss: LossFn | None = None
     validation: Any = None
+    mode: Mode = "min"
 
 
 def load_task(address: str) -> Task:
-    """Run the function that ``file.py:function`` names.
+    """Call the function that ``file.py:function`` names.
 
     Raises:
-        RangeTestError: no such file or function, or it returns something else than a task.
+        RangeTestError: there is no such file or function, or it does not return a task.
     """
-    file, colon, name = address.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise RangeTestError(f'TASK: got "{address}"; expected file.py:function, such as task.py:digits')
+    file, _, name = address.rpartition(":")
     path = Path(file)
+    if not name.isidentifier() or not file:
+        raise RangeTestError(f'TASK: got "{address}"; expected file.py:function, such as task.py:digits')
     if not path.is_file():
         raise RangeTestError(f"TASK: there is no file {path}")
     function = getattr(_import_file(path), name, None)
     if not callable(function):
         raise RangeTestError(f"TASK: {path} has no function {name}")
-    return _as_task(function(), address)
-
-
-def _as_task(value: Any, where: str) -> Task:
-    if isinstance(value, Task):
-        return value
-    if isinstance(value, dict):
-        unknown = value.keys() - {"model", "data", "loss", "validation"}
-        if not unknown and {"model", "data", "loss"} <= value.keys():
-            return _checked(Task(**value), where)
-    elif isinstance(value, (tuple, list)) and len(value) in (3, 4):
-        return _checked(Task(*value), where)
-    raise RangeTestError(f"{where}: returned {_described(value)}; expected model, data, loss[, validation data]")
-
-
-def _checked(task: Task, where: str) -> Task:
+    task = _as_task(value := function())
+    if task is None:
+        raise RangeTestError(f"{address}: returned {_described(value)}; expected model, data[, loss[, validation]]")
     if not isinstance(task.model, nn.Module):
-        raise RangeTestError(f"{where}: the model is {_described(task.model)}; expected a torch.nn.Module")
-    if not callable(task.loss):
-        raise RangeTestError(f"{where}: the loss is {_described(task.loss)}; expected a function loss(model, batch)")
+        raise RangeTestError(f"{address}: the model is {_described(task.model)}; expected a torch.nn.Module")
+    if task.loss is not None and not callable(task.loss):
+        raise RangeTestError(f"{address}: the loss is {_described(task.loss)}; expected a function loss(model, batch)")
     return task
 
 
+def _as_task(value: Any) -> Task | None:
+    if isinstance(value, dict) and {"model", "data"} <= value.keys() <= {*Task.__dataclass_fields__}:
+        return Task(**value)
+    if isinstance(value, (tuple, list)) and len(value) in (2, 3, 4):
+        return Task(*value)
+    return value if isinstance(value, Task) else None
+
+
 def _import_file(path: Path) -> Any:
-    """The module in a file, importing its neighbours as a script would."""
-    # Under its own name where that is free, so that worker processes can find what it defines.
+    """The module in a file, which imports its neighbors as a script would."""
+    # Under its own name where that is free, so that loader workers can unpickle what it defines.
     name = path.stem if path.stem not in sys.modules else f"redline_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RangeTestError(f"TASK: {path} is no Python file")
+        raise RangeTestError(f"TASK: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     sys.modules[name] = module
@@ -97,18 +97,22 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def loss_of(loss: LossFn) -> Callable[[nn.Module, Any], Tensor]:
-    """A loss in the form ``loss(model, batch)``, whichever form it was given in.
+# -- losses --------------------------------------------------------------------------------------------
+
+
+def loss_of(loss: LossFn | None) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss, a criterion, or None for the model's own loss as ``loss(model, batch)``.
 
     Raises:
-        RangeTestError: it takes other arguments than either form.
+        RangeTestError: the signature is that of neither.
     """
+    if loss is None:
+        return _loss_of_model
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-        names = [
-            p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # a builtin does not tell
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [parameter.name for parameter in signature.parameters.values() if parameter.kind in positional]
+    except (TypeError, ValueError):  # a builtin has no signature
         names = ["model", "batch"]
     if len(names) < 2:
         raise RangeTestError(f"loss: takes {names}; expected loss(model, batch), or a criterion loss(output, target)")
@@ -116,87 +120,132 @@ def loss_of(loss: LossFn) -> Callable[[nn.Module, Any], Tensor]:
         return loss
 
     def apply(model: nn.Module, batch: Any) -> Tensor:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return loss(model(batch[0]), batch[1])
+        targets = [name for name in batch if name in _TARGET_NAMES] if isinstance(batch, Mapping) else []
+        if len(targets) != 1 or len(batch) < 2:
             raise RangeTestError(
-                f"data: a batch is {_described(batch)}; the criterion wants (inputs, targets); for other batches give "
-                "a function loss(model, batch)"
+                f"data: a batch is {_described(batch)}; the criterion expects (inputs, targets), or a dict with one of "
+                f"{', '.join(sorted(_TARGET_NAMES))}; for other batches give a function loss(model, batch)"
             )
-        inputs, targets = batch
-        return loss(model(inputs), targets)
+        inputs = {name: value for name, value in batch.items() if name != targets[0]}
+        output = model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
+        return loss(output, batch[targets[0]])
 
     return apply
 
 
-def scalar_of(loss: Any) -> Tensor:
-    """What a loss returned, as a tensor without dimensions; what training takes is taken, and nothing else.
+def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
+    """The loss in the output of a model that computes its own, as those of Hugging Face do for a batch with labels."""
+    signature = inspect.signature(getattr(model, "module", model).forward)
+    named = _arguments(signature, batch) if isinstance(batch, Mapping) else {}
+    inputs = () if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        signature.bind(*inputs, **named)
+    except TypeError as error:
+        raise RangeTestError(
+            f"loss: none is given, so a batch, {_described(batch)}, is what the model is called with: {error}; give a "
+            "criterion such as torch.nn.CrossEntropyLoss(), or a function loss(model, batch)"
+        ) from None
+    output = model(*inputs, **named)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        names = f" for a batch of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise RangeTestError(
+            f"loss: none is given, and the model's output, {_described(output)}, has none{names}; give a criterion or "
+            "a function loss(model, batch), or batches with what the model computes its loss from, such as labels"
+        )
+    return loss
 
-    Raises:
-        RangeTestError: it is no tensor with one element.
-    """
+
+def _arguments(signature: inspect.Signature, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a batch's columns that the model takes; a Hugging Face data set also has text, indices, and "label"."""
+    parameters = signature.parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    columns = {name: value for name, value in batch.items() if not _is_text(value)}
+    if "label" in columns and "label" not in parameters and "labels" in parameters:
+        columns.setdefault("labels", columns.pop("label"))
+    return {name: value for name, value in columns.items() if takes_any or name in parameters}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(each, str) for each in value))
+
+
+def scalar_of(loss: Any) -> Tensor:
+    """A loss as a tensor of shape (), if it is one that `Engine.backward` accepts: a tensor with one element."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else _described(loss)
         raise RangeTestError(f"loss: returned {given}; expected a scalar tensor, such as loss.mean()")
     return loss.reshape(())
 
 
-def training_batches(data: Any, world: World, *, micro_batch: int, name: str = "data") -> Iterable[Any]:
-    """Something that yields this process's micro-batches, on its device, each time it is iterated.
+# -- data ----------------------------------------------------------------------------------------------
 
-    Args:
-        data: in any of the forms people have it.
-        world: the processes.
-        micro_batch: samples of a forward on one process.
-        name: of the argument, for messages.
 
-    Raises:
-        RangeTestError: data that can be read only once, or is no data at all.
+class _Columns(Dataset[dict[str, Tensor]]):
+    """Tensors of one length by name; a sample is a dict."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def is_metric(validation: Any) -> bool:
+    """Whether validation is a function of the model, not data."""
+    return callable(validation) and not hasattr(validation, "__iter__") and not hasattr(validation, "__getitem__")
+
+
+def _as_dataset(data: Any, name: str) -> Any:
+    """Tensors and arrays, in a tuple or by name, as a dataset; anything else as it is."""
+    if not isinstance(data, (tuple, Mapping)) or not data:
+        # Hugging Face's data sets give lists of Python's numbers unless they are asked for tensors.
+        with_format = getattr(data, "with_format", None)
+        is_plain = (getattr(data, "format", None) or {}).get("type") is None
+        return data if with_format is None or not is_plain else with_format("torch")
+    columns: dict[Any, Any] = dict(data) if isinstance(data, Mapping) else dict(enumerate(data))
+    if not all(isinstance(each, Tensor) or hasattr(each, "__array__") for each in columns.values()):
+        if isinstance(data, tuple):
+            return data  # a loader: batches in a tuple
+        raise RangeTestError(
+            f"{name}: got {_described(data)}; a dict of data holds tensors or arrays of one length; of several splits "
+            "give one"
+        )
+    tensors = {key: each if isinstance(each, Tensor) else _tensor_of(each) for key, each in columns.items()}
+    if any(each.ndim == 0 for each in tensors.values()) or len({len(each) for each in tensors.values()}) != 1:
+        shapes = ", ".join(f"{key}: {tuple(each.shape)}" for key, each in tensors.items())
+        raise RangeTestError(f"{name}: got tensors of shapes {shapes}; expected one length of the first dimension")
+    return TensorDataset(*tensors.values()) if isinstance(data, tuple) else _Columns(tensors)
+
+
+def _tensor_of(array: Any) -> Tensor:
+    """An array as a tensor, NumPy's usual float64 in the type that models have."""
+    tensor = torch.as_tensor(array)
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+
+
+def loader_of(
+    data: Any, world: World, *, micro_batch: int, seed: int = 0, for_validation: bool = False
+) -> Iterable[Any]:
+    """This rank's micro-batches: shuffled by the seed, or for a validation in order, each sample on exactly one rank.
+
+    A loader is used unchanged. An iterator is refused: each run of the test starts from the same batch.
     """
-    data = _as_dataset(data)
-    if _is_dataset(data):
-        if not isinstance(data, IterableDataset) and len(data) == 0:
+    name = "validation" if for_validation else "data"
+    data = _as_dataset(data, name)
+    if isinstance(data, IterableDataset):
+        return build_loader(data, world, micro_batch=micro_batch, seed=seed)
+    is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, Dataset) or (is_map_style and not isinstance(data, (list, tuple, dict))):
+        if len(data) == 0:  # type: ignore[arg-type]
             raise RangeTestError(f"{name}: the dataset is empty")
-        return build_loader(data, world, micro_batch=micro_batch)
-    return _as_batches(data, name)
-
-
-def validation_batches(data: Any, world: World, *, micro_batch: int) -> Iterable[Any]:
-    """As `training_batches`, in order, each sample on exactly one process."""
-    data = _as_dataset(data)
-    if _is_dataset(data) and not isinstance(data, IterableDataset) and len(data) > 0:
-        return build_loader(data, world, micro_batch=micro_batch, shuffle=False, even=False)
-    return training_batches(data, world, micro_batch=micro_batch, name="validation")
-
-
-def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The source's batches on the device, from the beginning again when they end.
-
-    Raises:
-        RangeTestError: a source without any.
-    """
-    empty = False
-    while True:
-        count = 0
-        for batch in source:
-            count += 1
-            yield to_device(batch, device)
-        empty, was_empty = count == 0, empty
-        if empty and was_empty:  # once may be: the rest of an epoch that was resumed at its end
-            raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
-
-
-def _is_dataset(data: Any) -> bool:
-    return isinstance(data, Dataset) or (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (list, tuple, dict))
-    )
-
-
-def _as_dataset(data: Any) -> Any:
-    if isinstance(data, tuple) and data and all(isinstance(part, Tensor) for part in data):
-        return TensorDataset(*data)
-    return data
-
-
-def _as_batches(data: Any, name: str) -> Iterable[Any]:
+        shuffled = not for_validation
+        return build_loader(data, world, micro_batch=micro_batch, seed=seed, shuffle=shuffled, even=shuffled)
     if isinstance(data, Iterator):
         raise RangeTestError(
             f"{name}: got {_described(data)}, which can be read only once; give a dataset or a loader, since each run "
@@ -207,7 +256,36 @@ def _as_batches(data: Any, name: str) -> Iterable[Any]:
     return data
 
 
+def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The source's batches on the device, from the beginning again when they end; it must have at least one."""
+    empty_passes = 0
+    while empty_passes < 2:  # one may be empty: the rest of an epoch that was resumed at its end
+        empty_passes += 1
+        for batch in source:
+            empty_passes = 0
+            yield to_device(batch, device)
+    raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
+
+
+def parts_of(*data: Any) -> list[Any]:
+    """What data are read through: loaders, samplers and datasets, each once, from the outside in."""
+    found: dict[int, Any] = {}
+    queue = [part for part in data if part is not None]
+    while queue:
+        part = queue.pop(0)
+        if id(part) not in found:
+            found[id(part)] = part
+            inner = (getattr(part, name, None) for name in ("dataloader", "sampler", "batch_sampler", "dataset"))
+            queue += [each for each in inner if each is not None]
+            queue += part.datasets if isinstance(part, ConcatDataset) else []
+    return list(found.values())
+
+
 def _described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of {len(value)} ({', '.join(type(part).__name__ for part in value)})"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {', '.join(f'{key}: {type(part).__name__}' for key, part in value.items())}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     return type(value).__name__

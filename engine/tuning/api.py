@@ -1,130 +1,43 @@
-"""Tuning from Python, and what it shares with the command: arguments checked, stages run, signals taken."""
+"""Tuning from Python: arguments in, stages run, a result or an interruption out."""
 
 from __future__ import annotations
 
-import math
+import gc
+import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from engine.distributed import World
-from engine.engine import Engine
-from engine.errors import RangeTestError
-from engine.log import log
-from engine.range_test.conditions import SETTINGS, check
-from engine.range_test.publish import publish
-from engine.range_test.task import LossFn
-from engine.tuning.batch import share_out_batch
-from engine.tuning.meter import Meter
-from engine.tuning.plan import MAX_UPDATES, TRIES, Plan, Request, make_plan, total_of
-from engine.tuning.report import contents_of, prepare_folder, write_tuning
-from engine.tuning.result import Tuning
-from engine.tuning.stand import OneEngine, Stand
-from engine.tuning.stop import Stop, Stopped
-from engine.tuning.store import save_tuning
-from engine.tuning.tuner import Facts, Tuner, facts_of
+from redline.distributed.process_group import World
+from redline.engine import Engine
+from redline.log import log
+from redline.range_test.result import publish
+from redline.range_test.session import Session
+from redline.range_test.task import LossFn, Mode, Task
+from redline.signals import InterruptGuard
+from redline.tuning.budget import Request
+from redline.tuning.report import prepare_folder, report_of, save_progress
+from redline.tuning.result import TRAINED, Tuning
+from redline.tuning.tuner import Tuner
 
-__all__ = ["Interrupted", "Wishes", "run_tuning", "tune"]
+__all__ = ["Engines", "Interrupted", "Stop", "run_tuning", "tune"]
 
-COUNTS = ("steps", "seeds", "max_updates", "target_batch_size", "target_processes")
-
-
-class Interrupted(KeyboardInterrupt):
-    """A tuning was ended by Ctrl-C or SIGTERM.
-
-    Attributes:
-        tuning: what was known by then; whole, and not `stopped`, where the signal came after the last update.
-        signal: the number of the signal.
-    """
-
-    def __init__(self, tuning: Tuning, number: int) -> None:
-        super().__init__(tuning.stopped or f"by {signal.Signals(number).name} after the last update")
-        self.tuning, self.signal = tuning, number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What is asked of a tuning, checked: arguments of :func:`tune`, which has their meaning and their defaults.
-
-    Raises:
-        RangeTestError: an argument that cannot be; the message says what can.
-    """
-
-    steps: int
-    budget: float
-    max_updates: int | None
-    seeds: int
-    batch_sizes: Sequence[int] | None
-    sweep: Mapping[str, Sequence[float]] | None
-    target_batch_size: int | None
-    target_processes: int | None
-
-    def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in COUNTS}
-        counts |= {f"batch_sizes[{index}]": size for index, size in enumerate(self.batch_sizes or ())}
-        for name, value in counts.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RangeTestError(f"{name}: got {value!r}; expected an integer >= 1")
-        if not 0 < self.budget <= 1:
-            raise RangeTestError(
-                f"budget: got {self.budget!r}; expected a share of the planned updates, above 0 and at most 1"
-            )
-        for name, values in (self.sweep or {}).items():
-            if name not in SETTINGS:
-                raise RangeTestError(f'sweep: got "{name}"; expected {" or ".join(SETTINGS)}')
-            if bad := [value for value in values if not 0 <= value < math.inf]:
-                raise RangeTestError(f"sweep: got {name} {bad[0]!r}; expected numbers >= 0")
-        # Too few updates are found out before anything is built.
-        total_of(self.steps, self.budget, self.max_updates or MAX_UPDATES)
-
-    @property
-    def settings(self) -> tuple[tuple[str, float], ...]:
-        """What `sweep` asks for, one by one."""
-        return tuple((name, float(each)) for name, values in (self.sweep or {}).items() for each in values)
-
-    def plan(self, facts: Facts, *, validates: bool) -> Plan:
-        """The plan for an engine.
-
-        Raises:
-            RangeTestError: the budget is too small, or a batch cannot be made of the engine's micro-batches.
-        """
-        own = facts.test.train_batch_size
-        unit = facts.micro_batch * facts.test.world_size
-        batch_sizes = tuple(self.batch_sizes or ())
-        for size in batch_sizes:
-            if size % unit:
-                near = sorted({max(unit, size // unit * unit), -(-size // unit) * unit})
-                raise RangeTestError(
-                    f"batch_sizes: {size} is no multiple of {unit} (micro-batch {facts.micro_batch} x "
-                    f"{facts.test.world_size} processes), of which larger batches are accumulated; give "
-                    f"{' or '.join(map(str, near))}, or a smaller train_micro_batch_size_per_gpu in the config"
-                )
-        if self.target_batch_size is not None or self.target_processes is not None:
-            share_out_batch(self.target_batch_size or own, self.target_processes or facts.test.world_size, own)
-        return make_plan(
-            Request(
-                steps=self.steps,
-                batch_size=own,
-                budget=self.budget,
-                max_updates=self.max_updates or MAX_UPDATES,
-                named_start=facts.named_start is not None,
-                seeds=self.seeds,
-                batch_sizes=batch_sizes,
-                settings=self.settings,
-                validates=validates,
-            )
-        )
+PATIENCE = 10.0  # seconds that the current step has after a signal
 
 
 def tune(
     engine: Engine,
     data: Any,
-    loss: LossFn,
+    loss: LossFn | None = None,
     *,
     steps: int,
     validation: Any = None,
+    mode: Mode = "min",
     budget: float = 0.1,
     max_updates: int | None = None,
     seeds: int = 1,
@@ -132,151 +45,199 @@ def tune(
     sweep: Mapping[str, Sequence[float]] | None = None,
     target_batch_size: int | None = None,
     target_processes: int | None = None,
+    schedules: Sequence[str] = ("linear", "onecycle"),
     out: str | Path | None = None,
+    force: bool = False,
     progress: bool | None = None,
 ) -> Tuning:
-    """Find the learning rate and the schedule for a training: range tests, trials of what they suggest, the winner.
+    """Find the learning rate and the schedule for a training, by range tests and short trainings.
 
-    The engine is then as it was before. On several processes every one calls this with the same arguments. Ctrl-C and
-    SIGTERM end it at the next update, with all that is known by then saved to `out`.
+    The engine is restored bit for bit. On several ranks, all of them must call this with the same arguments. Ctrl-C and
+    SIGTERM end it after the current step; what is known by then is saved to `out`.
 
     Args:
-        engine: at the beginning of an update.
-        data: a dataset, a tuple of tensors, or anything that yields micro-batches again and again.
-        loss: ``loss(model, batch)`` to a scalar, or a criterion ``loss(output, target)``.
-        steps: updates of the planned training.
-        validation: data by whose loss trials are judged; None for the training loss.
-        budget: share of the planned updates that the tuning may take, above 0 and at most 1.
-        max_updates: the tuning's updates, at most; None for 1,000.
-        seeds: repetitions of the tests. On a live engine they change the order of the data and dropout, not the initial
-            weights; `redline tune` builds the model anew for each.
-        batch_sizes: also test at these, by gradient accumulation.
-        sweep: also test with these values of "weight_decay" and "momentum".
-        target_batch_size: write the config for this batch.
-        target_processes: write the config for so many processes.
-        out: folder to save to, as each stage ends; None for none.
-        progress: show a bar; None shows one on a terminal and some lines elsewhere.
+        engine: An engine at an accumulation boundary.
+        data: A dataset, tensors or arrays in a tuple or dict, or an iterable of micro-batches that can be iterated
+            repeatedly.
+        loss: ``loss(model, batch)`` returning a scalar, or a criterion ``loss(output, target)``; None for a model whose
+            output has a ``loss``.
+        steps: Optimizer steps of the planned training.
+        validation: Data whose loss decides between trials, or a function ``metric(model)`` returning a number; None for
+            the training loss.
+        mode: Whether a lower ("min") or a higher metric is better ("max"): then its negative is recorded.
+        budget: Steps that the tuning may take, as a multiple of the planned ones; validations count, too.
+        max_updates: The same as a number; None for 1,000, or from half a training on for no limit.
+        seeds: Repetitions of the tests. On a live engine a seed changes the order of the data and dropout, not the
+            initial weights; `redline tune` builds a new model for each.
+        batch_sizes: Batch sizes to compare, reached by gradient accumulation.
+        sweep: Values of "weight_decay" and "momentum" to compare.
+        target_batch_size: Write the config for this batch size; None for the engine's.
+        target_processes: Write the config for this number of ranks; None for the current one.
+        schedules: The schedules to try at the peak that was found, of "linear", "onecycle", "cosine" and "wsd".
+        out: Folder to save to after each stage.
+        force: Replace earlier results in `out`.
+        progress: Show a progress bar; None shows one on a terminal and some lines elsewhere.
 
     Returns:
-        Tests, trials and the config of the winner, the same on every process.
+        Tests, trials and the config of the winner, the same on every rank.
 
     Raises:
-        RangeTestError: an argument that cannot be, such as a folder that cannot be written to; a budget too small for
-            any test.
-        Interrupted: a signal ended it; it is a KeyboardInterrupt, and has the tuning so far.
+        RangeTestError: An argument is invalid, `out` cannot be written to or holds earlier results, or the budget is
+            too small for any test.
+        Interrupted: A signal ended it; has the tuning so far.
     """
-    wishes = Wishes(
-        steps=steps,
-        budget=budget,
-        max_updates=max_updates,
-        seeds=seeds,
-        batch_sizes=batch_sizes,
-        sweep=sweep,
-        target_batch_size=target_batch_size,
-        target_processes=target_processes,
+    request = Request(
+        steps, budget, max_updates, seeds, batch_sizes, sweep, target_batch_size, target_processes, schedules
     )
-    with Stop() as stop:  # before the rig, which leaves signals to whoever has them
-        stand = OneEngine(engine, data, loss, validation)
-        return run_tuning(stand, wishes, stop, out=out, progress=progress)
+    task = Task(engine.module, data, loss, validation, mode)
+    # Signals first: a session handles only those that nobody else does.
+    with Stop() as stop:
+        engines = Engines(lambda seed: (engine, task), per_seed=False)
+        return run_tuning(engines, request, stop, out=out, force=force, progress=progress)
 
 
-def run_tuning(stand: Stand, wishes: Wishes, stop: Stop, *, out: str | Path | None, progress: bool | None) -> Tuning:
-    """Run all stages on a stand, which is closed at the end, and tell its engine's monitors; see :func:`tune`."""
+def run_tuning(
+    engines: Engines,
+    request: Request,
+    stop: Stop,
+    *,
+    out: str | Path | None,
+    progress: bool | None,
+    force: bool = False,
+) -> Tuning:
+    """Run all stages, close the engines, and send the curves to the monitors of the last one; see :func:`tune`."""
     try:
-        engine = stand.rig(0).engine
-        facts = facts_of(engine, wishes.steps)
-        plan = wishes.plan(facts, validates=stand.validates)
-        for name, value in wishes.settings:
-            check(engine, None, {name: value})
-        is_first = engine.global_rank == 0
-        _look_at(out, engine.world)
-        del engine  # a stand that builds engines has one at a time
-        if is_first and out is not None:
-            log.info("%s", _intent(plan, wishes))
-        save = _saver(out if is_first else None)
-        show = progress if is_first else False
-        meter = Meter(plan.total, facts.test.train_batch_size, show, stop)
-        tuner = Tuner(stand, facts, plan, _frame(facts, wishes), meter, save)
-        stop.report = lambda number: tuner.break_off(signal.Signals(number).name)
-        with meter:
-            try:
-                tuning = tuner.run()
-            except Stopped as stopped:
-                raise Interrupted(tuner.result(), stopped.signal) from None
-        stop.report = None  # all is saved
-    finally:
-        last = stand.close()
-    if last is not None:
-        publish(last, contents_of(tuning))
-    try:
-        meter.look()  # a signal may have come since the last update
-    except Stopped as stopped:
-        raise Interrupted(tuning, stopped.signal) from None
+        try:
+            world = engines.session(0).engine.world
+            folder, show = (out, progress) if world.rank == 0 else (None, False)
+            save = partial(save_progress, directory=folder)
+            tuner = Tuner(engines.session, request, save, partial(_keep, out), validates=engines.validates, show=show)
+            prepare_folder(folder, world, force=force)
+            if folder is not None:
+                log.info("tune: at most %d of %d planned steps: %s", tuner.plan.total, request.steps, tuner.plan)
+            stop.report = lambda number: tuner.break_off(signal.Signals(number).name)
+            tuner.run(lambda: stop.check(world))
+        finally:
+            last = engines.close()
+        tuning = tuner.known
+        if last is not None:
+            search, trials = ([trial.curve for trial in each] for each in (tuning.search, tuning.trials))
+            curves = {"RangeTest": report_of(tuning).curves, "Search": search, "Trials": trials}
+            publish(last, curves, tuning.answer, tuning.left_out)
+        stop.check(world)  # a signal may have come since the last step
+    except Interrupted as error:
+        error.tuning = tuner.known
+        raise
     return tuning
 
 
-def _frame(facts: Facts, wishes: Wishes) -> Tuning:
-    return Tuning(
-        test=facts.test,
-        trials=(),
-        steps=wishes.steps,
-        budget=wishes.budget,
-        spent=0,
-        updates=0,
-        seconds=0.0,
-        micro_batch=facts.micro_batch,
-        own_lr=facts.own_lr,
-        momentum=facts.momentum,
-        target_batch_size=wishes.target_batch_size,
-        target_processes=wishes.target_processes,
-    )
+def _keep(out: str | Path | None, engine: Engine) -> None:
+    """Save the training that an engine has just completed, on all ranks."""
+    if out is not None:
+        engine.save_checkpoint(Path(out) / TRAINED, tag="best")
 
 
-def _look_at(out: str | Path | None, world: World) -> None:
-    """Find out before the tests whether rank zero can write to the folder; all processes leave if it cannot."""
-    problem = None
-    if world.rank == 0 and out is not None:
-        try:
-            prepare_folder(out)
-        except RangeTestError as error:
-            problem = str(error)
-    if problem := world.gather(problem)[0]:
-        raise RangeTestError(problem)
+class Engines:
+    """Opens range test sessions, one at a time, on engines that `build` makes for a seed.
+
+    With `per_seed` each seed has an engine of its own, whose initial weights differ, too; else all have one.
+    """
+
+    def __init__(self, build: Callable[[int], tuple[Engine, Task]], *, per_seed: bool) -> None:
+        self._build, self._per_seed = build, per_seed
+        self._session: Session | None = None
+        self._seed: int | None = None
+        self._scale: dict[str, Any] | None = None  # loss scale at which the last engine's runs have settled
+        self.validates = False
+
+    def session(self, seed: int) -> Session:
+        """The open session of a seed; a session of another one is closed first."""
+        if self._session is not None and (seed == self._seed or not self._per_seed):
+            return self._session
+        self.close()
+        gc.collect()  # engines and DDP are in reference cycles, and only one of them fits into memory
+        if self._seed is None:
+            engine, task = self._build(seed)
+        else:
+            level = log.level
+            log.setLevel(logging.WARNING)  # the first engine has already logged its start-up lines
+            try:
+                engine, task = self._build(seed)
+            finally:
+                log.setLevel(level)
+        self._seed, self.validates = seed, task.validation is not None
+        session = Session(engine, task.data, task.loss, validation=task.validation, mode=task.mode)
+        session.scale = self._scale
+        self._session = session.__enter__()
+        return self._session
+
+    def close(self) -> Engine | None:
+        """Close the open session, which restores its engine; returns the engine, for its monitors."""
+        if self._session is None:
+            return None
+        session, self._session = self._session, None
+        self._scale = session.scale
+        session.__exit__(None, None, None)
+        return session.engine
 
 
-def _intent(plan: Plan, wishes: Wishes) -> str:
-    """What will be done, in one line."""
-    parts = [("sweep", plan.sweep), ("slow", plan.slow), ("fast", plan.fast)]
-    told = [f"{name} {updates}" for name, updates in parts if updates]
-    if plan.seeds > 1:
-        told.append(f"{plan.seeds} seeds")
-    if plan.asked:
-        told.append(f"{len(plan.batch_sizes) + len(plan.settings)} tests of {plan.asked} for what was asked beside")
-    if plan.search:
-        told.append(f"search {TRIES} x {plan.search}")
-    told.append(f"trials {plan.trials}" if plan.trials else "no trials")
-    share = plan.total / wishes.steps
-    return f"tune: at most {plan.total} updates, {share:.1%} of {wishes.steps} planned: {', '.join(told)}"
+class Interrupted(KeyboardInterrupt):
+    """A tuning was ended by Ctrl-C or SIGTERM.
+
+    Attributes:
+        tuning: What was known by then; complete, and not `stopped`, if the signal came after the last step.
+        signal: The number of the signal.
+    """
+
+    tuning: Tuning
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+    def __str__(self) -> str:
+        return self.tuning.stopped or f"by {self.args[0]} after the last step"
 
 
-def _saver(out: str | Path | None) -> Callable[[Tuning], None]:
-    """Keeps what is known so far; a full disk is no reason to stop measuring."""
+class Stop(InterruptGuard):
+    """A context in which SIGINT and SIGTERM end a tuning after the current step, on all ranks at the same one.
 
-    reported = False
+    Attributes:
+        report: Called in a thread, with the signal's number, if the step does not end within `patience` seconds:
+            torchrun kills its workers 30 seconds after a signal.
+    """
 
-    def save(tuning: Tuning) -> None:
-        nonlocal reported
-        if out is None:
-            return
-        try:
-            if tuning.stopped is None and not reported:
-                save_tuning(tuning, out)
-            elif tuning.test.curves:
-                write_tuning(tuning, out, picture=False)  # there may be little time
-                if not reported:
-                    log.warning("tune: broken off %s; what is known so far is in %s", tuning.stopped, out)
-                reported = True
-        except OSError as error:
-            log.warning("tune: what is known so far could not be written to %s: %s", out, error.strerror or error)
+    def __init__(self, patience: float = PATIENCE) -> None:
+        super().__init__((signal.SIGINT, signal.SIGTERM), replaces=True)
+        self.report: Callable[[int], object] | None = None
+        self._patience = patience
+        self._asked, self._ended = threading.Event(), threading.Event()
 
-    return save
+    def __enter__(self) -> Stop:
+        self.install()
+        # Begun here: a signal handler must not begin a thread, since it may have interrupted that very code.
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        self._asked.set()
+        self.remove()
+
+    def check(self, world: World) -> None:
+        """Raise Interrupted if any rank was asked to stop; a collective where there are several."""
+        if number := self.requested(world):
+            self._ended.set()
+            raise Interrupted(number)
+
+    def _on_request(self, number: int) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            # Not print, which is not reentrant: the signal may have come inside another one.
+            os.write(2, f"\nredline: {name}: stopping after this step; again to exit at once\n".encode())
+        self._asked.set()
+
+    def _watch(self) -> None:
+        self._asked.wait()
+        if not self._ended.wait(self._patience) and self.report is not None:
+            self.report(self.received)

@@ -1,331 +1,362 @@
-"""What a tuning found: the tests, the trials, and the config of the winner."""
+"""What a tuning found: range tests, trials, and the config of the winner; as a value and on disk.
+
+`tune.json` holds all of it, `tune.csv` the curves, `tuned.json` the config to train with.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from engine.errors import RangeTestError
-from engine.range_test.analysis import suggest
-from engine.range_test.curve import Curve
-from engine.range_test.result import RangeTestResult
-from engine.range_test.search import SURE, Try, find_peak, for_long_training, is_chance
-from engine.range_test.smoothing import smooth
-from engine.range_test.suggestion import Refusal, Suggestion, cycle_at
-from engine.tuning.batch import Scaled, lr_at_batch, share_out_batch, steps_at_batch
-from engine.tuning.candidates import PREFERENCE, Candidate, candidates_of
-from engine.tuning.trials import Trial, Verdict, judge, noise_of
+from redline.errors import RangeTestError
+from redline.range_test.curve import Curve, smooth
+from redline.range_test.result import RangeTestResult, write_curves, write_text
+from redline.range_test.suggest import Refusal, Suggestion, suggest
+from redline.tuning.batch_sizes import ScaledLR, batch_keys, lr_at_batch, steps_at_batch
+from redline.tuning.search import spread_of
+from redline.tuning.trials import (
+    Candidate,
+    Schedule,
+    Trial,
+    Verdict,
+    answer_of_search,
+    candidates_of,
+    judge,
+    notes_on_epochs,
+    outcomes_of,
+)
 
-__all__ = ["Setting", "Tuning", "tries_of"]
+__all__ = ["Tuning", "is_tuning", "load_tuning", "save_tuning"]
+
+JSON_NAME, CSV_NAME, CONFIG_NAME = "tune.json", "tune.csv", "tuned.json"
+TRAINED = "trained"  # folder for the checkpoint of the best training in full, next to them
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a test with another setting came to.
-
-    Attributes:
-        name, value: the setting.
-        answer: what this test alone suggests.
-        lowest: its lowest smoothed training loss.
-    """
+class Setting(NamedTuple):
+    """The outcome of a test with another optimizer setting."""
 
     name: str
     value: float
-    answer: Suggestion | Refusal
-    lowest: float
+    answer: Suggestion | Refusal  # of this test alone
+    lowest: float  # smoothed training loss
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The outcome of a tuning as a value.
+    """The outcome of a tuning."""
 
-    Attributes:
-        test: the range tests, of all seeds.
-        comparisons: shorter tests, all of one length, at several batch sizes and settings.
-        search: short trainings that find the peak.
-        trials: short trainings with the schedules that the tests suggest, and with fixed rates.
-        steps: updates of the planned training.
-        budget: share of them that the tuning might take.
-        spent: what it took, in updates of the config's batch size.
-        updates: updates made, at whatever batch size.
-        seconds: how long it took.
-        stopped: the stage at which it was interrupted, and by what; None if it came to its end.
-        left_out: what was not done, and why: a sentence each.
-        micro_batch: samples of a forward on one process, which are known to fit.
-        own_lr: the rate that the config names, if any.
-        momentum: of the optimizer, where it is a heavy ball's; 0 for others.
-        target_batch_size, target_processes: what the config is for, where it is another batch or number of processes.
-    """
+    test: RangeTestResult  # the range tests, of all seeds
+    steps: int  # optimizer steps of the planned training
+    budget: float  # fraction of them that the tuning was allowed
+    spent: int = 0  # its cost, in steps at the config's batch size
+    updates: int = 0  # optimizer steps made, at any batch size
+    seconds: float = 0.0  # its duration
+    stopped: str | None = None  # the stage in which it was interrupted, and by what; None if it is complete
+    micro_batch: int = 1  # samples of one forward on one rank, a size that is known to fit
+    own_lr: float | None = None  # the learning rate that the config names, if any
+    momentum: float = 0.0  # SGD's heavy-ball momentum; 0 for other optimizers
+    target_batch_size: int | None = None  # what the config is written for; None for its own
+    target_processes: int | None = None  # ranks that the config is written for, likewise
+    schedules: tuple[Schedule, ...] = ("WarmupDecayLR", "OneCycle")  # to try and, the first one, to prefer
+    steps_per_epoch: float | None = None  # optimizer steps in which the data is seen once; None if unknown
+    validation_cost: int = 0  # the part of `spent` that validations took
+    left_out: tuple[str, ...] = ()  # what was not done, and why: a sentence each
+    search: tuple[Trial, ...] = ()  # short trainings that vary the peak learning rate
+    trials: tuple[Trial, ...] = ()  # short trainings with the schedules to compare, and with the config's own
+    comparisons: tuple[Curve, ...] = ()  # shorter tests, all of one length, at several batch sizes and settings
 
-    test: RangeTestResult
-    trials: tuple[Trial, ...]
-    steps: int
-    budget: float
-    spent: int
-    updates: int
-    seconds: float
-    stopped: str | None = None
-    left_out: tuple[str, ...] = ()
-    comparisons: tuple[Curve, ...] = ()
-    micro_batch: int = 1
-    own_lr: float | None = None
-    target_batch_size: int | None = None
-    target_processes: int | None = None
-    search: tuple[Trial, ...] = ()
-    momentum: float = 0.0
+    def with_test(self, curve: Curve) -> Tuning:
+        """The same record with one more range test."""
+        return replace(self, test=replace(self.test, curves=(*self.test.curves, curve)))
 
-    # -- what it says ----------------------------------------------------------------------------
+    def planned_for(self, steps: int) -> Tuning:
+        """The same record, read for a training of another length."""
+        return replace(self, steps=steps, test=self.test.planned_for(steps))
+
+    # -- the answer --------------------------------------------------------------------------------
 
     @cached_property
     def answer(self) -> Suggestion | Refusal:
-        """What the tests at the config's own batch size and settings suggest, with the peak that the search found."""
-        answer = self.test.suggestion
-        if len(self.search) < 3 or self.steps < 2:
-            return answer
-        tries = tries_of(self.search)
-        peaks, updates = [one.lr for one in tries], max(len(trial.curve.taken().losses) for trial in self.search)
-        told = f"{len(peaks)} short trainings, of {updates} updates each and with peaks from {min(peaks):.2g} to "
-        told += f"{max(peaks):.2g}"
-        best = find_peak(tries)
-        if best is None:
-            return Refusal(
-                f"None of {told}, ended below its start.",
-                "Check that gradients reach the parameters, and that the model is not trained already; or give the "
-                "search longer trainings: a larger budget.",
-            )
-        if isinstance(answer, Refusal) and is_chance(tries, updates):
-            fall = -min(one.loss for one in tries)
-            return Refusal(
-                f"{answer.reason} Nor does the search find more: of {told}, the best came down by {fall:.2g}, which is "
-                "within the batch noise.",
-                answer.remedy,
-                answer.notes,
-            )
-        peak = float(f"{for_long_training(best, tries, updates, self.momentum, self.steps):.2g}")
-        found = cycle_at(
-            peak,
-            f"Of {told}, {best:.2g} is the lowest peak that comes close to the best" + _moved(best, peak),
-            train_steps=self.steps,
-            low_lr=float(f"{peak / SURE:.2g}"),
-            high_lr=float(f"{peak * SURE:.2g}"),
-            curve="search",
-            diverged_at_lr=None if isinstance(answer, Refusal) else answer.diverged_at_lr,
+        """What the search answers; without one, what the tests at the config's own batch size suggest."""
+        if not self.search or self.steps < 2:
+            return self.test.suggestion
+        return answer_of_search(
+            self.search,
+            own_lr=self.own_lr,
+            momentum=self.momentum,
+            steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
         )
-        if isinstance(answer, Refusal):
-            return replace(found, notes=(f"The tests gave no answer, which is the search's alone. {answer.reason}",))
-        return found
 
     @cached_property
     def verdict(self) -> Verdict:
-        """Which trial wins, and why."""
-        return judge(self.trials, self.steps)
+        """Which schedule trial wins, and why."""
+        return judge(self.trials, self.steps, spread_of(outcomes_of(self.search)))
 
     @property
     def winner(self) -> Trial | None:
         """The trial that wins; None without trials, or where all diverged."""
         return None if self.verdict.winner is None else self.trials[self.verdict.winner]
 
+    @cached_property
+    def choice(self) -> Candidate | Refusal:
+        """The schedule to train with: the winner's, or without trials the most promising one; or why there is none."""
+        if isinstance(self.answer, Refusal):
+            return self.answer
+        if self.winner is not None:
+            return Candidate(self.winner.schedule, self.winner.lr, self.winner.why, self.answer)
+        if not self.trials:
+            return candidates_of(self.answer, self.own_lr, self.schedules)[0]
+        lowest = min(trial.lr for trial in self.trials)
+        return Refusal(
+            f"All {len(self.trials)} schedule trials diverged, the lowest at {lowest:.2g}.",
+            f"Start lower: an LRRangeTest with lr_range_test_min_lr {lowest / 1000:.1g} in the config.",
+        )
+
     @property
     def refusal(self) -> Refusal | None:
         """Why there is no config; None where there is one."""
-        if isinstance(self.answer, Refusal):
-            return self.answer
-        if self.trials and all(trial.diverged for trial in self.trials):
-            lowest = min(self.trials, key=lambda trial: trial.lr)
-            return Refusal(
-                f"All {len(self.trials)} trials diverged, at {lowest.lr:.2g} too: nothing that was tried trains.",
-                f"Start lower: an LRRangeTest with lr_range_test_min_lr {lowest.lr / 1000:.1g} in the config.",
-            )
-        return None
-
-    @property
-    def choice(self) -> Candidate | None:
-        """The schedule to train with: the winner's, or without trials the one that the tests suggest."""
-        if self.refusal is not None or not isinstance(self.answer, Suggestion):
-            return None
-        if self.winner is not None:
-            why = self.winner.why
-            return Candidate(self.winner.schedule, self.winner.lr, why, self.answer)
-        candidates = candidates_of(self.answer, self.own_lr)
-        return min(candidates, key=lambda candidate: PREFERENCE.index(candidate.schedule))
-
-    @cached_property
-    def batches(self) -> tuple[tuple[int, Suggestion | Refusal], ...]:
-        """What short tests of one length suggest at each batch size, from the smallest up: for comparison."""
-        sizes = sorted({curve.train_batch_size for curve in self.comparisons if curve.train_batch_size is not None})
-        return tuple((size, self._at_batch(size)) for size in sizes)
-
-    @cached_property
-    def settings(self) -> tuple[Setting, ...]:
-        """What the tests with other settings came to."""
-        found = []
-        for curve in self.comparisons:
-            for name, value in curve.settings:
-                answer = suggest([_plain(curve)], train_steps=self.steps)
-                losses = [loss for loss in smooth(curve.losses) if math.isfinite(loss)]
-                found.append(Setting(name, value, answer, min(losses, default=math.nan)))
-        return tuple(found)
-
-    def _at_batch(self, size: int) -> Suggestion | Refusal:
-        curves = [_plain(curve) for curve in self.comparisons if curve.train_batch_size == size]
-        return suggest(curves, train_steps=steps_at_batch(self.steps, self.test.train_batch_size, size))
-
-    def planned_for(self, steps: int) -> Tuning:
-        """The same record, read for a training of another length."""
-        return replace(self, steps=steps, test=self.test.planned_for(steps))
-
-    # -- the config ------------------------------------------------------------------------------
-
-    @property
-    def scaled(self) -> Scaled | None:
-        """The suggested maximum at the target's batch size; None where that is the config's own.
-
-        The tests that compare batch sizes tell the factor by which it differs.
-        """
-        own, target = self.test.train_batch_size, self.target_batch_size
-        if target is None or target == own or not isinstance(self.answer, Suggestion):
-            return None
-        measured = {size: answer.cycle_max_lr for size, answer in self.batches if isinstance(answer, Suggestion)}
-        if own in measured:
-            factor = self.answer.cycle_max_lr / measured[own]
-            measured = {size: lr * factor for size, lr in measured.items()}
-            return lr_at_batch({**measured, own: self.answer.cycle_max_lr}, target)
-        scaled = lr_at_batch({own: self.answer.cycle_max_lr}, target)
-        if not measured:
-            return scaled
-        others = ", ".join(map(str, measured))
-        why = f"{scaled.why} (The test at {own} gave no answer, with which those at {others} would be compared.)"
-        return replace(scaled, why=why)
-
-    def to_config(self) -> dict[str, Any]:
-        """The config to train with: the base with the winner's schedule, for the planned updates.
-
-        Where each number comes from is under ``_range_test`` and ``_tune``, which engines skip.
-
-        Raises:
-            RangeTestError: there is none; the message says why and what to do.
-        """
-        choice = self.choice
-        if choice is None:
-            refusal = self.refusal
-            assert refusal is not None
-            raise RangeTestError(f"no config can be suggested. {refusal.reason} {refusal.remedy}")
-        config = {
-            key: value for key, value in copy.deepcopy(self.test.config).items() if key not in ("_range_test", "_tune")
-        }
-        steps, scaled = self.steps, self.scaled
-        if self.target_batch_size is not None or self.target_processes is not None:
-            config.update(self._batch_keys())
-            steps = steps_at_batch(self.steps, self.test.train_batch_size, config["train_batch_size"])
-        if scaled is not None:
-            factor = scaled.lr / choice.suggestion.cycle_max_lr
-            choice = replace(choice, lr=float(f"{choice.lr * factor:.2g}"), why=f"{scaled.why} {choice.why}")
-        self._write_schedule(config, choice, steps)
-        config["_range_test"] = {
-            "reasons": choice.reasons(steps),
-            "notes": [*choice.suggestion.notes, *self.left_out],
-            "train_batch_size": self._holds_for(scaled),
-            "train_steps": steps,
-        }
-        config["_tune"] = self._how(choice)
-        return config
-
-    def _write_schedule(self, config: dict[str, Any], choice: Candidate, steps: int) -> None:
-        section = choice.section(steps, self.test.group_ratios)
-        if section is not None:
-            config["scheduler"] = section
-            return
-        config.pop("scheduler", None)
-        if isinstance(optimizer := config.get("optimizer"), dict):
-            optimizer["params"] = {**(optimizer.get("params") or {}), "lr": choice.lr}
-
-    def _batch_keys(self) -> dict[str, int]:
-        processes = self.target_processes or self.test.world_size
-        return share_out_batch(self.target_batch_size or self.test.train_batch_size, processes, self.micro_batch)
-
-    def _holds_for(self, scaled: Scaled | None) -> int:
-        """The batch size at which the config's rates are known to hold: what training is compared with."""
-        if scaled is None:
-            return self.test.train_batch_size
-        return scaled.measured_at if scaled.how == "extrapolated" else (self.target_batch_size or scaled.measured_at)
-
-    @property
-    def _why_untried(self) -> str:
-        if len(self.search) < 3:
-            return "No schedule was tried: this is what the tests suggest."
-        return "No schedule was tried in whole: this one ended lowest on most of the tasks that were measured."
-
-    def _how(self, choice: Candidate) -> dict[str, Any]:
-        how: dict[str, Any] = {
-            "schedule": choice.schedule,
-            "lr": choice.lr,
-            "why": self.verdict.why if self.trials else self._why_untried,
-            "trials": {
-                trial.curve.name: None if trial.diverged else float(f"{trial.loss:.4g}") for trial in self.trials
-            },
-            "spent": f"{self.spent} of {self.steps} planned updates",
-            "measured_at_batch_sizes": [size for size, _ in self.batches] or [self.test.train_batch_size],
-        }
-        if self.stopped is not None:
-            how["stopped"] = self.stopped
-        ratios = self.test.group_ratios
-        if choice.schedule == "fixed" and any(ratio != 1 for ratio in ratios):
-            rates = ", ".join(f"{choice.lr * ratio:.6g}" for ratio in ratios)
-            how["to_do"] = f"Give your script's parameter groups the learning rates {rates}, in this order."
-        elif choice.schedule == "fixed" and "optimizer" not in self.test.config:
-            how["to_do"] = f"Give your script's own optimizer the learning rate {choice.lr:g}."
-        return how
-
-    # -- in words --------------------------------------------------------------------------------
+        return self.choice if isinstance(self.choice, Refusal) else None
 
     def notes(self) -> Iterator[str]:
-        """What to know before trusting it, a sentence or two each."""
+        """What to know before trusting the answer, a sentence or two each."""
         if self.stopped is not None:
-            yield f"Interrupted: {self.stopped}. This is what is known so far."
+            yield f"Interrupted {self.stopped}; this is what is known so far."
         yield from self.answer.notes
+        if self.search and self.steps_per_epoch is not None:
+            longest = max(trial.steps for trial in (*self.search, *self.trials))
+            yield from notes_on_epochs(self.steps, longest, self.steps_per_epoch)
+        if any(trial.steps >= self.steps for trial in self.search):
+            yield f"The best training in full is kept: load_checkpoint reads it from the folder {TRAINED}."
         if (scaled := self.scaled) is not None and scaled.how != "measured":
             yield scaled.why
         yield from self.left_out
 
+    # -- shown and saved; `report` imports this file, so these import it when they are called --------
 
-def _moved(best: float, peak: float) -> str:
-    """Why the peak is not what is best for the search's trainings."""
-    if peak > 1.1 * best:
-        return f"; they hold their rate, and a schedule that comes down bears more: {peak:.2g}."
-    if peak > 0.9 * best:
-        return "."
-    return f"; {peak:.2g} is for a training that is much longer, and keeps its distance from what was thrown off."
+    def summary(self) -> str:
+        """What was found, in words."""
+        from redline.tuning.report import summarize
+
+        return summarize(self, chart=False)
+
+    def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
+        """Draw the tuning into a file, or without a path onto axes; as `RangeTestResult.plot`."""
+        from redline.reports import plot_report
+        from redline.tuning.report import report_of
+
+        return plot_report(report_of(self), path, ax)
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write JSON, CSV and, if there is one, the config; returns their paths by kind."""
+        return save_tuning(self, directory)
+
+    def __repr__(self) -> str:
+        choice = self.choice
+        found = choice.name if isinstance(choice, Candidate) else "no config"
+        return f"<Tuning of {self.spent} steps for {self.steps}: {found}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the answer and the picture."""
+        from redline.reports.html import render_cell
+        from redline.tuning.report import report_of
+
+        return render_cell(report_of(self))
+
+    # -- other batch sizes and settings ------------------------------------------------------------
+
+    @cached_property
+    def batches(self) -> tuple[tuple[int, Suggestion | Refusal], ...]:
+        """What the comparisons suggest at each batch size, from the smallest up."""
+        own, by_size = self.test.train_batch_size, defaultdict(list)
+        for curve in self.comparisons:
+            if curve.train_batch_size:
+                by_size[curve.train_batch_size].append(replace(curve, train_batch_size=None))
+        return tuple(
+            (size, suggest(curves, train_steps=steps_at_batch(self.steps, own, size)))
+            for size, curves in sorted(by_size.items())
+        )
+
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """The outcome of the comparisons with other optimizer settings."""
+        found = []
+        for curve in self.comparisons:
+            lowest = min((loss for loss in smooth(curve.losses) if math.isfinite(loss)), default=math.nan)
+            for name, value in curve.settings:
+                answer = suggest([replace(curve, settings=())], train_steps=self.steps)
+                found.append(Setting(name, value, answer, lowest))
+        return tuple(found)
+
+    @property
+    def scaled(self) -> ScaledLR | None:
+        """The suggested peak at the target's batch size; None where that is the config's own.
+
+        The comparisons give the factor by which it differs.
+        """
+        own, target = self.test.train_batch_size, self.target_batch_size
+        if target is None or target == own or not isinstance(self.answer, Suggestion):
+            return None
+        peak = self.answer.cycle_max_lr
+        measured = {size: answer.cycle_max_lr for size, answer in self.batches if isinstance(answer, Suggestion)}
+        if own in measured:
+            factor = peak / measured[own]
+            return lr_at_batch({size: lr * factor for size, lr in measured.items()} | {own: peak}, target)
+        scaled = lr_at_batch({own: peak}, target)
+        if measured:
+            others = ", ".join(map(str, measured))
+            unused = f"(The tests at {others} were not used: the one at {own}, to compare with, gave no answer.)"
+            scaled = scaled._replace(why=f"{scaled.why} {unused}")
+        return scaled
+
+    # -- the config --------------------------------------------------------------------------------
+
+    def to_config(self) -> dict[str, Any]:
+        """The config to train with: the base with the chosen schedule, for the planned steps.
+
+        Where each number comes from is under ``_range_test`` and ``_tune``, which engines skip.
+
+        Raises:
+            RangeTestError: There is none; the message says why and what to do.
+        """
+        choice = self.choice
+        if isinstance(choice, Refusal):
+            raise RangeTestError(f"no config can be suggested. {choice.reason} {choice.remedy}")
+        own = self.test.train_batch_size
+        config = copy.deepcopy({k: v for k, v in self.test.config.items() if k not in ("_range_test", "_tune")})
+        steps, measured_at = self.steps, own
+        if self.target_batch_size is not None or self.target_processes is not None:
+            ranks = self.target_processes or self.test.world_size
+            config |= batch_keys(self.target_batch_size or own, ranks, self.micro_batch)
+            steps = steps_at_batch(self.steps, own, config["train_batch_size"])
+        if (scaled := self.scaled) is not None:
+            factor = scaled.lr / choice.suggestion.cycle_max_lr
+            choice = replace(choice, lr=float(f"{choice.lr * factor:.2g}"), why=f"{scaled.why} {choice.why}")
+            # An extrapolated learning rate is known to hold only where it was measured.
+            measured_at = scaled.measured_at if scaled.how == "extrapolated" else config["train_batch_size"]
+        section, reasons = choice.section(steps, self.test.group_ratios)
+        own_type = (config.get("scheduler") or {}).get("type")
+        if section is not None:
+            config["scheduler"] = section
+        elif own_type == "LRRangeTest":
+            del config["scheduler"]
+        holds = section is None and own_type in (None, "LRRangeTest")
+        optimizer = config.get("optimizer")
+        if isinstance(optimizer, dict) and (holds or choice.schedule == "WarmupCosineLR"):
+            optimizer["params"] = {**(optimizer.get("params") or {}), "lr": choice.lr}
+        config["_range_test"] = {
+            "reasons": reasons,
+            "notes": list(self.notes()),
+            "train_batch_size": measured_at,
+            "train_steps": steps,
+        }
+        config["_tune"] = self._origin(choice)
+        return config
+
+    def _origin(self, choice: Candidate) -> dict[str, Any]:
+        """The ``_tune`` section: how the schedule was found."""
+        if self.trials:
+            why = self.verdict.why
+        elif not self.search:
+            why = "No schedule was tried: this is what the tests suggest."
+        else:
+            why = "No schedule was tried in full: this one ended lowest on most of the tasks that were measured."
+        losses = {trial.curve.name: None if trial.diverged else float(f"{trial.loss:.4g}") for trial in self.trials}
+        origin: dict[str, Any] = {
+            "schedule": choice.schedule,
+            "lr": choice.lr,
+            "why": why,
+            "trials": losses,
+            "spent": f"{self.spent} of {self.steps} planned steps",
+            "measured_at_batch_sizes": [size for size, _ in self.batches] or [self.test.train_batch_size],
+        }
+        if self.stopped is not None:
+            origin["stopped"] = self.stopped
+        ratios = self.test.group_ratios
+        if choice.schedule == "own" and any(ratio != 1 for ratio in ratios):
+            lrs = ", ".join(f"{choice.lr * ratio:.6g}" for ratio in ratios)
+            origin["to_do"] = f"Give your script's parameter groups the learning rates {lrs}, in this order."
+        elif choice.schedule == "own" and "optimizer" not in self.test.config:
+            origin["to_do"] = f"Give your script's own optimizer the learning rate {choice.lr:g}."
+        return origin
 
 
-def _plain(curve: Curve) -> Curve:
-    """A test read by itself, as if its batch and settings were the record's own."""
-    return replace(curve, train_batch_size=None, settings=())
+# -- on disk ---------------------------------------------------------------------------------------
 
 
-def tries_of(trials: Sequence[Trial]) -> list[Try]:
-    """How far short trainings have come: by their validation loss, or without such by their later training losses.
+def is_tuning(directory: str | Path) -> bool:
+    """Whether a folder holds a tuning, not a single range test."""
+    return (Path(directory) / JSON_NAME).is_file()
 
-    All begin at the same weights and see the same batches, so that a difference between them is not chance. They are
-    counted from the loss before the first update.
+
+def save_tuning(tuning: Tuning, directory: str | Path) -> dict[str, Path]:
+    """Write JSON, CSV and, if there is one, the config; returns their paths by kind ("json", "csv", "config")."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"json": folder / JSON_NAME, "csv": folder / CSV_NAME}
+    value = {
+        **{field.name: getattr(tuning, field.name) for field in fields(tuning)},
+        "winner": tuning.verdict.winner,
+        "why": tuning.verdict.why,
+        "search": [_trial_to_json(trial) for trial in tuning.search],
+        "trials": [_trial_to_json(trial) for trial in tuning.trials],
+        "comparisons": [curve.to_json() for curve in tuning.comparisons],
+        "test": tuning.test.to_json(),
+    }
+    write_text(written["json"], json.dumps(value, indent=2) + "\n")
+    trials = (trial.curve for trial in (*tuning.search, *tuning.trials))
+    write_curves(written["csv"], [*tuning.test.curves, *tuning.comparisons, *trials])
+    config = folder / CONFIG_NAME
+    if tuning.refusal is None:
+        write_text(config, json.dumps(tuning.to_config(), indent=2) + "\n")
+        written["config"] = config
+    else:
+        config.unlink(missing_ok=True)  # an earlier tuning's
+    return written
+
+
+def load_tuning(directory: str | Path) -> Tuning:
+    """Read a tuning that :func:`save_tuning` wrote.
+
+    Raises:
+        RangeTestError: There is none in that directory, or it is damaged.
     """
-    return [
-        Try(trial.lr, math.inf if trial.diverged else _came_to(trial.curve), noise_of(trial.curve.losses))
-        for trial in trials
-    ]
+    path = Path(directory) / JSON_NAME
+    try:
+        value = json.loads(path.read_text())
+        known = {field.name: value[field.name] for field in fields(Tuning) if field.name in value}
+        return Tuning(
+            **known
+            | {
+                "test": RangeTestResult.from_json(value["test"]),
+                "search": tuple(map(_trial_from_json, value["search"])),
+                "trials": tuple(map(_trial_from_json, value["trials"])),
+                "comparisons": tuple(map(Curve.from_json, value["comparisons"])),
+                "left_out": tuple(value["left_out"]),
+                "schedules": tuple(value.get("schedules", ("WarmupDecayLR",))),
+            }
+        )
+    except FileNotFoundError:
+        raise RangeTestError(f"{directory}: there is no {JSON_NAME}; give the folder that a tuning wrote") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RangeTestError(f"{path}: is not the record of a tuning ({error})") from error
 
 
-def _came_to(curve: Curve) -> float:
-    before = curve.validation[0][1] if curve.validation else curve.losses[0]
-    came = (curve.validation[-1][1] if curve.validation else _later(curve)) - before
-    return came if math.isfinite(came) else math.inf
+def _trial_to_json(trial: Trial) -> dict[str, Any]:
+    value = {field.name: getattr(trial, field.name) for field in fields(trial)} | {"curve": trial.curve.to_json()}
+    for name in ("loss", "noise"):
+        value[name] = value[name] if math.isfinite(value[name]) else str(value[name])  # JSON has no nan and no inf
+    return value
 
 
-def _later(curve: Curve) -> float:
-    """Mean of the losses in a run's later half; updates that the loss scaler skipped do not count."""
-    middle, taken = len(curve.losses) // 2, curve.taken()
-    losses = [loss for step, loss in zip(taken.steps, taken.losses) if step >= curve.steps[middle]]
-    return sum(losses) / len(losses) if losses else math.nan
+def _trial_from_json(value: dict[str, Any]) -> Trial:
+    value = {"steps": len(value["curve"]["steps"]), **value, "curve": Curve.from_json(value["curve"])}
+    value["schedule"] = "own" if value["schedule"] == "fixed" else value["schedule"]  # records of version 0.1.0
+    return Trial(**(value | {name: float(value[name]) for name in ("loss", "noise")}))

@@ -1,301 +1,381 @@
-"""The tuning itself: stage by stage, each saved as it ends, on one budget.
+"""The stages of a tuning, in order and on one budget; what is known is saved after each.
 
-A sweep finds the order of magnitude, linear tests the boundaries, the search the peak, trials the schedule. What is
-known when it is broken off (a signal, a loss that raises) is kept all the same; the engine is put back.
+A sweep over all learning rates that make sense for the optimizer shows the order of magnitude; where the config names
+the start of a range test, a slow and a fast linear test from there take its place. Then come the search for the peak,
+comparisons, and trials of schedules. A small budget is spent on the search alone, which begins at the config's own
+learning rate.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 from torch.optim import SGD, Optimizer
 
-from engine.build import build_schedule
-from engine.config import load_config
-from engine.engine import Engine
-from engine.range_test.analysis import rough_maximum
-from engine.range_test.curve import Curve
-from engine.range_test.rates import own_rates, ratios_of
-from engine.range_test.result import RangeTestResult
-from engine.range_test.rig import Run
-from engine.range_test.search import next_peak
-from engine.range_test.suggestion import Suggestion
-from engine.tuning.candidates import Candidate, candidates_of
-from engine.tuning.meter import Meter
-from engine.tuning.plan import TRIAL_MULTIPLE, TRIES, Plan, share_out_trials
-from engine.tuning.result import Tuning, tries_of
-from engine.tuning.runs import Variant, fixed_run, linear_runs, named_runs, span_around, span_of, sweep_run, try_run
-from engine.tuning.stand import Stand
-from engine.tuning.stop import Stopped
-from engine.tuning.trials import Trial, trial_of
-from schedulers.schedule import Schedule
+from redline.build import build_schedule
+from redline.config import load_config
+from redline.engine import Engine
+from redline.range_test.curve import Curve, Kind
+from redline.range_test.result import RangeTestResult
+from redline.range_test.runner import base_lrs, lr_ratios
+from redline.range_test.session import Run, Session, check_run
+from redline.range_test.suggest import Suggestion, rough_maximum
+from redline.schedulers import LRRangeTest, WarmupDecayLR
+from redline.schedulers.schedule import Rate, Schedule, fill
+from redline.tuning.batch_sizes import batch_keys
+from redline.tuning.budget import (
+    FEWEST_PASSES,
+    FORWARD,
+    PASSES,
+    VALIDATION_SHARE,
+    Budget,
+    Request,
+    divide_trials,
+    make_plan,
+)
+from redline.tuning.result import Tuning
+from redline.tuning.search import divide_search, next_trial
+from redline.tuning.trials import (
+    SCHEDULES,
+    WARMUP_SHARE,
+    Candidate,
+    candidates_of,
+    outcomes_of,
+    part_of_data,
+    trial_of,
+)
 
-__all__ = ["Facts", "Tuner", "facts_of"]
+__all__ = ["Tuner", "empty_tuning"]
+
+Growth = Literal["linear", "exponential"]
+
+ADAPTIVE = (1e-5, 1.0)  # learning rates for optimizers that scale their own steps (those with betas) ...
+PLAIN = (1e-4, 10.0)  # ... and for the others, wide enough for everything that is in use
+BELOW = 100.0  # comparisons start this factor below the suggested peak ...
+ABOVE = 30.0  # ... and end this factor above it ...
+DIVERGES_PAST = 2.0  # ... or at this many times the learning rate at which the sweep diverged, if that is higher
+DIVERGED_MARGIN = 10.0  # a sweep that diverged without a suggestion: the peak is assumed this factor below
+NAMED_RATES = (5.0, 500.0)  # step rates of the slow and the fast test where the config names their start ...
+STAIRS = 20  # ... for a step size of this part of the test
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What of an engine a tuning needs to know.
-
-    Attributes:
-        test: an empty record, to be filled with curves.
-        named_start: the rate at which the config's LRRangeTest starts; None where it names none.
-        own_lr: the rate that the config or the script's optimizer names, the highest one of a schedule; None for a
-            default.
-        micro_batch: samples of a forward on one process.
-        momentum: SGD's; 0 for other optimizers, which correct for its start.
-    """
-
-    test: RangeTestResult
-    named_start: float | None
-    own_lr: float | None
-    micro_batch: int
-    momentum: float
-
-
-def facts_of(engine: Engine, steps: int) -> Facts:
-    """The facts of an engine that is to train for so many updates.
+def empty_tuning(engine: Engine, request: Request) -> Tuning:
+    """The record of a tuning that has not begun.
 
     Raises:
-        RangeTestError: the first parameter group's rate is 0, and another one's is not.
+        RangeTestError: The first parameter group's learning rate is 0, and another one's is not.
     """
-    lrs = own_rates(engine)
-    return Facts(
-        RangeTestResult.of(engine, [], train_steps=steps, group_ratios=ratios_of(lrs)),
-        _named_start(engine),
-        _own_lr(engine, lrs[0]),
-        engine.train_micro_batch_size_per_gpu(),
-        _heavy_ball(engine.optimizer),
+    lrs, optimizer = base_lrs(engine), engine.optimizer
+    return Tuning(
+        test=RangeTestResult.of(engine, [], train_steps=request.steps, group_ratios=lr_ratios(lrs)),
+        steps=request.steps,
+        budget=request.budget,
+        micro_batch=engine.train_micro_batch_size_per_gpu(),
+        own_lr=_own_lr(engine, lrs[0]),
+        # Only the heavy ball's: Adam corrects for its start.
+        momentum=float(optimizer.param_groups[0]["momentum"]) if isinstance(optimizer, SGD) else 0.0,
+        schedules=tuple(SCHEDULES[name] for name in request.schedules),
+        target_batch_size=request.target_batch_size,
+        target_processes=request.target_processes,
     )
 
 
 def _own_lr(engine: Engine, lr: float) -> float | None:
+    """The learning rate that the config or the script's optimizer names; None for a default."""
     if peaks := getattr(engine.lr_scheduler, "max_lrs", None):  # of a warm-up or a cycle
         lr = float(peaks[0])
-    elif not _names_lr(engine):
+    elif engine.config.optimizer is not None and _params(engine, "optimizer").get("lr") in (None, "auto"):
         return None
     return lr if lr > 0 else None
 
 
-def _heavy_ball(optimizer: Optimizer | None) -> float:
-    return float(optimizer.param_groups[0]["momentum"]) if isinstance(optimizer, SGD) else 0.0
-
-
 def _named_start(engine: Engine) -> float | None:
+    """The learning rate at which the config's LRRangeTest starts; None where the config names none."""
     scheduler = engine.config.scheduler
-    params = (engine.config.document().get("scheduler") or {}).get("params") or {}
-    if scheduler is None or scheduler.type != "LRRangeTest" or "lr_range_test_min_lr" not in params:
+    if scheduler is None or scheduler.type != "LRRangeTest":
+        return None
+    if "lr_range_test_min_lr" not in _params(engine, "scheduler"):
         return None
     given = scheduler.arguments()["lr_range_test_min_lr"]
     return float(given[0] if isinstance(given, Sequence) else given)
 
 
-def _names_lr(engine: Engine) -> bool:
-    if engine.config.optimizer is None:
-        return True  # the script's own optimizer
-    params = (engine.config.document().get("optimizer") or {}).get("params") or {}
-    return params.get("lr") not in (None, "auto")
+def _params(engine: Engine, section: str) -> dict[str, Any]:
+    """What the user wrote, without defaults."""
+    return (engine.config.document().get(section) or {}).get("params") or {}
+
+
+class Stretched(Schedule):
+    """A schedule in fewer steps: step k has the learning rate of the original's step k times `ratio`."""
+
+    def __init__(self, optimizer: Optimizer, original: Schedule, ratio: float) -> None:
+        super().__init__(optimizer)
+        self._original, self._ratio = original, ratio
+        self._write(self._lrs(0))
+
+    def _lrs(self, k: int) -> list[Rate]:
+        return self._original._lrs(round(k * self._ratio))
 
 
 class Tuner:
-    """One tuning under way.
+    """A tuning in progress; `save` is called with what is known after each stage, and after an exception.
 
-    Args:
-        stand: where runs are made.
-        facts: of its engine.
-        plan: how the budget is spent.
-        tuning: what is known at the start: nothing, with its frame.
-        meter: counts and shows.
-        save: keeps what is known so far; called after each stage.
+    `keep` is called with the engine at the end of a training in full that ended lowest so far.
+
+    Attributes:
+        plan: What it will do.
+        known: What is known so far.
+
+    Raises:
+        RangeTestError: The engine cannot do what was asked for.
     """
 
     def __init__(
-        self, stand: Stand, facts: Facts, plan: Plan, tuning: Tuning, meter: Meter, save: Callable[[Tuning], None]
+        self,
+        session: Callable[[int], Session],
+        request: Request,
+        save: Callable[[Tuning], None],
+        keep: Callable[[Engine], object] = lambda engine: None,
+        *,
+        validates: bool,
+        show: bool | None,
     ) -> None:
-        self._stand, self._facts, self._plan, self._meter, self._save = stand, facts, plan, meter, save
-        self._frame = tuning
-        self._left_out = list(plan.left_out)
-        self._curves: list[Curve] = []
-        self._comparisons: list[Curve] = []
-        self._tries: list[Trial] = []
-        self._trials: list[Trial] = []
-        self._stage, self._number = "start", ""
-        self._stopped: str | None = None
-        self._partial: Curve | None = None  # of the run under way, where it was broken off
-        self._whole = False
-        self._lock = threading.Lock()  # a thread breaks off, too, where an update takes too long
+        engine = session(0).engine
+        assert engine.optimizer is not None
+        tuning = empty_tuning(engine, request)
+        own, self._start = tuning.test.train_batch_size, _named_start(engine)
+        for size in request.batch_sizes or ():
+            check_run(engine, size, {})
+        for name, value in request.settings:
+            check_run(engine, None, {name: value})
+        if request.target_batch_size is not None or request.target_processes is not None:
+            batch_keys(request.target_batch_size or own, request.target_processes or tuning.test.world_size, own)
+        self.plan = make_plan(request, batch_size=own, start_named=self._start is not None, validates=validates)
+        self.known = replace(tuning, left_out=self.plan.left_out, steps_per_epoch=session(0).steps_per_epoch)
+        self._session, self._save, self._keep = session, save, keep
+        self._complete, self._lock = False, threading.Lock()  # `break_off` may be called in a thread
+        self._budget = Budget(self.plan.total, own, show)
+        self._lrs = ADAPTIVE if "betas" in engine.optimizer.defaults else PLAIN
+        self._own_schedule = engine.lr_scheduler  # before runs put theirs there
+        self._stage, self._number = "", ""
+        self._limited: Session | None = None
 
-    def run(self) -> Tuning:
-        """Make all stages.
-
-        Returns:
-            What was found.
-
-        Raises:
-            Stopped: after what is known has been saved; `result` has it.
-        """
+    def run(self, check_stop: Callable[[], None]) -> None:
+        """Run all stages; `check_stop` is called after each optimizer step, and raises to end the tuning."""
+        self._budget.check_stop = check_stop
         stages = {
-            "sweep": self._sweep,
-            "linear tests": self._linear,
-            "search": self._search,
-            "comparisons": self._asked,
-            "trials": self._try,
+            "range tests": self._range_tests,
+            "search": self._search_peak,
+            "comparisons": self._compare,
+            "trials": self._try_schedules,
         }
         try:
-            for number, (name, stage) in enumerate(stages.items(), start=1):
-                self._stage, self._number = name, f"{number}/{len(stages)}"
-                stage()
-                with self._lock:
-                    self._whole = number == len(stages)
-                    self._save(self.result())
+            with self._budget:
+                for number, (name, stage) in enumerate(stages.items(), start=1):
+                    self._stage, self._number = name, f"{number}/{len(stages)}"
+                    stage()
+                    with self._lock:
+                        self._learn()
+                        self._complete = number == len(stages)
+                        self._save(self.known)
         except BaseException as error:
-            self.break_off(error.args[0] if isinstance(error, Stopped) else type(error).__name__)
+            signal = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else None
+            self.known = self.break_off(signal or type(error).__name__)
             raise
-        return self.result()
 
-    def break_off(self, how: str) -> None:
-        """Save what is known at this moment, the run under way included.
-
-        May be called in a thread, and again: the last call counts. A tuning that is whole is not broken off.
-        """
+    def break_off(self, how: str) -> Tuning:
+        """Save and return what is known at this moment, a range test in progress included, unless all is complete."""
         with self._lock:
-            if self._whole:
-                return
-            self._stopped = f'by {how} in the stage "{self._stage}"'
-            partial = self._meter.partial()
-            # A trial that is broken off cannot be compared with others.
-            self._partial = partial if partial is not None and partial.is_test else None
-            self._save(self.result())
+            known, partial = self.known, self._budget.partial()
+            if self._complete:
+                return known
+            # Part of a trial cannot be compared with whole ones.
+            if partial is not None and partial.is_test and (partial.train_batch_size or partial.settings):
+                known = replace(known, comparisons=(*known.comparisons, partial))
+            elif partial is not None and partial.is_test:
+                known = known.with_test(partial)
+            known = replace(known, **self._counts(), stopped=f'by {how} in the stage "{self._stage}"')
+            self._save(known)
+            return known
 
-    def result(self) -> Tuning:
-        """What is known so far."""
-        curves, comparisons = list(self._curves), list(self._comparisons)
-        if (partial := self._partial) is not None:
-            compares = partial.train_batch_size is not None or partial.settings
-            (comparisons if compares else curves).append(partial)
-        return replace(
-            self._frame,
-            test=replace(self._facts.test, curves=tuple(curves)),
-            comparisons=tuple(comparisons),
-            search=tuple(self._tries),
-            trials=tuple(self._trials),
-            spent=self._meter.spent,
-            updates=self._meter.updates,
-            seconds=round(self._meter.seconds, 1),
-            stopped=self._stopped,
-            left_out=tuple(self._left_out),
-        )
+    def _counts(self) -> dict[str, Any]:
+        budget = self._budget
+        return {
+            "spent": budget.spent,
+            "updates": budget.updates,
+            "validation_cost": budget.validation,
+            "seconds": round(budget.seconds, 1),
+        }
 
-    # -- the stages ------------------------------------------------------------------------------
+    def _learn(self, test: Curve | None = None, **found: Any) -> None:
+        """Add to the record: a test, or one more of `search`, `trials`, `comparisons` or `left_out`."""
+        more: dict[str, Any] = {name: (*getattr(self.known, name), value) for name, value in found.items()}
+        known = self.known if test is None else self.known.with_test(test)
+        self.known = replace(known, **self._counts(), **more)
 
-    def _sweep(self) -> None:
-        plan = self._plan
-        if not plan.sweep:
-            return
-        span = span_of(self._optimizer())
-        for seed in range(1 if plan.slow else plan.seeds):
-            self._curves.append(self._make(sweep_run(span, plan.sweep, self._ratios, Variant(seed))))
+    # -- the stages --------------------------------------------------------------------------------
 
-    def _linear(self) -> None:
-        plan = self._plan
-        if not plan.slow:
-            return
-        answer, diverged_at = self.result().answer, self._diverged_at()
+    def _range_tests(self) -> None:
+        plan = self.plan
         for seed in range(plan.seeds):
-            variant = Variant(seed)
-            if self._facts.named_start is not None:
-                runs = named_runs(self._facts.named_start, plan.slow, plan.fast, self._ratios, variant)
-            else:
-                runs = linear_runs(answer, diverged_at, plan.slow, plan.fast, self._ratios, variant)
-            for run in runs:
-                self._curves.append(self._make(run))
-        if not runs:
-            self._left_out.append("The linear tests are left out: the sweep gives nothing to go by.")
+            if plan.sweep:
+                self._learn(test=self._run(self._sweep_of(*self._lrs, plan.sweep, seed=seed), seed))
+            for name, steps, rate in zip(("slow", "fast"), (plan.slow, plan.fast), NAMED_RATES):
+                if steps and self._start is not None:
+                    size = max(1, steps // STAIRS)
+                    run = self._test(name, "linear", self._start, size, rate, steps, seed=seed)
+                    self._learn(test=self._run(run, seed))
 
-    def _search(self) -> None:
-        answer, updates = self.result().answer, self._plan.search
-        # A sweep that is too short to be sure of a descent is good enough to begin at.
-        first = answer.cycle_max_lr if isinstance(answer, Suggestion) else rough_maximum(self._curves)
-        if not updates:
-            return
+    def _search_peak(self) -> None:
+        plan, tests = self.plan, self.known.test
+        # The optimizer's default is a guess, for which a sweep is better.
+        suggested = tests.suggestion.cycle_max_lr if isinstance(tests.suggestion, Suggestion) else None
+        first = self.known.own_lr or suggested or base_lrs(self._session(0).engine)[0] or rough_maximum(tests.curves)
         if first is None:
-            self._left_out.append("The search for the peak is left out: the tests give it nothing to begin at.")
+            self._learn(left_out="The search is left out: the optimizer's learning rate is 0, where none can begin.")
             return
-        for _ in range(TRIES):
-            lr = next_peak(tries_of(self._tries), float(f"{first:.3g}"))
-            curve = self._make(try_run(lr, updates, self._ratios, holds=self._facts.momentum > 0))
-            self._tries.append(trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", updates=updates))
+        most = self._budget.spent + plan.search
+        session = self._opened(0)
+        if session.validation:
+            session.validate_initial(self._budget)
+        lengths = divide_search(plan.search - FEWEST_PASSES * self._budget.pass_cost, self.known.steps)
+        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum):
+            lr, steps, seed = found
+            if self._budget.spent + steps + self._budget.pass_cost > most:
+                break
+            curve = self._run(self._peak_trial(lr, steps, seed))
+            trial = trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", steps=steps)
+            in_full = [one for one in outcomes_of(self.known.search) if one.steps >= self.known.steps]
+            self._learn(search=trial)
+            if steps >= self.known.steps and trial.loss < min((one.loss for one in in_full), default=math.inf):
+                self._keep(self._session(0).engine)
 
-    def _asked(self) -> None:
-        plan = self._plan
-        if not plan.asked:
-            return
-        span = span_around(self.result().answer, self._diverged_at(), span_of(self._optimizer()))
-        variants = [Variant(train_batch_size=size) for size in plan.batch_sizes]
-        variants += [Variant(settings={name: value}) for name, value in plan.settings]
-        for variant in variants:
-            self._comparisons.append(self._make(sweep_run(span, plan.asked, self._ratios, variant)))
+    def _compare(self) -> None:
+        low, high = self._lrs
+        # Where the order of magnitude is known: from below the peak to above.
+        if (peak := self._likely_peak()) is not None:
+            low, high = _round(peak / BELOW), _round(max(ABOVE * peak, DIVERGES_PAST * (self._diverged_at() or 0)))
+        for comparison in self.plan.comparisons:
+            curve = self._run(self._sweep_of(low, high, self.plan.comparison, **comparison))
+            self._learn(comparisons=curve)
 
-    def _try(self) -> None:
-        answer = self.result().answer
-        if not isinstance(answer, Suggestion) or not self._plan.trials:
+    def _try_schedules(self) -> None:
+        answer = self.known.answer
+        if not isinstance(answer, Suggestion) or not self.plan.schedule_trials:
             return
-        candidates = candidates_of(answer, self._facts.own_lr)
-        if 0 in self._ratios:
+        own_lr = self.known.own_lr
+        if not isinstance(self._own_schedule, Schedule | None):
+            self._learn(left_out="The config's own schedule is not tried: only Redline's can be shortened.")
+            own_lr = None
+        candidates = candidates_of(answer, own_lr, self.known.schedules)
+        if 0 in self.known.test.group_ratios:
             candidates = [candidate for candidate in candidates if candidate.schedule != "OneCycle"]
-            self._left_out.append(
-                "1Cycle is left out: a parameter group has the rate 0, and a cycle's rates are above it."
-            )
-        left = self._plan.total - self._meter.spent
-        count, updates = share_out_trials(left, len(candidates), self._frame.steps)
+            self._learn(left_out="OneCycle is left out: a parameter group has learning rate 0, as no cycle has.")
+        left = self.plan.total - self._budget.spent - len(candidates) * self._budget.pass_cost
+        count, steps = divide_trials(left, len(candidates), self.known.steps)
         if not count:
-            self._left_out.append(f"Trials are left out: {left} updates are left, too few for two.")
+            self._learn(left_out=f"Schedule trials are left out: {left} steps are left, too few for two.")
         elif count < len(candidates):
             names = ", ".join(candidate.name for candidate in candidates[count:])
-            self._left_out.append(f"There was no room for trials of {names}.")
+            self._learn(left_out=f"There was no room for trials of {names}.")
         for candidate in candidates[:count]:
-            curve = self._make(self._trial(candidate, updates))
-            self._trials.append(trial_of(curve, candidate.schedule, candidate.lr, candidate.why, updates=updates))
+            curve = self._run(self._schedule_trial(candidate, steps))
+            trial = trial_of(curve, candidate.schedule, candidate.lr, candidate.why, steps=steps)
+            self._learn(trials=trial)
 
-    def _trial(self, candidate: Candidate, updates: int) -> Run:
-        section = candidate.section(updates, self._ratios)
-        if section is None:
-            lrs = [candidate.lr * ratio for ratio in self._ratios]
-            return fixed_run(candidate.name, lrs, updates, TRIAL_MULTIPLE)
-        engine = self._stand.rig(0).engine
-        # As training will have it: read from the config, with its corrections.
+    def _run(self, run: Run, weights: int = 0) -> Curve:
+        """Make a run on the model of a seed; its own seed is that of the order of the data."""
+        self._budget.begin(self._number, run)
+        curve = self._opened(weights).run(run, self._budget)
+        self._budget.end()
+        return curve
+
+    def _opened(self, seed: int) -> Session:
+        """The session of a seed, which reads a large validation set in part: validations take their share at most."""
+        session = self._session(seed)
+        if session is not self._limited:
+            own = self.known.test.train_batch_size
+            session.validation.limit(max(1.0, VALIDATION_SHARE * self.plan.total / PASSES * FORWARD) * own)
+            self._limited = session
+        return session
+
+    def _diverged_at(self) -> float | None:
+        """The lowest learning rate at which a sweep diverged."""
+        ends = [(curve, curve.diverged_at) for curve in self.known.test.curves if curve.kind == "exponential"]
+        return min((curve.lrs[end] for curve, end in ends if end is not None), default=None)
+
+    def _likely_peak(self) -> float | None:
+        """The suggested peak, or a guess from where a sweep diverged."""
+        if isinstance(answer := self.known.answer, Suggestion):
+            return answer.cycle_max_lr
+        diverged_at = self._diverged_at()
+        return None if diverged_at is None else diverged_at / DIVERGED_MARGIN
+
+    # -- the runs that they are made of ------------------------------------------------------------
+
+    def _sweep_of(self, low: float, high: float, steps: int, **change: Any) -> Run:
+        return self._test("sweep", "exponential", low, max(1, steps - 1), high / low - 1, steps, **change)
+
+    def _test(
+        self, name: str, growth: Growth, low: float, step_size: int, rate: float, steps: int, **change: Any
+    ) -> Run:
+        """A range test; `change` is its seed, batch size or settings, which are in its name, too."""
+        run = Run(name, growth, self._range_test(low, step_size, rate, growth=growth), steps, rate=rate, **change)
+        parts = [name, *(f"{setting} {value:g}" for setting, value in run.settings.items())]
+        parts += [f"batch {run.train_batch_size}"] if run.train_batch_size else []
+        parts += [f"seed {run.seed}"] if run.seed else []
+        return replace(run, name=", ".join(parts), validations=0)
+
+    def _peak_trial(self, lr: float, steps: int, seed: int) -> Run:
+        """A short training with the schedule that will be trained with, in small."""
+        name = f"peak {lr:g}, {steps} steps" + (f", seed {seed}" if seed else "")
+        warmup = max(1, round(WARMUP_SHARE * steps))
+
+        def schedule(optimizer: Optimizer) -> WarmupDecayLR:
+            # Corrected: DeepSpeed's first two steps have learning rate 0, which are many of so few.
+            return WarmupDecayLR(optimizer, steps, 0.0, self._scaled(lr), warmup, warmup_type="linear", corrected=True)
+
+        return Run(name, "decay", schedule, steps, validations=1, seed=seed, repeats=self._repeats(steps))
+
+    def _repeats(self, steps: int) -> int | None:
+        return part_of_data(steps, self.known.steps, self.known.steps_per_epoch)
+
+    def _schedule_trial(self, candidate: Candidate, steps: int) -> Run:
+        engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1, repeats=self._repeats(steps))
+        if candidate.schedule == "own":
+            own, ratio = self._own_schedule, self.known.steps / steps
+            if own is None or isinstance(own, LRRangeTest):
+                held = self._range_test(candidate.lr, 1, 0.0)
+                return make(candidate.name, "fixed", held)
+            return make(candidate.name, "decay", lambda optimizer: Stretched(optimizer, own, ratio))
+        section, _ = candidate.section(steps, self.known.test.group_ratios)
+        # Read from a config, as training will read it, "redline.schedules" included.
         config = load_config({**engine.config.document(), "scheduler": section}, world_size=engine.world_size)
 
         def schedule(optimizer: Optimizer) -> Schedule:
+            for group, lr in zip(optimizer.param_groups, self._scaled(candidate.lr)):
+                fill(group, lr)  # which a cosine multiplies
             built = build_schedule(config, optimizer)
             assert isinstance(built, Schedule)
             return built
 
-        return Run(candidate.name, candidate.kind, schedule, updates, validations=TRIAL_MULTIPLE)
+        kind: Kind = "cycle" if candidate.schedule == "OneCycle" else "decay"
+        return make(candidate.name, kind, schedule)
 
-    # -- one run ---------------------------------------------------------------------------------
+    def _range_test(
+        self, low: float, step_size: int, rate: float, growth: Growth = "linear"
+    ) -> Callable[[Optimizer], Schedule]:
+        """The schedule of a test, or with rate 0 of a trial at a fixed learning rate."""
+        return lambda optimizer: LRRangeTest(optimizer, self._scaled(low), step_size, rate, growth=growth)
 
-    def _make(self, run: Run) -> Curve:
-        rig = self._stand.rig(run.seed)
-        self._meter.begin(self._number, run, rig.engine.world)
-        curve = rig.make(run, self._meter)
-        with self._lock:
-            self._meter.end()
-            self._partial = self._stopped = None  # a thread may have broken off a run that came to its end after all
-        return curve
+    def _scaled(self, lr: float) -> list[float]:
+        return [lr * ratio for ratio in self.known.test.group_ratios]
 
-    @property
-    def _ratios(self) -> tuple[float, ...]:
-        return self._facts.test.group_ratios
 
-    def _optimizer(self) -> Optimizer:
-        optimizer = self._stand.rig(0).engine.optimizer
-        assert optimizer is not None
-        return optimizer
-
-    def _diverged_at(self) -> float | None:
-        """The lowest rate at which a sweep diverged."""
-        ends = [(curve, curve.diverged_at) for curve in self._curves if curve.kind == "exponential"]
-        return min((curve.lrs[end] for curve, end in ends if end is not None), default=None)
+def _round(lr: float) -> float:
+    return float(f"{lr:.2g}")

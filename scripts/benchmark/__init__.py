@@ -1,13 +1,13 @@
-"""What `scripts/bench` is made of, from the inside out.
+"""The modules of `scripts/bench`, from the inside out.
 
-    task        what one process is to do, as plain data
-    workloads   the models and their batches
-    subjects    one training step, as each subject would write it
-    worker      the process that builds a subject and does as it is told
-    crew        a subject's worker processes, seen from the outside
-    measure     proofs first, then turns
-    plan        what is measured, and in which sizes
-    report      tables for a terminal and for the docs
+    task           one rank's work, as plain data
+    workloads      models and their batches
+    subjects       one training step in each engine
+    worker         the process that builds an engine and answers requests
+    worker_group   the worker processes of one engine, seen from the parent
+    measure        check losses, then time in turns
+    plan           what is measured, and in which sizes
+    report         tables for a terminal and for the docs
 
-Only the workers import torch: the process that asks them stays small and idle.
+Only the workers import torch, so that the parent stays small and idle.
 """

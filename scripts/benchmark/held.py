@@ -1,4 +1,4 @@
-"""How many bytes a process really holds of parameters, gradients and optimizer state: of the tensors themselves.
+"""Count the bytes that a rank holds in parameters, gradients and optimizer state, from the tensors themselves.
 
 Not what an allocator says: every storage that is reachable from the engine counts once, however many tensors look at
 it, and one that is freed (resized to nothing, as FSDP2 does) counts nothing. Reads FSDP2's own attributes.
@@ -16,7 +16,7 @@ __all__ = ["Held", "held", "measure"]
 
 
 class Held(NamedTuple):
-    """Bytes on one process, and the most of all three at one time."""
+    """Bytes on one rank, and the peak of their sum."""
 
     parameters: int = 0
     gradients: int = 0
@@ -33,7 +33,7 @@ def measure(engine: Any, batches: Iterable[Any], loss: Callable[[Tensor, Any], T
 
     Args:
         engine: fresh.
-        batches: pairs of inputs and targets; at least those of two updates, since the optimizer's state is made
+        batches: pairs of inputs and targets; at least those of two steps, since the optimizer's state is made
             in the first.
         loss: of the model's output and the targets.
     """
@@ -65,7 +65,7 @@ def measure(engine: Any, batches: Iterable[Any], loss: Callable[[Tensor, Any], T
     handles = [each.register_forward_pre_hook(look) for each in engine.module.modules()]
     for group in _groups(engine.module):
         group.post_backward = look_first(group.post_backward)
-    engine._parallel.reduce = look_around(engine._parallel.reduce)
+    engine._strategy.reduce_gradients = look_around(engine._strategy.reduce_gradients)
     for inputs, targets in batches:
         out = engine(inputs)
         engine.backward(loss(out, targets))
@@ -83,7 +83,7 @@ def held(engine: Any) -> Held:
     parameters, gradients = _of_fsdp(engine.module)
     gradients += [each.grad for each in updated]
     gradients += [each.grad for each in model]
-    for apart in (getattr(engine._parallel, "_sums", []), getattr(engine._parallel, "_earlier", {}).values()):
+    for apart in (getattr(engine._strategy, "_sums", []), getattr(engine._strategy, "_earlier", {}).values()):
         gradients += list(apart)
     parts = (
         _bytes([*model, *updated, *parameters]),

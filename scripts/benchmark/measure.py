@@ -1,8 +1,7 @@
-"""How a comparison is made: every subject proves its numbers, then they take turns.
+"""How a comparison is made: every engine reproduces the reference losses, then they take turns.
 
-A machine whose speed drifts slows all subjects of a round alike. So each turn is compared with the turn of the loop by
-hand in the same round, and what is reported is the median over the rounds. Who begins a round changes from one to the
-next.
+A machine whose speed drifts slows all engines of a round alike. So each turn is compared with the handwritten loop's
+turn in the same round, and the result is the median over the rounds. The order changes from round to round.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmark.crew import Crew, CrewError
 from benchmark.task import BY_HAND, Task, is_installed
+from benchmark.worker_group import WorkerError, WorkerGroup
 
 __all__ = ["Comparison", "Effort", "compare", "measure_start"]
 
 Say = Callable[[str], None]
-PROOF = 12  # updates whose losses are compared
+PROOF = 12  # steps whose losses are compared
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Comparison:
     Attributes:
         title: for people.
         task: what they do; its subject is the base, the loop by hand.
-        subjects: those beside the base.
+        subjects: the other engines.
         measures: of "overhead", "throughput", "memory", "bytes", "waits".
     """
 
@@ -64,20 +63,20 @@ def compare(comparison: Comparison, effort: Effort, say: Say) -> dict[str, dict[
     """The figures of each subject; {"left_out": why} for one that is not measured."""
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        crews: dict[str, Crew] = {}
+        groups: dict[str, WorkerGroup] = {}
         for subject in (BY_HAND, *comparison.subjects):
             if is_installed(subject):
-                crews[subject] = stack.enter_context(Crew(replace(comparison.task, subject=subject)))
-        say(f"{comparison.title}: {len(crews)} subjects start and prove their numbers")
-        results |= _prove(crews, comparison.tolerance)
+                groups[subject] = stack.enter_context(WorkerGroup(replace(comparison.task, subject=subject)))
+        say(f"{comparison.title}: {len(groups)} engines start and reproduce the reference losses")
+        results |= _prove(groups, comparison.tolerance)
         if comparison.measures & {"overhead", "throughput"}:
-            _add(results, _take_turns(crews, effort, comparison.title, say))
+            _add(results, _take_turns(groups, effort, comparison.title, say))
         if "memory" in comparison.measures:
-            _add(results, {name: {"memory_bytes": crew.memory_bytes()} for name, crew in crews.items()})
+            _add(results, {name: {"memory_bytes": group.memory_bytes()} for name, group in groups.items()})
         if "bytes" in comparison.measures:
-            _add(results, {name: {"sent_bytes": crew.sent_bytes()} for name, crew in crews.items()})
+            _add(results, {name: {"sent_bytes": group.sent_bytes()} for name, group in groups.items()})
         if "waits" in comparison.measures:
-            _add(results, {name: {"waits": crew.waits(10)} for name, crew in crews.items()})
+            _add(results, {name: {"waits": group.waits(10)} for name, group in groups.items()})
     return results
 
 
@@ -86,15 +85,15 @@ def _add(results: dict[str, dict[str, Any]], more: dict[str, dict[str, Any]]) ->
         results[name] |= figures
 
 
-def _prove(crews: dict[str, Crew], tolerance: float) -> dict[str, dict[str, Any]]:
-    """Each subject's distance to the base's losses; those that fail, or are too far from it, leave `crews`."""
+def _prove(groups: dict[str, WorkerGroup], tolerance: float) -> dict[str, dict[str, Any]]:
+    """Each subject's distance to the base's losses; those that fail, or are too far from it, leave `groups`."""
     results: dict[str, dict[str, Any]] = {}
     expected: list[float] = []
-    for name, crew in list(crews.items()):
+    for name, group in list(groups.items()):
         try:
-            parameters = crew.started()["parameters"]
-            losses = crew.losses(PROOF)
-        except CrewError as error:
+            parameters = group.started()["parameters"]
+            losses = group.losses(PROOF)
+        except WorkerError as error:
             if name == BY_HAND:
                 raise
             results[name] = {"left_out": str(error)}
@@ -105,7 +104,7 @@ def _prove(crews: dict[str, Crew], tolerance: float) -> dict[str, dict[str, Any]
             if distance > tolerance:
                 results[name]["left_out"] = f"its losses differ by {distance:.1e} of theirs, more than {tolerance:g}"
         if "left_out" in results[name]:
-            del crews[name]
+            del groups[name]
     return results
 
 
@@ -115,18 +114,18 @@ def _distance(value: float, expected: float) -> float:
     return distance if math.isfinite(distance) else math.inf
 
 
-def _take_turns(crews: dict[str, Crew], effort: Effort, title: str, say: Say) -> dict[str, dict[str, Any]]:
-    updates = _updates_of_a_turn(crews[BY_HAND], effort.turn_s)
-    for crew in crews.values():
-        crew.seconds(max(2, updates // 2))
-    times: dict[str, list[float]] = {name: [] for name in crews}
-    order, said = list(crews), time.monotonic()
+def _take_turns(groups: dict[str, WorkerGroup], effort: Effort, title: str, say: Say) -> dict[str, dict[str, Any]]:
+    steps = _steps_of_a_turn(groups[BY_HAND], effort.turn_s)
+    for group in groups.values():
+        group.seconds(max(2, steps // 2))
+    times: dict[str, list[float]] = {name: [] for name in groups}
+    order, reported = list(groups), time.monotonic()
     for done in range(effort.rounds):
         for name in order:
-            times[name].append(crews[name].seconds(updates) / updates)
+            times[name].append(groups[name].seconds(steps) / steps)
         order = order[1:] + order[:1]
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
             say(f"{title}: round {done + 1} of {effort.rounds}")
     base = times[BY_HAND]
     return {
@@ -136,19 +135,19 @@ def _take_turns(crews: dict[str, Crew], effort: Effort, title: str, say: Say) ->
             "ratio": statistics.median(b / a for a, b in zip(found, base)),
             "ratio_quartiles": _quartiles([b / a for a, b in zip(found, base)]),
             "rounds": effort.rounds,
-            "updates": updates,
+            "steps": steps,
         }
         for name, found in times.items()
     }
 
 
-def _updates_of_a_turn(crew: Crew, turn_s: float) -> int:
+def _steps_of_a_turn(group: WorkerGroup, turn_s: float) -> int:
     """So many that a turn takes at least `turn_s`."""
-    updates = 1
-    crew.seconds(2)
-    while (seconds := crew.seconds(updates)) < turn_s:
-        updates = max(updates + 1, min(10 * updates, math.ceil(updates * turn_s / seconds)))
-    return updates
+    steps = 1
+    group.seconds(2)
+    while (seconds := group.seconds(steps)) < turn_s:
+        steps = max(steps + 1, min(10 * steps, math.ceil(steps * turn_s / seconds)))
+    return steps
 
 
 def _quartiles(values: list[float]) -> list[float]:
@@ -159,16 +158,16 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def measure_start(task: Task, subjects: Iterable[str], effort: Effort, say: Say) -> dict[str, dict[str, Any]]:
-    """Seconds of import, build and first update, each beyond `import torch`: medians over fresh processes."""
+    """Seconds of import, build and first step, each beyond `import torch`: medians over fresh processes."""
     results: dict[str, dict[str, Any]] = {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (BY_HAND, *subjects) if is_installed(name)}
     for turn in range(effort.starts + 1):
         say(f"start: turn {turn} of {effort.starts}" if turn else "start: once, unmeasured, to read all files")
         for name in list(found):
             try:
-                with Crew(replace(task, subject=name)) as crew:
-                    started = crew.started()
-            except CrewError as error:
+                with WorkerGroup(replace(task, subject=name)) as group:
+                    started = group.started()
+            except WorkerError as error:
                 results[name] = {"left_out": str(error)}
                 del found[name]
             else:

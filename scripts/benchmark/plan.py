@@ -22,12 +22,12 @@ class Machine:
 
     Attributes:
         device: "cpu" or "cuda".
-        processes: how many may train together: cores, or GPUs.
+        ranks: how many may train together: cores, or GPUs.
         threads: cores to use in all.
     """
 
     device: str
-    processes: int
+    ranks: int
     threads: int
 
 
@@ -45,20 +45,18 @@ def start_task(machine: Machine) -> Task:
 
 
 def start_subjects() -> tuple[str, ...]:
-    """Who starts, beside the loop by hand."""
+    """The engines whose start is timed, besides the handwritten loop."""
     return ("Redline", *_PEERS)
 
 
 def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
-    """All of them; on CUDA each of one process says, too, whether the steps wait for the GPU."""
-    together = min(machine.processes, 2)
+    """All comparisons; on CUDA those on one rank also check whether steps synchronize with the GPU."""
+    together = min(machine.ranks, 2)
     watched = frozenset({"waits"} if machine.device == "cuda" else ())
 
     def comparison(title: str, measures: set[str], subjects: tuple[str, ...], **task: object) -> Comparison:
         made = Task(BY_HAND, device=machine.device, **task)  # type: ignore[arg-type]
-        return Comparison(
-            title, made, subjects, frozenset(measures) | (watched if made.processes == 1 else frozenset())
-        )
+        return Comparison(title, made, subjects, frozenset(measures) | (watched if made.ranks == 1 else frozenset()))
 
     for clip in (1.0,) if quick else (1.0, 0.0):
         yield comparison(
@@ -71,25 +69,25 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
     if quick:
         yield from _quick(comparison, together)
         return
-    for processes in range(1, together + 1):
+    for ranks in range(1, together + 1):
         for accumulation in (1, 4):
             yield comparison(
-                f"digits MLP, batch 64, {_said(processes, accumulation)}",
-                {"throughput", *(["bytes"] if processes > 1 else [])},
+                f"digits MLP, batch 64, {_said(ranks, accumulation)}",
+                {"throughput", *(["bytes"] if ranks > 1 else [])},
                 ("by hand, again", "Redline", *_PEERS),
                 workload="digits MLP 64-256-256-10",
-                processes=processes,
+                ranks=ranks,
                 accumulation=accumulation,
             )
         for accumulation in (1, 4):
             yield comparison(
-                f"GPT 4 x 256, {_said(processes, accumulation)}",
-                {"throughput", *(["bytes"] if processes > 1 else ["memory"] if accumulation == 1 else [])},
+                f"GPT 4 x 256, {_said(ranks, accumulation)}",
+                {"throughput", *(["bytes"] if ranks > 1 else ["memory"] if accumulation == 1 else [])},
                 ("by hand, again", "Redline", *_PEERS),
                 workload="GPT 4 x 256",
-                processes=processes,
+                ranks=ranks,
                 accumulation=accumulation,
-                threads=max(1, machine.threads // processes),
+                threads=max(1, machine.threads // ranks),
             )
     for accumulation in (1, 4) if together > 1 else ():
         yield comparison(
@@ -97,7 +95,7 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
             {"throughput", "bytes", *(["memory"] if accumulation == 1 else [])},
             ("by hand, again", "Redline", *_SHARED),
             workload="GPT 4 x 256",
-            processes=together,
+            ranks=together,
             accumulation=accumulation,
             threads=max(1, machine.threads // together),
         )
@@ -108,7 +106,7 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
         yield comparison(
             f"{workload} in bf16{', compiled' if compiled else ''}, {_said(1, 1)}",
             {"throughput", "memory"},
-            ("by hand, again", "by hand, fp32 masters", "Redline", *_PEERS),
+            ("by hand, again", "by hand, fp32 master params", "Redline", *_PEERS),
             workload=workload,
             precision="bf16",
             compiled=compiled,
@@ -122,10 +120,10 @@ def _quick(comparison: Callable[..., Comparison], together: int) -> Iterator[Com
     subjects = ("Redline", *_PEERS)
     yield comparison(f"{tiny}, {_said(1, 2)}", {"throughput", "memory"}, subjects, workload=tiny, accumulation=2)
     if together > 1:
-        task = {"workload": digits, "processes": together, "accumulation": 2}
+        task = {"workload": digits, "ranks": together, "accumulation": 2}
         yield comparison(f"digits MLP, {_said(together, 2)}", {"throughput", "bytes"}, subjects, **task)
 
 
-def _said(processes: int, accumulation: int) -> str:
-    where = "1 process" if processes == 1 else f"{processes} processes"
+def _said(ranks: int, accumulation: int) -> str:
+    where = "1 rank" if ranks == 1 else f"{ranks} ranks"
     return f"{where}, accumulation {accumulation}"

@@ -37,20 +37,21 @@ def _mib(size: float) -> str:
 
 _SECTIONS = (
     _Section(
-        "overhead", "Overhead a step (us)", lambda own, base: _overhead(own, base), "overhead_us",
-        "What a step takes beyond the loop by hand, whose own time stands in its column.",
+        "overhead", "Overhead per step (us)", lambda own, base: _overhead(own, base), "overhead_us",
+        "Time per step beyond the handwritten loop, whose own time is in its column.",
     ),
     _Section(
-        "throughput", "Throughput (loop by hand = 1)", lambda own, base: f"{own['ratio']:.2f}", "ratio",
-        "More is faster. The second loop by hand is the first one again: what it differs by is noise.",
+        "throughput", "Throughput (handwritten loop = 1)", lambda own, base: f"{own['ratio']:.2f}", "ratio",
+        "Higher is faster. \"By hand, again\" is the same loop: the difference is noise.",
     ),
     _Section(
-        "bytes", "Sent for an update, by all processes (MiB)", lambda own, base: _mib(own["sent_bytes"]), "sent_bytes",
-        "By the collectives that the backend ran, each in a ring.",
+        "bytes", "Sent per optimizer step, over all ranks (MiB)", lambda own, base: _mib(own["sent_bytes"]),
+        "sent_bytes",
+        "Computed from the collectives that ran, as rings.",
     ),
     _Section(
         "memory", "Peak memory (MiB)", lambda own, base: _mib(own["memory_bytes"]), "memory_bytes",
-        "Of a process: resident on the CPU, allocated by tensors on CUDA.",
+        "Per rank: resident memory on the CPU, memory allocated by tensors on CUDA.",
     ),
 )  # fmt: skip
 
@@ -86,7 +87,7 @@ def page(results: Results) -> str:
     """For the docs, in Markdown."""
     parts = [
         "# Performance",
-        f"Measured by `{results['command']}` on {results['date']}, and written by it. {_machine(results)}",
+        f"Written by `{results['command']}` on {results['date']}. {_machine(results)}",
         _METHOD,
     ]
     for table in _tables(results):
@@ -96,15 +97,30 @@ def page(results: Results) -> str:
             "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
             "\n".join(f"- {note}" for note in table.notes),
         ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in (*parts, _ONLY_ON_A_GPU) if part) + "\n"
 
+
+_ONLY_ON_A_GPU = """\
+## Not measured yet: GPUs
+
+Tests check without a GPU that nothing on the hot path reads a value from the device: the CUDA branch of forward,
+backward and step runs on meta tensors, where reading a value raises, and collectives run under a mode that refuses
+reads. No run on a GPU has shown yet
+
+- that no kernel or library call synchronizes by itself, under `torch.cuda.set_sync_debug_mode("error")`;
+- whether pinned, non-blocking copies overlap with compute, in the loader and for norms;
+- how long backward waits for the reduction at stages 0 to 2, which begins when backward ends (DDP's overlaps with
+  it): on several hosts without accumulation up to the time of one all-reduce per step;
+- the overlap of NCCL's and FSDP2's streams at stage 3, and FSDP2's memory meanwhile;
+- CUDA's autocast, `torch.compile` with CUDA graphs, and fused kernels that skip a step by `found_inf`;
+- the memory needed to undo a skipped step with optimizers that cannot skip on the device."""
 
 _METHOD = """\
-*By hand* is a loop as a careful engineer would write it: `AdamW(fused=True)`, foreach clipping, the learning rate set
-by hand, `DistributedDataParallel`, `torch.autocast` for bf16. Every subject is given the same fused AdamW, the same
-weights, batches and rates, and must repeat the loop's first 12 losses (to 1e-6 of them in fp32 on a CPU, 1e-5 on CUDA,
-1e-2 in bf16) before it is timed. Each has processes of its own; they take turns, a turn is compared with the loop's
-in the same round, and the tables have the medians over the rounds."""
+*By hand* is a plain PyTorch loop, carefully written: `AdamW(fused=True)`, foreach clipping,
+`DistributedDataParallel`, `torch.autocast` for bf16. Every engine gets the same fused AdamW, weights, batches and
+learning rates, and must reproduce the loop's first 12 losses (relative error 1e-6 in fp32 on a CPU, 1e-5 on CUDA,
+1e-2 in bf16) before it is timed. Engines run in separate processes and take turns; each turn is compared with the
+loop's turn in the same round, and the tables show medians over the rounds."""
 
 
 def _machine(results: Results) -> str:
@@ -138,13 +154,13 @@ def _start(start: dict[str, Figures]) -> _Table:
         for name, figures in start.items()
         if "start_s" in figures
     ]
-    notes = ["In a fresh process, beyond `import torch`; a first `torch.optim.AdamW()` imports torch's compiler."]
+    notes = ["In a fresh process, beyond `import torch`. The first `torch.optim.AdamW()` imports torch's compiler."]
     head = ["", "import", "build", "first step", "in all"]
     return _Table("Start (s)", head, rows, [*notes, *_left_out([{"title": "start", "subjects": start}])])
 
 
 def _waits(comparisons: list[Results]) -> _Table:
-    """Who waits for the GPU within ten steps."""
+    """Which engines synchronize with the GPU within ten steps."""
     found: dict[str, str] = {}
     for each in comparisons:
         for name, figures in each["subjects"].items():
@@ -153,15 +169,15 @@ def _waits(comparisons: list[Results]) -> _Table:
     rows = [[name, "yes" if why else "no"] for name, why in found.items()]
     notes = [f"{name}: {why}" for name, why in found.items() if why]
     return _Table(
-        "Waits for the GPU within a step",
-        ["", "waits"],
+        "Synchronizes with the GPU within a step",
+        ["", "synchronizes"],
         rows,
         ['By `torch.cuda.set_sync_debug_mode("error")` around ten steps of every model above.', *notes],
     )
 
 
 def _left_out(comparisons: list[Results]) -> list[str]:
-    """Who is missing from which rows, and why."""
+    """Which engines are missing from which rows, and why."""
     where: dict[tuple[str, str], list[str]] = {}
     for each in comparisons:
         for name, figures in each["subjects"].items():

@@ -1,7 +1,7 @@
-"""One update of the same training, as each subject would have it written.
+"""One step of the same training, as each subject would have it written.
 
-Each function takes a task, a workload's model on the device and its loss, and the batches, and returns the update:
-forward and backward for every micro-batch, clipping, the optimizer, the next learning rate. What an update returns is
+Each function takes a task, a workload's model on the device and its loss, and the batches, and returns the step:
+forward and backward for every micro-batch, clipping, the optimizer, the next learning rate. What a step returns is
 the loss of its last micro-batch, on the device, unread.
 """
 
@@ -18,20 +18,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmark.task import LR, OPTIMIZER, RAMP, Task
 
-__all__ = ["BUILDERS", "Update"]
+__all__ = ["BUILDERS", "Step"]
 
-Update = Callable[[], Tensor]
+Step = Callable[[], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-def by_hand(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
+def by_hand(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """The loop that all are compared with: fused AdamW, foreach clipping, the rate set by hand, DDP, autocast."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, **OPTIMIZER, fused=True)
     rate = _rate(optimizer)
     model = torch.compile(model) if task.compiled else model
-    if task.processes > 1:
+    if task.ranks > 1:
         _join(task)
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     accumulation, clip, lowered = task.accumulation, task.clip, task.precision == "bf16"
@@ -42,12 +42,12 @@ def by_hand(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Up
         with torch.autocast(task.device, torch.bfloat16):
             return loss_of(model(x), y)
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         if accumulation == 1:
             loss = loss_on(*next(batches))
             loss.backward()
         else:
-            with model.no_sync() if task.processes > 1 else contextlib.nullcontext():
+            with model.no_sync() if task.ranks > 1 else contextlib.nullcontext():
                 for _ in range(accumulation - 1):
                     (loss_on(*next(batches)) / accumulation).backward()
             loss = loss_on(*next(batches))
@@ -59,55 +59,56 @@ def by_hand(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Up
         rate()
         return loss
 
-    return update
+    return step
 
 
-def by_hand_with_masters(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
-    """bf16 weights for the model, fp32 ones for the optimizer; one process."""
-    masters = [parameter.detach().clone() for parameter in model.parameters()]
+def by_hand_with_fp32_params(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
+    """bf16 weights for the model, fp32 ones for the optimizer; one rank only."""
+    master_params = [parameter.detach().clone() for parameter in model.parameters()]
     weights = list(model.bfloat16().parameters())
     model = torch.compile(model) if task.compiled else model
-    optimizer = torch.optim.AdamW(masters, **OPTIMIZER, fused=True)
+    optimizer = torch.optim.AdamW(master_params, **OPTIMIZER, fused=True)
     rate = _rate(optimizer)
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         for index in range(task.accumulation):
             x, y = next(batches)
             loss = loss_of(model(x), y)
             (loss / task.accumulation if task.accumulation > 1 else loss).backward()
-            for master, weight in zip(masters, weights):
+            for master, weight in zip(master_params, weights):
                 if index == 0:
                     master.grad = weight.grad.float()
                 else:
                     master.grad += weight.grad
                 weight.grad = None
         if task.clip:
-            nn.utils.clip_grad_norm_(masters, task.clip, foreach=True)
+            nn.utils.clip_grad_norm_(master_params, task.clip, foreach=True)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
+            torch._foreach_copy_(weights, master_params)
         rate()
         return loss
 
-    return update
+    return step
 
 
-def redline(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
+def redline(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """Our engine."""
-    from engine import initialize
+    from redline import initialize
 
     config = _config(task)
     if stage := _stage(task):
         config["zero_optimization"] = {"stage": stage}
     engine = initialize(model, config, device="cpu" if task.device == "cpu" else None)
     if task.subject != "Redline, recording":
-        engine.recorder = None  # a schedule that is a range test is recorded, unless one says otherwise
+        # A schedule that is a range test is recorded; the rest of a run's callbacks stays.
+        engine.callbacks = [each for each in engine.callbacks if type(each).__name__ != "PassiveRecorder"]
     if task.compiled:
         engine.compile()
     return _driven(engine, task, loss_of, batches)
 
 
-def deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
+def deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """DeepSpeed with torch's fused AdamW: its own would first be compiled, and is slower where it was."""
     import deepspeed
 
@@ -123,7 +124,7 @@ def deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> 
     return _driven(engine, task, loss_of, batches)
 
 
-def accelerate(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
+def accelerate(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """Hugging Face Accelerate."""
     from accelerate import Accelerator
 
@@ -138,7 +139,7 @@ def accelerate(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) ->
     rate = _rate(optimizer)  # not before: it has replaced the parameter groups
     parameters = list(model.parameters())
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         for _ in range(task.accumulation):
             x, y = next(batches)
             with accelerator.accumulate(model):
@@ -151,17 +152,17 @@ def accelerate(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) ->
         rate()
         return loss
 
-    return update
+    return step
 
 
-def fabric(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Update:
+def fabric(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """Lightning Fabric."""
     from lightning.fabric import Fabric
 
     made = Fabric(
         accelerator=task.device,
-        devices=task.processes,
-        strategy="ddp" if task.processes > 1 else "auto",
+        devices=task.ranks,
+        strategy="ddp" if task.ranks > 1 else "auto",
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
     )
     made.launch()
@@ -170,7 +171,7 @@ def fabric(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Upd
     model, optimizer = made.setup(torch.compile(model) if task.compiled else model, optimizer)
     accumulation, clip = task.accumulation, task.clip
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         for index in range(accumulation):
             x, y = next(batches)
             if accumulation == 1:
@@ -187,13 +188,13 @@ def fabric(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Upd
         rate()
         return loss
 
-    return update
+    return step
 
 
-BUILDERS: dict[str, Callable[[Task, nn.Module, Loss, Batches], Update]] = {
+BUILDERS: dict[str, Callable[[Task, nn.Module, Loss, Batches], Step]] = {
     "by hand": by_hand,
     "by hand, again": by_hand,
-    "by hand, fp32 masters": by_hand_with_masters,
+    "by hand, fp32 master params": by_hand_with_fp32_params,
     "Redline": redline,
     "Redline, recording": redline,
     "DeepSpeed": deepspeed,
@@ -204,11 +205,11 @@ BUILDERS: dict[str, Callable[[Task, nn.Module, Loss, Batches], Update]] = {
 }
 
 
-def _driven(engine: Any, task: Task, loss_of: Loss, batches: Batches) -> Update:
-    """The step loop that DeepSpeed and Redline share."""
+def _driven(engine: Any, task: Task, loss_of: Loss, batches: Batches) -> Step:
+    """The training loop that DeepSpeed and Redline have in common."""
     accumulation = task.accumulation
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         for _ in range(accumulation):
             x, y = next(batches)
             loss = loss_of(engine(x), y)
@@ -216,7 +217,7 @@ def _driven(engine: Any, task: Task, loss_of: Loss, batches: Batches) -> Update:
             engine.step()
         return loss
 
-    return update
+    return step
 
 
 def _stage(task: Task) -> int:
@@ -245,7 +246,7 @@ def _config(task: Task) -> dict[str, Any]:
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Sets the rate of the next update by hand."""
+    """Sets the rate of the next step by hand."""
     group, count = optimizer.param_groups[0], 0
 
     def rate() -> None:

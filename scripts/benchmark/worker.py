@@ -1,8 +1,8 @@
-"""One process of one subject: builds it, then does what its standard input says, a line at a time.
+"""One rank of one engine: builds it, then answers requests on standard input, a line each.
 
     python worker.py TASK         answers in JSON, a line each, on what was standard output
 
-The first answer comes unasked: how long it took to import, to build and to make the first update, each beyond
+The first answer comes unasked: how long it took to import, to build and to make the first step, each beyond
 `import torch`. What libraries print goes to standard error.
 """
 
@@ -31,7 +31,7 @@ _BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, 
 
 
 class Worker:
-    """A subject, built and past its first update."""
+    """A subject, built and past its first step."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -47,9 +47,9 @@ class Worker:
         times = [self._now()]
         importlib.import_module(SUBJECTS[task.subject])
         times.append(self._now())
-        self._update = BUILDERS[task.subject](task, model, workload.loss, batches)
+        self._step = BUILDERS[task.subject](task, model, workload.loss, batches)
         times.append(self._now())
-        self._losses = [self._update().detach()]
+        self._losses = [self._step().detach()]
         times.append(self._now())
         self._start_s = dict(zip(("import_s", "build_s", "first_s"), (b - a for a, b in itertools.pairwise(times))))
 
@@ -57,21 +57,21 @@ class Worker:
         """How long the start took, and the number of parameters."""
         return {**self._start_s, "parameters": self.parameters}
 
-    def losses(self, updates: int) -> list[float]:
-        """The losses of so many updates from the first on."""
-        while len(self._losses) < updates:
-            self._losses.append(self._update().detach())
+    def losses(self, steps: int) -> list[float]:
+        """The losses of so many steps from the first on."""
+        while len(self._losses) < steps:
+            self._losses.append(self._step().detach())
         return [float(loss) for loss in self._losses]
 
-    def seconds(self, updates: int) -> float:
-        """How long so many updates take."""
+    def seconds(self, steps: int) -> float:
+        """How long so many steps take."""
         start = self._now()
-        for _ in range(updates):
-            self._update()
+        for _ in range(steps):
+            self._step()
         return self._now() - start
 
     def memory_bytes(self) -> int:
-        """The most that was in use: of CUDA's memory by tensors, else of the machine's by this process."""
+        """Peak memory: allocated by tensors on CUDA, else resident."""
         if self.task.device == "cuda":
             return torch.cuda.max_memory_allocated()
         # Not getrusage, which begins with what the parent used.
@@ -83,27 +83,27 @@ class Worker:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def sent_bytes(self) -> int:
-        """What this process sends in one update, by the collectives that the backend really ran."""
+        """What this rank sends in one step, from the collectives that the backend ran."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            self._update()
+            self._step()
             self._now()
         return round(
             sum(
-                _sent(event.name.partition(":")[2], event.input_shapes, event.input_dtypes, self.task.processes)
+                _sent(event.name.partition(":")[2], event.input_shapes, event.input_dtypes, self.task.ranks)
                 for event in profiled.events()
                 if event.name.startswith(("gloo:", "nccl:"))
             )
         )
 
-    def waits(self, updates: int) -> str | None:
-        """What made so many updates wait for the GPU, as torch says; None where nothing did."""
+    def waits(self, steps: int) -> str | None:
+        """What made so many steps wait for the GPU, as torch says; None where nothing did."""
         self._now()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(updates):
-                self._update()
+            for _ in range(steps):
+                self._step()
         except RuntimeError as error:
             return f"{error} ({_place(error)})"
         finally:
@@ -116,20 +116,20 @@ class Worker:
         return time.perf_counter()
 
 
-def _sent(operation: str, shapes: list[Any], types: list[str], processes: int) -> float:
-    """Bytes that each process sends in a collective, in a ring.
+def _sent(operation: str, shapes: list[Any], types: list[str], ranks: int) -> float:
+    """Bytes that each rank sends in a collective, in a ring.
 
     An all-reduce of S bytes is a reduce-scatter and an all-gather, each of which sends S (n - 1) / n.
     """
     if not shapes:  # a barrier
         return 0.0
     size = sum(_product(shape) * _BYTES[kind] for shape, kind in zip(shapes, types) if kind in _BYTES)
-    share = (processes - 1) / processes
+    fraction = (ranks - 1) / ranks
     if "all_reduce" in operation or "allreduce" in operation:
-        return 2 * share * size
+        return 2 * fraction * size
     if "gather" in operation and "reduce" not in operation:
-        return (processes - 1) * size  # of this process's part
-    return share * size  # reduce-scatter, broadcast, reduce, scatter: the whole is given
+        return (ranks - 1) * size  # of this rank's part
+    return fraction * size  # reduce-scatter, broadcast, reduce, scatter: the full tensor is given
 
 
 def _product(shape: list[int]) -> int:

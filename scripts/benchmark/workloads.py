@@ -22,7 +22,7 @@ class Workload:
 
     Attributes:
         build: makes the model, without a seed.
-        batch: samples of a micro-batch on one process.
+        batch: samples per micro-batch.
         draw: batch size and random generator to inputs and targets, on the CPU.
         loss: of the model's output and the targets; a mean.
     """
@@ -38,7 +38,7 @@ class Workload:
         return self.build()
 
     def batches(self, rank: int, device: str) -> list[Batch]:
-        """What a process trains on."""
+        """The batches of a rank."""
         generator = torch.Generator().manual_seed(1 + rank)
         drawn = [self.draw(self.batch, generator) for _ in range(BATCHES)]
         return [(x.to(device), y.to(device)) for x, y in drawn]

@@ -1,4 +1,4 @@
-"""What a learning rate is worth: whole trainings by the engine, and which of a grid to make."""
+"""Full trainings by the engine, and which learning rates of a grid to train with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,20 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from engine import initialize
-from engine.range_test.task import loss_of
-from suggestions.ours import engine_config, schedule_config
-from suggestions.tasks import Task, task_of
+from redline import initialize
+from redline.range_test.task import loss_of
+from suggestions.ours import engine_config
+from suggestions.tasks import task_of
 
-__all__ = ["HOPELESS", "batches", "digest", "points", "train", "untrained", "worth_repeating"]
+__all__ = ["HOPELESS", "above", "batches", "digest", "last_tenth", "score", "train", "untrained", "worth_repeating"]
 
-HOPELESS = (1.25, 1.1)  # a rate whose mean over one seed, or two, is above the best times this is not repeated further
-
-
-def points(task: Task, count: int) -> list[float]:
-    """So many learning rates of the task's grid, evenly spread, both ends among them."""
-    last = len(task.grid) - 1
-    return [task.grid[round(index * last / (count - 1))] for index in range(count)]
+# A rate whose mean loss is above the best times this gets no neighbors, no second seed, and no more seeds.
+HOPELESS = (1.25, 1.1, 1.05)
 
 
 def batches(data: TensorDataset, size: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
@@ -40,31 +36,38 @@ def batches(data: TensorDataset, size: int, seed: int) -> Iterator[tuple[Tensor,
             yield tuple(tensor[chosen] for tensor in data.tensors)
 
 
-def train(name: str, seed: int, kind: str, lr: float) -> dict[str, Any]:
+def train(name: str, seed: int, lr: float) -> dict[str, Any]:
     """Train a task from the start to its end; the loss on the validation data, None where it is not finite.
 
     A training whose loss is not finite ends there.
     """
-    for package in ("engine", "schedulers"):
-        logging.getLogger(package).setLevel(logging.ERROR)
+    logging.getLogger("redline").setLevel(logging.ERROR)
     task = task_of(name)
     torch.manual_seed(seed)
     model, data, criterion, validation = task.build()
     loss_fn = loss_of(criterion)
-    config = engine_config(task, seed, schedule_config(kind, lr, task.steps))
-    engine = initialize(model, config, device="cpu")
-    feed = batches(data, task.batch_size, seed)
-    for _ in range(task.steps):
+    engine = initialize(model, engine_config(task, seed, lr), device="cpu")
+    feed = batches(data, engine.train_micro_batch_size_per_gpu(), seed)
+    losses, began = [], time.process_time()
+    for _ in range(task.steps * engine.gradient_accumulation_steps()):
         loss = loss_fn(engine, next(feed))
-        if not math.isfinite(loss.item()):
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
             return {"loss": None}
         engine.backward(loss)
         engine.step()
-    return _judge(model, criterion, validation)
+    seconds = time.process_time() - began
+    return {"seconds": seconds, "training": last_tenth(losses), **score(engine, criterion, validation)}
+
+
+def last_tenth(losses: Sequence[float]) -> float:
+    """The mean training loss at the end, which is high where a training diverged, and low where it overfits."""
+    return statistics.fmean(losses[-math.ceil(len(losses) / 10) :])
 
 
 @torch.no_grad()
-def _judge(model: nn.Module, criterion: Any, validation: TensorDataset) -> dict[str, Any]:
+def score(model: nn.Module, criterion: Any, validation: TensorDataset) -> dict[str, Any]:
+    """Loss on the validation data and, of a classifier, accuracy."""
     model.eval()
     loss = float(loss_of(criterion)(model, validation.tensors))
     found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None}
@@ -79,22 +82,29 @@ def untrained(name: str, seed: int) -> float:
     """The validation loss of the initial weights."""
     torch.manual_seed(seed)
     model, _, criterion, validation = task_of(name).build()
-    return _judge(model, criterion, validation)["loss"]
+    return score(model, criterion, validation)["loss"]
 
 
 @cache
 def digest(name: str) -> str:
-    """Of all that a task is made of: its numbers, its data, its initial weights."""
+    """Of all that a task is made of: its config, its data, its initial weights."""
     task = task_of(name)
     torch.manual_seed(0)
     model, data, criterion, validation = task.build()
-    summed = hashlib.sha256(repr((task.optimizer, task.batch_size, task.steps, criterion)).split(" at 0x")[0].encode())
+    made_of = (engine_config(task, 0, task.own_lr), task.steps, criterion)
+    summed = hashlib.sha256(repr(made_of).split(" at 0x")[0].encode())
     for tensor in (*model.state_dict().values(), *data.tensors, *validation.tensors):
         summed.update(tensor.contiguous().numpy().tobytes())
     return summed.hexdigest()[:16]
 
 
-def worth_repeating(losses: Mapping[float, Sequence[float | None]], limit: float) -> list[float]:
+def worth_repeating(losses: Mapping[float, Sequence[float | None]], limit: float, *, log_scale: bool) -> list[float]:
     """Which rates are trained with more seeds, by the losses of those that they were trained with."""
-    means = {lr: statistics.fmean(of) for lr, of in losses.items() if None not in of}
-    return [lr for lr, mean in means.items() if mean <= limit * min(means.values())]
+    means = {lr: statistics.fmean(of) for lr, of in losses.items() if of and None not in of}
+    best = min(means.values(), default=0.0)
+    return [lr for lr, mean in means.items() if above(mean, best, log_scale=log_scale) <= limit - 1]
+
+
+def above(loss: float, best: float, *, log_scale: bool) -> float:
+    """How far a loss is above the best one, as a fraction: of the loss, or of the likelihood where that is its log."""
+    return math.expm1(min(loss - best, 50.0)) if log_scale else loss / best - 1

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.range_test.task import loss_of
+from redline.range_test.task import loss_of
 from suggestions.tasks import Task, task_of
 
 __all__ = ["METHODS", "PEERS", "ask", "missing", "version"]
 
-PEERS = {"torch-lr-finder": "torch_lr_finder", "Lightning": "lightning", "fastai": "fastai"}
-PACKAGES = {"torch-lr-finder": "torch-lr-finder", "Lightning": "lightning", "fastai": "fastai"}
+PEERS = {"torch-lr-finder": "torch_lr_finder", "Lightning": "lightning", "fastai": "fastai",
+         "pytorch-optimizer": "pytorch_optimizer"}  # fmt: skip
+PACKAGES = {"torch-lr-finder": "torch-lr-finder", "Lightning": "lightning", "fastai": "fastai",
+            "pytorch-optimizer": "pytorch-optimizer"}  # fmt: skip
 METHODS = {
     "torch-lr-finder": ("torch-lr-finder",),
     "Lightning": ("Lightning",),
-    "fastai": ("fastai (valley, its default)", "fastai (minimum / 10)", "fastai (steep)"),
+    "fastai": ("fastai (valley, its default)", "fastai (minimum / 10)"),
 }
 
 
@@ -56,7 +58,7 @@ def version(peer: str) -> str:
 
 
 def ask(peer: str, name: str, seed: int) -> dict[str, Any]:
-    """What a tool's methods suggest: {"lrs": {method: lr or None}, "updates": n}, or {"error": what it died of}."""
+    """What a tool's methods suggest: {"lrs": {method: lr or None}, "steps": n}, or {"error": what it died of}."""
     task = task_of(name)
     torch.manual_seed(seed)
     model, data, loss, _ = task.build()
@@ -77,7 +79,7 @@ def _optimizer_of(task: Task) -> Callable[..., torch.optim.Optimizer]:
 
 
 def _torch_lr_finder(model: _Learner, loader: DataLoader[Any], task: Task) -> dict[str, Any]:
-    """`range_test` from the grid's lowest rate to its highest in 100 updates, and the suggestion of `plot`."""
+    """`range_test` from the grid's lowest rate to its highest in 100 steps, and the suggestion of `plot`."""
     os.environ["MPLBACKEND"] = "Agg"
     import matplotlib.pyplot as plt
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
@@ -100,7 +102,7 @@ def _torch_lr_finder(model: _Learner, loader: DataLoader[Any], task: Task) -> di
     answer = finder.plot(ax=axes, suggest_lr=True)
     plt.close("all")
     lr = float(answer[1]) if isinstance(answer, tuple) else None
-    return {"lrs": {"torch-lr-finder": lr}, "updates": len(finder.history["lr"])}
+    return {"lrs": {"torch-lr-finder": lr}, "steps": len(finder.history["lr"])}
 
 
 def _lightning(model: _Learner, loader: DataLoader[Any], task: Task) -> dict[str, Any]:
@@ -126,11 +128,11 @@ def _lightning(model: _Learner, loader: DataLoader[Any], task: Task) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=folder,
+            enable_model_summary=False, default_root_dir=folder, gradient_clip_val=task.clipping or None,
         )  # fmt: skip
         finder = Tuner(trainer).lr_find(Module(), train_dataloaders=loader)
     lr = finder.suggestion()
-    return {"lrs": {"Lightning": None if lr is None else float(lr)}, "updates": len(finder.results["lr"])}
+    return {"lrs": {"Lightning": None if lr is None else float(lr)}, "steps": len(finder.results["lr"])}
 
 
 @cache
@@ -152,8 +154,9 @@ def _mend_torchvision() -> torch.library.Library | None:
 
 
 def _fastai(model: _Learner, loader: DataLoader[Any], task: Task) -> dict[str, Any]:
-    """`Learner.lr_find()`: from 1e-7 to 10 in 100 updates, read by three of its rules."""
-    from fastai.callback.schedule import minimum, steep, valley
+    """`Learner.lr_find()`: from 1e-7 to 10 in 100 steps, read by two of its rules."""
+    from fastai.callback.schedule import minimum, valley
+    from fastai.callback.training import GradientClip
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
@@ -167,11 +170,12 @@ def _fastai(model: _Learner, loader: DataLoader[Any], task: Task) -> dict[str, A
 
     with tempfile.TemporaryDirectory() as folder:
         learner = Learner(
-            DataLoaders(loader, loader), model, loss_func=lambda loss, _: loss, opt_func=optimizer, path=folder
-        )
-        found = learner.lr_find(suggest_funcs=(valley, minimum, steep), show_plot=False)
-    lrs = (found.valley, found.minimum, found.steep)
-    return {"lrs": dict(zip(METHODS["fastai"], map(float, lrs))), "updates": len(learner.recorder.lrs)}
+            DataLoaders(loader, loader), model, loss_func=lambda loss, _: loss, opt_func=optimizer, path=folder,
+            cbs=[GradientClip(task.clipping)] if task.clipping else [],
+        )  # fmt: skip
+        found = learner.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
+    lrs = (found.valley, found.minimum)
+    return {"lrs": dict(zip(METHODS["fastai"], map(float, lrs))), "steps": len(learner.recorder.lrs)}
 
 
 _ADAPTERS = {"torch-lr-finder": _torch_lr_finder, "Lightning": _lightning, "fastai": _fastai}

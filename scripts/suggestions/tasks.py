@@ -1,36 +1,43 @@
-"""Small real tasks on which learning rates are judged; all data comes with Python and scikit-learn.
+"""Small real tasks on which learning rates are judged.
 
-Images (handwritten digits, tiles of two photographs), text (the Python standard library's own sources), tables and
-regressions; MLPs, CNNs, small transformers; SGD with momentum and Adam. Rules are made on those that
-are not kept aside, and judged on both.
+Images (handwritten digits, tiles of two photographs), text (code, prose, the names of characters), tables and
+regressions; MLPs, CNNs, GRUs and small GPTs, which start from scratch or from pretrained weights, or train a LoRA.
+Of each kind there are at least two: one that rules are made on, one held out.
 """
 
 from __future__ import annotations
 
-import ast
-import math
-import sysconfig
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
 
-__all__ = ["TASKS", "Parts", "Task", "task_of"]
+from suggestions import data
+from suggestions.data import Pair
+from suggestions.networks import (
+    GPT,
+    Recurrent,
+    bytes_mlp,
+    cnn,
+    deep,
+    gaussian,
+    last_byte,
+    lora,
+    mlp,
+    next_byte,
+    pretrained,
+    residual_cnn,
+    text_mlp,
+)
+
+__all__ = ["FORMS", "TASKS", "Parts", "Task", "task_of"]
 
 Parts = tuple[nn.Module, TensorDataset, Callable[..., Tensor], TensorDataset]
-Pair = tuple[Tensor, Tensor]
-
-SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
-ADAM = {"type": "Adam", "params": {"lr": 0.001, "weight_decay": 0.0}}
-ADAMW = {"type": "AdamW", "params": {"lr": 0.001, "weight_decay": 0.01}}
 
 
 @dataclass(frozen=True)
@@ -39,24 +46,33 @@ class Task:
 
     Attributes:
         name: data, network, optimizer.
-        optimizer: the config's section.
-        batch_size: samples of an update.
-        steps: updates of a training: the budget.
+        kind: what is special about it, one of the groups of the report.
+        optimizer: the config's section, with the learning rate that a user might have written there.
+        batch_size: samples per optimizer step.
+        steps: optimizer steps of a training.
         build: model, training data, loss and validation data, as `redline tune` wants them; initial weights follow
             torch's seed, the data does not.
-        aside: whether rules were made without it.
-        seeds: trainings of each kind, unless asked otherwise; more where one differs much from the next.
-        budget: share of the updates that a suggestion may take.
+        held_out: whether rules were made without it.
+        clipping: norm that gradients are clipped at; DeepSpeed's default is 1, and 0 is none.
+        config: further sections of the config.
+        log_scale: whether the loss is a log-likelihood that may be negative: losses are then compared by
+            exp(loss - best), not loss / best.
     """
 
     name: str
-    optimizer: dict[str, object]
+    kind: str
+    optimizer: Mapping[str, Any]
     batch_size: int
     steps: int
     build: Callable[[], Parts]
-    aside: bool = False
-    seeds: int = 5
-    budget: float = 0.1
+    held_out: bool = False
+    clipping: float = 1.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    log_scale: bool = False
+
+    @property
+    def own_lr(self) -> float:
+        return float(self.optimizer["params"]["lr"])
 
     @property
     def grid(self) -> list[float]:
@@ -65,250 +81,181 @@ class Task:
         return [10 ** (start + 5 * index / 17) for index in range(18)]
 
 
-# -- data ----------------------------------------------------------------------------------------------
+def _optimizer(kind: str, lr: float, **params: Any) -> dict[str, Any]:
+    return {"type": kind, "params": {"lr": lr, **params}}
 
 
-def _split(x: Tensor, y: Tensor, held_out: float = 0.2) -> tuple[TensorDataset, TensorDataset]:
+SGD = _optimizer("SGD", 0.01, momentum=0.9)
+NESTEROV = _optimizer("SGD", 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+ADAM = _optimizer("Adam", 0.001, weight_decay=0.0)
+ADAMW = _optimizer("AdamW", 0.001, weight_decay=0.01)
+GPT_ADAMW = _optimizer("AdamW", 3e-4, betas=[0.9, 0.95], weight_decay=0.1)
+FINE_TUNE = _optimizer("AdamW", 5e-5, weight_decay=0.01)
+LORA = _optimizer("AdamW", 1e-4, weight_decay=0.0)
+NO_CLIPPING = 0.0
+
+
+# -- parts of tasks --------------------------------------------------------------------------------------
+
+
+def _split(x: Tensor, y: Tensor, share: float = 0.2) -> tuple[TensorDataset, TensorDataset]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    count = round(held_out * len(x))
+    count = round(share * len(x))
     return TensorDataset(x[order[count:]], y[order[count:]]), TensorDataset(x[order[:count]], y[order[:count]])
 
 
-@cache
-def _digits() -> Pair:
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)  # [1797, 64], [1797]
+def _learn(
+    pair: Callable[[], Pair], network: Callable[[], nn.Module], loss: Callable[..., Tensor], *, few: int | None = None
+) -> Callable[[], Parts]:
+    """A task of features and targets, of which training gets all, or a few."""
+
+    def build() -> Parts:
+        training, validation = _split(*pair())
+        return network(), TensorDataset(*training[:few]), loss, validation
+
+    return build
 
 
-@cache
-def _photographs() -> list[Tensor]:
-    return [torch.tensor(image, dtype=torch.float32) / 255 for image in load_sample_images().images]  # [427, 640, 3]
+def _classify(pair: Callable[[], Pair], network: Callable[[], nn.Module], **how: Any) -> Callable[[], Parts]:
+    return _learn(pair, network, nn.CrossEntropyLoss(), **how)
 
 
-@cache
-def _tiles(side: int = 8) -> list[Tensor]:
-    """Both photographs cut up: [rows, columns, 3, side, side], around zero."""
-    return [(photograph.unfold(0, side, side).unfold(1, side, side) - 0.5) for photograph in _photographs()]
+def _regress(pair: Callable[[], Pair], network: Callable[[], nn.Module], **how: Any) -> Callable[[], Parts]:
+    return _learn(pair, network, nn.MSELoss(), **how)
 
 
-@cache
-def _places() -> Pair:
-    """Tiles, and which of sixteen parts each is from: two by four of either photograph."""
-    tiles, labels = [], []
-    for index, photograph in enumerate(_tiles()):
-        rows, columns = photograph.shape[:2]
-        row, column = torch.arange(rows) * 2 // rows, torch.arange(columns) * 4 // columns
-        tiles.append(photograph.flatten(0, 1))
-        labels.append((8 * index + 4 * row[:, None] + column).flatten())
-    return torch.cat(tiles), torch.cat(labels)
+def _write(
+    text: str, length: int, network: Callable[[], nn.Module], loss: Callable[..., Tensor] = next_byte
+) -> Callable[[], Parts]:
+    """A task of text: windows of so many bytes, and the byte after them."""
+
+    def build() -> Parts:
+        rows = data.windows(text, length + 1)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        return network(), TensorDataset(rows[order[200:]]), loss, TensorDataset(rows[order[:200]])
+
+    return build
 
 
-@cache
-def _gaps() -> Pair:
-    """Tiles whose middle, two by two, is missing, and the colours that are missing there."""
-    tiles = torch.cat([photograph.flatten(0, 1) for photograph in _tiles()])
-    gap = (slice(None), slice(None), slice(3, 5), slice(3, 5))
-    colours = tiles[gap].flatten(1)
-    tiles = tiles.clone()
-    tiles[gap] = 0
-    return tiles.flatten(1), colours
+_GPT, _WIDE_GPT = partial(GPT, 32, 2, 32), partial(GPT, 48, 2, 32)
 
 
-@cache
-def _painting() -> Pair:
-    """Where a pixel of a photograph is, as 64 waves, and its colour."""
-    photograph = _photographs()[1][::4, ::4]
-    rows, columns, _ = photograph.shape
-    place = torch.cartesian_prod(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns))
-    waves = place @ (torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 6)
-    return torch.cat([waves.sin(), waves.cos()], 1), photograph.reshape(-1, 3)
-
-
-@cache
-def _source(length: int, modules: tuple[str, ...] = ("argparse", "ast", "inspect", "typing", "zipfile")) -> Tensor:
-    """Windows of the standard library's own text, a byte a token: [count, length]."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = b"".join((folder / f"{name}.py").read_bytes() for name in modules)
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().clamp(max=127)
-    count = len(tokens) // length
-    return tokens[: count * length].view(count, length)
-
-
-_NODES = (
-    ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.Assign, ast.AugAssign, ast.If, ast.For, ast.While, ast.Try,
-    ast.With, ast.Return, ast.Raise, ast.Yield, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Subscript,
-    ast.Tuple, ast.List, ast.Dict, ast.ListComp, ast.Lambda, ast.JoinedStr, ast.Import, ast.Assert, ast.arg,
-    ast.keyword, ast.Expr,
-)  # fmt: skip
-
-
-@cache
-def _functions() -> tuple[Tensor, Tensor, Tensor]:
-    """Functions of the standard library: counts of 30 kinds of syntax, length in lines, has it a docstring?"""
-    rows, lengths, documented = [], [], []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::2]:
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.FunctionDef):
-                kinds = Counter(type(inner) for inner in ast.walk(node))
-                rows.append([kinds[kind] for kind in _NODES])
-                lengths.append(node.end_lineno - node.lineno + 1)
-                documented.append(ast.get_docstring(node) is not None)
-    x = torch.tensor(rows, dtype=torch.float32).log1p()
-    y = torch.tensor(lengths, dtype=torch.float32).log()
-    return (x - x.mean(0)) / (x.std(0) + 1e-6), ((y - y.mean()) / y.std()).unsqueeze(1), torch.tensor(documented).long()
-
-
-@cache
-def _which_module(width: int = 48) -> Pair:
-    """Lines of eight modules as bytes, and which module each is from."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    names = ("tarfile", "decimal", "datetime", "difflib", "turtle", "socket", "optparse", "statistics")
-    lines, labels = [], []
-    for label, name in enumerate(names):
-        text = (folder / ("_pydecimal.py" if name == "decimal" else f"{name}.py")).read_bytes()
-        kept = [line.strip() for line in text.splitlines() if len(line.strip()) > 20][:700]
-        lines += [list(line[:width].ljust(width, b"\0")) for line in kept]
-        labels += [label] * len(kept)
-    return torch.tensor(lines).clamp(max=127), torch.tensor(labels)
-
-
-# -- networks --------------------------------------------------------------------------------------------
-
-
-def _mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _cnn(channels: int, side: int, classes: int, *, norm: bool) -> nn.Sequential:
-    def block(before: int, after: int) -> list[nn.Module]:
-        norms = [nn.BatchNorm2d(after)] if norm else []
-        return [nn.Conv2d(before, after, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2)]
-
-    return nn.Sequential(
-        nn.Unflatten(1, (channels, side, side)) if channels == 1 else nn.Identity(),
-        *block(channels, 16), *block(16, 32), nn.Flatten(), nn.Linear(32 * (side // 4) ** 2, classes),
-    )  # fmt: skip
-
-
-class _Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
-
-
-def _deep(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
-    blocks = [
-        _Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)))
-        for _ in range(depth)
-    ]
-    return nn.Sequential(nn.Linear(inputs, width), *blocks, nn.LayerNorm(width), nn.Linear(width, outputs))
-
-
-class _Transformer(nn.Module):
-    """Reads bytes, and says of each which comes next."""
-
-    def __init__(self, width: int, layers: int, length: int) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(128, width), nn.Parameter(0.02 * torch.randn(length, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 128)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [batch, length] -> [batch, length, 128]
-        length = tokens.shape[1]
-        mask = torch.full((length, length), -math.inf, device=tokens.device).triu(1)
-        x = self.token(tokens) + self.place[:length]
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=True)
-        return self.head(self.norm(x))
-
-
-def _next_byte(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
-    (tokens,) = batch
-    return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def _last_byte(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
-    (tokens,) = batch
-    return cross_entropy(model(tokens[:, :-1]), tokens[:, -1])
+def _reader(text: str, make: Callable[[], GPT] = _GPT) -> Callable[[], GPT]:
+    return lambda: pretrained(make, text, 1000)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------
 
-
-def _classify(pair: Callable[[], Pair], network: Callable[[], nn.Module]) -> Callable[[], Parts]:
-    def build() -> Parts:
-        training, validation = _split(*pair())
-        return network(), training, nn.CrossEntropyLoss(), validation
-
-    return build
-
-
-def _regress(pair: Callable[[], Pair], network: Callable[[], nn.Module]) -> Callable[[], Parts]:
-    def build() -> Parts:
-        training, validation = _split(*pair())
-        return network(), training, nn.MSELoss(), validation
-
-    return build
-
-
-def _write(length: int, network: Callable[[], nn.Module], loss: Callable[..., Tensor]) -> Callable[[], Parts]:
-    def build() -> Parts:
-        windows = _source(length)
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
-        validation = windows[order[:200]]
-        return network(), TensorDataset(windows[order[200:]]), loss, TensorDataset(validation)
-
-    return build
-
-
-def _bytes_mlp() -> nn.Module:
-    return nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), *_mlp(12 * 16, 128, 128))
-
-
-def _lines() -> nn.Module:
-    return nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), *_mlp(48 * 16, 64, 8))
-
-
-def _documented() -> Pair:
-    x, _, documented = _functions()
-    return x, documented
-
-
-def _length() -> Pair:
-    x, length, _ = _functions()
-    return x, length
-
-
-# The seeds of the digits differ by a tenth of the loss and more.
-TASKS = (
-    Task("digits, MLP, SGD", SGD, 32, 180, _classify(_digits, lambda: _mlp(64, 128, 10)), seeds=15),
-    Task("sources, MLP, SGD", SGD, 32, 2000, _write(13, _bytes_mlp, _last_byte)),
-    Task("functions, MLP, Adam", ADAM, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2))),
-    Task("functions' length, MLP, SGD", SGD, 32, 800, _regress(_length, lambda: _mlp(30, 64, 1))),
-    Task("painting, MLP, Adam", ADAM, 64, 2000, _regress(_painting, lambda: _mlp(64, 64, 64, 3))),
-    Task("digits, MLP, Adam", ADAM, 32, 360, _classify(_digits, lambda: _mlp(64, 128, 128, 10)), seeds=15),
-    Task("digits, CNN, SGD", SGD, 64, 720, _classify(_digits, lambda: _cnn(1, 8, 10, norm=False)), seeds=15),
-    Task("lines, MLP, AdamW", ADAMW, 32, 400, _classify(_which_module, _lines)),
-    Task("sources, MLP, Adam", ADAM, 32, 2000, _write(13, _bytes_mlp, _last_byte)),
-    Task("painting, MLP, SGD", SGD, 64, 2000, _regress(_painting, lambda: _mlp(64, 64, 64, 3))),
-    Task("functions' length, deep residual MLP, AdamW", ADAMW, 32, 800, _regress(_length, lambda: _deep(30, 48, 3, 1))),
-    Task("photographs, CNN, SGD", SGD, 32, 800, _classify(_places, lambda: _cnn(3, 8, 16, norm=True)), aside=True),
-    Task("photographs, MLP, Adam", ADAM, 64, 4000, _regress(_gaps, lambda: _mlp(192, 64, 12)), aside=True),
-    Task("functions, MLP, SGD", SGD, 32, 400, _classify(_documented, lambda: _mlp(30, 64, 2)), aside=True),
-    Task("sources, transformer, AdamW", ADAMW, 16, 500, _write(25, lambda: _Transformer(32, 2, 24), _next_byte),
-        aside=True),
-    Task("sources, MLP, SGD, long", SGD, 32, 5000, _write(13, _bytes_mlp, _last_byte), aside=True, budget=0.02),
+_DEVELOPMENT = (
+    Task("digits, MLP, SGD", "basic", SGD, 32, 180, _classify(data.digits, lambda: mlp(64, 128, 10)),
+         clipping=NO_CLIPPING),
+    Task("functions, MLP, Adam", "basic", ADAM, 32, 400, _classify(data.documented, lambda: mlp(30, 64, 2)),
+         clipping=NO_CLIPPING),
+    Task("functions' length, MLP, SGD", "basic", SGD, 32, 800, _regress(data.length, lambda: mlp(30, 64, 1)),
+         clipping=NO_CLIPPING),
+    Task("noisy digits, CNN, SGD", "basic", SGD, 64, 360,
+         _classify(data.noisy_digits, lambda: cnn(1, 8, 10, norm=False)), clipping=NO_CLIPPING),
+    Task("lines, MLP, AdamW", "basic", ADAMW, 32, 400, _classify(data.lines, lambda: text_mlp(64)),
+         clipping=NO_CLIPPING),
+    Task("painting, MLP, SGD", "basic", SGD, 64, 1500, _regress(data.painting, lambda: mlp(64, 64, 64, 3)),
+         clipping=NO_CLIPPING),
+    Task("manual, GPT", "GPT", GPT_ADAMW, 16, 300, _write("manual", 32, _GPT)),
+    Task("descriptions, pretrained GPT", "fine-tuned", FINE_TUNE, 16, 200,
+         _write("descriptions", 32, _reader("manual"))),
+    Task("descriptions, GPT with LoRA", "LoRA", LORA, 16, 200,
+         _write("descriptions", 32, lambda: lora(_reader("manual")(), 4))),
+    Task("tumors unscaled, MLP, AdamW", "unscaled", ADAMW, 16, 500, _classify(data.tumors, lambda: mlp(30, 64, 2))),
+    Task("functions' length unscaled, MLP, SGD", "unscaled", SGD, 32, 600,
+         _regress(data.raw_length, lambda: mlp(30, 64, 1))),
+    Task("painting, Gaussian, Adam", "Gaussian", ADAM, 64, 1000, _learn(data.painting, lambda: mlp(64, 64, 64, 6),
+         gaussian), log_scale=True),
+    Task("names, GRU, Adam", "GRU", ADAM, 16, 300,
+         _write("names", 24, lambda: Recurrent(nn.Embedding(128, 32), 32, 64, 128, last=False))),
+    Task("noisy digits, residual CNN, Nesterov", "batch norm", NESTEROV, 32, 300,
+         _classify(data.noisy_digits, lambda: residual_cnn(1, 10, 16, 2))),
+    Task("400 lines, MLP, Adam", "overfits", ADAM, 32, 600, _classify(data.lines, lambda: text_mlp(128), few=400)),
+    Task("places, CNN, AdamW, bf16", "bf16", ADAMW, 32, 300,
+         _classify(data.places, lambda: cnn(3, 8, 16, norm=False)),
+         config={"bf16": {"enabled": True}, "gradient_accumulation_steps": 4}),
 )  # fmt: skip
+
+_HELD_OUT = (
+    Task("photographs, CNN, SGD", "basic", SGD, 32, 600, _classify(data.places, lambda: cnn(3, 8, 16, norm=True)),
+         clipping=NO_CLIPPING),
+    Task("photographs, MLP, Adam", "basic", ADAM, 64, 2000, _regress(data.gaps, lambda: mlp(192, 64, 12)),
+         clipping=NO_CLIPPING),
+    Task("functions, MLP, SGD", "basic", SGD, 32, 400, _classify(data.documented, lambda: mlp(30, 64, 2)),
+         clipping=NO_CLIPPING),
+    Task("sources, MLP, SGD, long", "basic", SGD, 32, 3000, _write("sources", 12, bytes_mlp, last_byte),
+         clipping=NO_CLIPPING),
+    Task("functions' length, deep residual MLP, AdamW", "basic", ADAMW, 32, 600,
+         _regress(data.length, lambda: deep(30, 48, 3, 1))),
+    Task("scikit-learn code, GPT", "GPT", ADAMW, 16, 300, _write("scikit-learn code", 32, _WIDE_GPT)),
+    Task("network code, pretrained GPT", "fine-tuned", {**FINE_TUNE, "params": {"lr": 1e-4, "weight_decay": 0.1}}, 16,
+         200, _write("network code", 32, _reader("sources", _WIDE_GPT))),
+    Task("manual, GPT with LoRA", "LoRA", LORA, 16, 200,
+         _write("manual", 32, lambda: lora(_reader("sources", _WIDE_GPT)(), 8))),
+    Task("diabetes unscaled, MLP, Adam", "unscaled", ADAM, 16, 600,
+         _regress(data.diabetes, lambda: mlp(10, 64, 32, 1))),
+    Task("pixels, CNN, SGD", "unscaled", SGD, 32, 500, _classify(data.pixels, lambda: cnn(3, 8, 16, norm=False))),
+    Task("gaps, Gaussian, AdamW", "Gaussian", ADAMW, 64, 1000, _learn(data.gaps, lambda: mlp(192, 64, 24), gaussian),
+         log_scale=True),
+    Task("noisy digits row by row, GRU, AdamW", "GRU", ADAMW, 32, 360,
+         _classify(data.noisy_digits, lambda: Recurrent(nn.Unflatten(1, (8, 8)), 8, 64, 10, last=True))),
+    Task("places, residual CNN, Nesterov", "batch norm", NESTEROV, 32, 300,
+         _classify(data.places, lambda: residual_cnn(3, 16, 16, 3))),
+    Task("300 functions, MLP, AdamW", "overfits", ADAMW, 25, 864,
+         _classify(data.documented, lambda: mlp(30, 256, 256, 2), few=300)),
+    Task("network code, GPT, bf16", "bf16", GPT_ADAMW, 16, 150, _write("network code", 32, _GPT),
+         config={"bf16": {"enabled": True}, "gradient_accumulation_steps": 2}),
+)  # fmt: skip
+
+TASKS = (*_DEVELOPMENT, *(replace(task, held_out=True) for task in _HELD_OUT))
+
+
+# -- one task in many forms ------------------------------------------------------------------------------
+
+
+def _blocks(*, norm: bool = False, frozen: bool = False) -> nn.Sequential:
+    """Two hidden blocks, the first of them frozen if asked for."""
+
+    def block(before: int, after: int) -> list[nn.Module]:
+        return [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), nn.ReLU()]
+
+    first = nn.Sequential(*block(30, 64)).requires_grad_(not frozen)
+    return nn.Sequential(*first, *block(64, 64), nn.Linear(64, 1))
+
+
+def _unscaled() -> Pair:
+    """Features as they are, and the target of the other forms."""
+    return data.raw_length()[0], data.length()[1]
+
+
+def _form(
+    change: str,
+    network: Callable[[], nn.Module] = _blocks,
+    pair: Callable[[], Pair] = data.length,
+    *,
+    add: float = 0.0,
+    times: float = 1.0,
+) -> tuple[Task, float, float]:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return times * mse_loss(model(x), y) + add
+
+    return Task(f"functions' length, {change}", "form", ADAM, 32, 400, _learn(pair, network, loss)), add, times
+
+
+# What users do to a loss, to data, to a model: a task, what its loss has had added, and what it was multiplied by.
+FORMS = (
+    _form("as it is"),
+    _form("1000 added to the loss", add=1000.0),
+    _form("loss times 1000", times=1000.0),
+    _form("features unscaled", pair=_unscaled),
+    _form("half frozen", partial(_blocks, frozen=True)),
+    _form("batch norm", partial(_blocks, norm=True)),
+)
 
 
 def task_of(name: str) -> Task:
-    return next(task for task in TASKS if task.name == name)
+    return next(task for task in (*TASKS, *(task for task, _, _ in FORMS)) if task.name == name)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import initialize
-from engine.checkpoint.consolidate import consolidate
-from engine.checkpoint.deepspeed import DeepSpeedCheckpoint
-from engine.compiled import plain_names, unwrap_compiled
+from redline import initialize
+from redline.checkpoint.deepspeed_reader import DeepSpeedCheckpoint
+from redline.checkpoint.model_file import consolidate
+from redline.compiled import plain_names, unwrap_compiled
 from tests.distributed import run_ranks
 
 # The compiler's own, when it looks at what one compiled module gives the next: torch hides it, but not as an error.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CONFIG = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 0.05}}}
 DEEPSPEEDS = Path(__file__).parent.parent / "golden" / "deepspeed_checkpoints"
+GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints_0_1" / "compiled"
 
 
 class Counting:
@@ -91,7 +90,7 @@ def losses(engine: Any, steps: int = 3) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("what", WAYS)
 def test_it_runs_compiled_and_trains_as_the_plain_one_does(what: str, precision: str) -> None:
     torch._dynamo.reset()
@@ -126,8 +125,8 @@ def test_on_two_processes_it_runs_compiled_at_every_stage_and_saves_plain_names(
             for what, plain in (("whole", "no"), ("parts", "no"), ("torch's", "torch's, plain")):
                 assert found[f"{stage} {what}"][0] == pytest.approx(found[f"{stage} {plain}"][0], rel=1e-5)
                 assert found[f"{stage} {what}"][1] >= 3
-    for path in tmp_path.rglob("state.json"):
-        assert "_orig_mod" not in path.read_text()
+    states = [path.read_bytes() for path in tmp_path.rglob("state.pt")]
+    assert states and not any(b"_orig_mod" in state for state in states)
     engine = initialize(build("no"), CONFIG, device="cpu")
     for stage in stages:
         assert engine.load_checkpoint(tmp_path / str(stage) / "whole")[0]
@@ -161,47 +160,16 @@ def test_a_module_that_is_compiled_later_keeps_plain_names_too(tmp_path: Path) -
     engine.load_checkpoint(tmp_path)
 
 
-def as_it_was_written_before(folder: Path) -> None:
-    """Give a checkpoint the names that it would have had with wrappers in them."""
-    from tests.engine.checkpoint.test_save import sealed
-
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-
-    def named(key: str) -> str:
-        section, _, name = key.partition(".")
-        return key if section == "client_state" else f"{section}._orig_mod.{name}"
-
-    metadata.state_dict_metadata = {named(key): entry for key, entry in metadata.state_dict_metadata.items()}
-    for index in metadata.storage_data:
-        object.__setattr__(index, "fqn", named(index.fqn))
-    metadata.storage_data = dict(metadata.storage_data.items())
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    shared = json.loads((folder / "state.json").read_text())
-    for key in ("weights", "frozen", "buffers"):
-        shared[key] = [f"_orig_mod.{name}" for name in shared[key]]
-    shared["aliases"] = {f"_orig_mod.{alias}": f"_orig_mod.{name}" for alias, name in shared["aliases"].items()}
-    optimizer = shared["optimizer"]
-    optimizer["groups"][0]["weights"] = [f"_orig_mod.{name}" for name in optimizer["groups"][0]["weights"]]
-    optimizer["state"] = {
-        f"_orig_mod.{name}": {key: {"$tensor": named(each["$tensor"])} for key, each in state.items()}
-        for name, state in optimizer["state"].items()
-    }
-    (folder / "state.json").write_text(json.dumps(shared))
-    sealed(folder)
-
-
 @pytest.mark.parametrize("what", ["no", "whole", "parts"])
 def test_checkpoints_with_the_wrappers_name_still_load(what: str, tmp_path: Path) -> None:
+    # As version 0.1.0 saved a compiled model after the same losses.
     before = initialize(build("no"), CONFIG, device="cpu")
     losses(before)
-    client_state = {"ema": {"_orig_mod.weight": torch.ones(2)}, "best": "_orig_mod.weight"}
-    before.save_checkpoint(tmp_path, "old", client_state=client_state)
-    as_it_was_written_before(tmp_path / "old")
     engine = initialize(build(what), CONFIG, device="cpu")
-    _, state = engine.load_checkpoint(tmp_path)
+    _, state = engine.load_checkpoint(GOLDEN)
     assert state is not None and state["best"] == "_orig_mod.weight" and list(state["ema"]) == ["_orig_mod.weight"]
-    assert losses(engine) == losses(before)
-    consolidate(tmp_path, tmp_path / "model.pt", progress=False)
+    assert losses(engine) == pytest.approx(losses(before), rel=1e-3)
+    consolidate(GOLDEN, tmp_path / "model.pt", progress=False)
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == set(build("no").state_dict())
 
 
@@ -211,8 +179,8 @@ def test_a_checkpoint_that_deepspeed_wrote_of_a_compiled_model_has_plain_names(t
     named = {**content, "buffer_names": [f"_orig_mod.{name}" for name in content["buffer_names"]]}
     named["module"] = {f"_orig_mod.{name}": value for name, value in content["module"].items()}
     torch.save(named, tmp_path / source.name)
-    tensors = DeepSpeedCheckpoint(tmp_path).tensors()
-    assert tensors.keys() == DeepSpeedCheckpoint(source.parent).tensors().keys()
+    tensors = DeepSpeedCheckpoint(tmp_path).entries
+    assert tensors.keys() == DeepSpeedCheckpoint(source.parent).entries.keys()
 
 
 def test_a_copy_of_the_model_runs_its_own_weights() -> None:
@@ -236,23 +204,16 @@ def test_hooks_of_the_wrapper_still_run_and_can_be_removed() -> None:
     engine = initialize(wrapper, CONFIG, device="cpu")
     engine(torch.ones(4, 8))
     assert seen == ["before Net", "after"]
+    assert torch.equal(wrapper(torch.ones(4, 8)), engine(torch.ones(4, 8))), "the wrapper itself still runs the model"
+    seen.clear()
     for handle in handles:
         handle.remove()
     engine(torch.ones(4, 8))
-    assert len(seen) == 2
-
-
-def test_the_wrapper_itself_still_runs_the_model() -> None:
-    wrapper, x = build("both"), torch.ones(4, 8)
-    engine = initialize(wrapper, CONFIG, device="cpu")
-    assert torch.equal(wrapper(x), engine(x))
-
-
-def test_a_model_that_nothing_has_compiled_is_returned_as_it_is() -> None:
-    model = build("no")
-    assert unwrap_compiled(model) is model and model._compiled_call_impl is None
+    assert not seen
 
 
 def test_names_are_plain_wherever_they_stand() -> None:
+    model = build("no")
+    assert unwrap_compiled(model) is model and model._compiled_call_impl is None
     given = {"_orig_mod.a._orig_mod.weight": ["b._orig_mod", 1, None], "a_orig_mod.b": (1, "_orig_mod.c")}
     assert plain_names(given) == {"a.weight": ["b", 1, None], "a_orig_mod.b": (1, "_orig_mod.c")}

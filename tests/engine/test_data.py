@@ -1,4 +1,4 @@
-"""Each process's share of the data: disjoint, whole, shuffled alike, and resumed where it was left."""
+"""Each rank's part of the data: disjoint, whole, shuffled alike, and resumed where it was left."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, TensorDataset
 
-from engine import EngineError, initialize
-from engine.data import Loader, build_loader
-from engine.distributed import World, join_world
-from engine.log import log
+from redline import EngineError, initialize
+from redline.data import Loader, build_loader
+from redline.distributed.process_group import World, join_world
+from redline.log import log
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -48,73 +48,6 @@ def epoch(loader: Loader) -> list[int]:
     return [int(number) for batch in loader for number in (batch[0] if isinstance(batch, list) else batch)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_shares_are_disjoint_and_cover_the_data(world_size: int) -> None:
-    shares = [epoch(loader) for loader in loaders(numbers(24), world_size, micro_batch=4)]
-    assert {len(share) for share in shares} == {24 // world_size}
-    assert Counter(chain(*shares)) == Counter(range(24))
-
-
-def test_shares_of_a_number_that_does_not_divide_are_filled_up_to_equal_length() -> None:
-    shares = [epoch(loader) for loader in loaders(numbers(9), 2, micro_batch=2)]
-    assert [len(share) for share in shares] == [5, 5]
-    assert set(chain(*shares)) == set(range(9))
-
-
-def test_each_epoch_has_its_own_order_and_every_process_shuffles_alike() -> None:
-    ours, theirs = loaders(numbers(24), 2, micro_batch=4)
-    orders = [(epoch(ours), epoch(theirs)) for _ in range(3)]
-    assert len({tuple(mine) for mine, _ in orders}) == 3
-    assert all(not set(mine) & set(other) for mine, other in orders)
-
-
-def test_the_order_depends_on_the_epoch_and_on_no_random_state() -> None:
-    torch.manual_seed(1)
-    first = epoch(loaders(numbers(24), 1, micro_batch=4)[0])
-    torch.manual_seed(2)
-    assert epoch(loaders(numbers(24), 1, micro_batch=4)[0]) == first
-
-
-def test_a_saved_epoch_is_gone_on_with() -> None:
-    loader, resumed = loaders(numbers(24), 1, micro_batch=4)[0], loaders(numbers(24), 1, micro_batch=4)[0]
-    epoch(loader)
-    epoch(loader)
-    assert (loader.epoch, loader.samples) == (2, 0)
-    resumed.load_state_dict(loader.state_dict())
-    assert epoch(resumed) == epoch(loader)
-
-
-def test_without_shuffling_the_order_is_the_datasets() -> None:
-    (loader,) = loaders(numbers(10), 1, micro_batch=4, shuffle=False)
-    assert epoch(loader) == list(range(10))
-    assert epoch(loader) == list(range(10))
-
-
-def test_micro_batches_have_their_size_and_the_last_one_what_is_left() -> None:
-    assert [len(x) for (x,) in loaders(numbers(10), 1, micro_batch=4)[0]] == [4, 4, 2]
-    assert [len(x) for (x,) in loaders(numbers(10), 1, micro_batch=4, drop_last=True)[0]] == [4, 4]
-    assert len(loaders(numbers(10), 1, micro_batch=4)[0]) == 3
-
-
-def test_a_collate_function_makes_the_batches() -> None:
-    (loader,) = loaders(numbers(4), 1, micro_batch=2, collate_fn=len, shuffle=False)
-    assert list(loader) == [2, 2]
-
-
-def test_an_iterable_dataset_is_dealt_out_in_its_own_order() -> None:
-    assert epoch(loaders(Counting(6), 1, micro_batch=4)[0]) == [0, 1, 2, 3, 4, 5]
-    ours, theirs = loaders(Counting(8), 2, micro_batch=4)
-    assert (epoch(ours), epoch(theirs)) == ([0, 2, 4, 6], [1, 3, 5, 7])
-
-
-def test_the_processes_shares_of_an_iterable_dataset_have_one_length() -> None:
-    ours, theirs = loaders(Counting(9), 2, micro_batch=4)
-    assert (epoch(ours), epoch(theirs)) == ([0, 2, 4, 6], [1, 3, 5, 7])
-
-
-# -- filling up, dropping, and DeepSpeed's order ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_batches_are_those_of_torchs_distributed_sampler_as_deepspeed_uses_it(world_size: int, drop_last: bool) -> None:
@@ -128,19 +61,19 @@ def test_batches_are_those_of_torchs_distributed_sampler_as_deepspeed_uses_it(wo
         assert len(loader) == len(theirs)
 
 
+def test_the_order_depends_on_seed_and_epoch_and_on_no_random_state() -> None:
+    (loader,) = loaders(numbers(24), 1, micro_batch=4)
+    orders = [epoch(loader), epoch(loader), epoch(loaders(numbers(24), 1, micro_batch=4, seed=7)[0])]
+    assert len(set(map(tuple, orders))) == 3
+    torch.manual_seed(2)
+    assert epoch(loaders(numbers(24), 1, micro_batch=4)[0]) == orders[0]
+    (in_order,) = loaders(numbers(10), 1, micro_batch=4, shuffle=False)
+    assert epoch(in_order) == epoch(in_order) == list(range(10))
+
+
 def test_uneven_shares_give_each_sample_once() -> None:
     shares = [epoch(loader) for loader in loaders(numbers(7), 3, micro_batch=2, shuffle=False, even=False)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
-
-
-def test_another_seed_is_another_order() -> None:
-    orders = {tuple(epoch(loaders(numbers(24), 1, micro_batch=4, seed=seed)[0])) for seed in range(3)}
-    assert len(orders) == 3
-
-
-def test_an_empty_dataset_is_refused() -> None:
-    with pytest.raises(EngineError, match="data: the dataset is empty; give it at least one sample"):
-        loaders([], 1, micro_batch=2)
 
 
 # -- resuming inside an epoch ----------------------------------------------------------------------------------
@@ -203,6 +136,7 @@ def test_processes_have_equal_batches_and_together_each_sample(
         assert max(seen.values()) - min(seen.values()) <= 1
 
 
+@settings(max_examples=40)
 @given(**shapes(then=st.integers(1, 4), smaller=st.integers(1, 5), done=st.integers(0, 10)))
 def test_another_number_of_processes_sees_what_is_left_and_nothing_else(
     size: int, world_size: int, micro_batch: int, drop_last: bool, then: int, smaller: int, done: int
@@ -218,21 +152,6 @@ def test_another_number_of_processes_sees_what_is_left_and_nothing_else(
     assert len(left) == size - len(seen) + filled_up
     assert seen | set(left) == set(range(size))
     assert {loader.epoch for loader in after} == {1}
-
-
-def test_the_state_is_a_place_that_is_the_same_on_every_process() -> None:
-    ours, theirs = loaders(numbers(24), 2, micro_batch=4)
-    batches_of(ours, 4)
-    batches_of(theirs, 4)
-    assert ours.state_dict() == theirs.state_dict()
-    assert (ours.epoch, ours.samples) == (1, 8)
-
-
-def test_a_state_saved_at_an_epochs_last_batch_goes_on_with_the_next_epoch() -> None:
-    loader, fresh = (loaders(numbers(8), 1, micro_batch=4)[0] for _ in range(2))
-    batches_of(loader, 2)
-    assert resumed(loader, fresh).epoch == 1
-    assert len(list(fresh)) == 2
 
 
 def test_a_pass_that_is_broken_off_is_over() -> None:
@@ -303,9 +222,6 @@ def test_workers_draw_the_same_after_an_interruption_whatever_was_read_ahead() -
     assert batches_of(resumed(before, after), 5) == expected[3:]
     assert batches_of(alone, 8) == expected
     assert len({sample[1:] for batch in expected for sample in batch}) == 30
-
-
-def test_two_processes_workers_draw_different_numbers() -> None:
     first, second = (list(each) for each in loaders(Drawing(), 2, micro_batch=4, collate_fn=list, workers=1))
     assert not {sample[1] for sample in chain(*first)} & {sample[1] for sample in chain(*second)}
 
@@ -338,12 +254,12 @@ def test_an_interrupted_iterable_dataset_is_read_on_to_its_place(
 
 
 def test_reading_on_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "engine")
+    caplog.set_level("INFO", "redline")
     loader, fresh = (loaders(Counting(8), 1, micro_batch=2)[0] for _ in range(2))
     batches_of(loader, 2)
     for _ in range(2):
         assert epoch(resumed(loader, fresh)) == [4, 5, 6, 7]
-    assert caplog.text.count("reads on to the place, past 4 samples") == 1
+    assert caplog.text.count("skips the 4 samples that were read") == 1
 
 
 class Remembering(Counting):
@@ -380,16 +296,26 @@ def test_an_iterable_dataset_with_a_state_is_asked_for_it(world_size: int) -> No
     assert after.epoch == 1
 
 
+class Plain:
+    """No dataset of torch's, and only iterable."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(9))
+
+
+@pytest.mark.parametrize("data", [Counting(9), Plain()])
+def test_an_iterable_dataset_is_divided_in_its_own_order_and_evenly(data: Any) -> None:
+    assert epoch(loaders(data, 1, micro_batch=4)[0]) == list(range(9))
+    assert [epoch(loader) for loader in loaders(data, 2, micro_batch=4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    with pytest.raises(TypeError, match="is iterable and has no length"):
+        len(loaders(data, 1, micro_batch=2)[0])
+
+
 def test_an_iterable_dataset_has_one_worker_and_no_duplicates(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "engine")
+    caplog.set_level("INFO", "redline")
     ours, theirs = loaders(Counting(8), 2, micro_batch=2, workers=3)
     assert (epoch(ours), epoch(theirs)) == ([0, 2, 4, 6], [1, 3, 5, 7])
     assert "read by 1 worker, not 3" in caplog.text
-
-
-def test_an_iterable_dataset_without_a_length_gives_its_loader_none() -> None:
-    with pytest.raises(TypeError, match="Counting is iterable and has no length"):
-        len(loaders(Counting(8), 1, micro_batch=2)[0])
 
 
 # -- streams that are split by rank ----------------------------------------------------------------------------
@@ -411,12 +337,9 @@ def strided_loaders(size: int, **arguments: Any) -> list[Loader]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_of_a_stream_that_is_split_by_rank_each_rank_takes_all(workers: int) -> None:
+def test_of_a_stream_that_is_split_by_rank_each_rank_takes_all_and_resumes_in_its_place(workers: int) -> None:
     assert [epoch(loader) for loader in strided_loaders(8, workers=workers)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-
-
-def test_a_stream_that_is_split_by_rank_is_read_on_to_its_place() -> None:
-    for before, after in zip(strided_loaders(12), strided_loaders(12)):
+    for before, after in zip(strided_loaders(12, workers=workers), strided_loaders(12, workers=workers)):
         expected = [batch.tolist() for batch in before]
         next(iter(before))
         assert before.state_dict() == {"epoch": 1, "samples": 4}
@@ -433,11 +356,8 @@ def test_a_length_counts_the_samples_of_one_rank_where_the_stream_is_split_by_ra
         assert [len(each) for each in loaders(SizedStream(8), 2, micro_batch=2, split_by_rank=split)] == [
             micro_batches
         ] * 2
-
-
-def test_the_state_of_a_stream_that_is_split_by_rank_is_not_given_to_other_ranks() -> None:
     (loader, _) = loaders(Remembering(8), 2, micro_batch=2, split_by_rank=True)
-    assert loader.state_dict() == {"epoch": 0, "samples": 0}
+    assert loader.state_dict() == {"epoch": 0, "samples": 0}, "one rank's state is not that of the others"
 
 
 class Noisy(Counting):
@@ -501,13 +421,6 @@ def test_streams_that_read_alike_twice_and_differ_between_ranks_count_as_split()
             assert "redline.data.split_by_rank" in "".join(logged)
 
 
-def test_one_rank_has_no_stream_to_split(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "engine")
-    (loader,) = loaders(Counting(4), 1, micro_batch=2, split_by_rank=None)
-    assert epoch(loader) == [0, 1, 2, 3]
-    assert "split_by_rank" not in caplog.text
-
-
 # -- what cannot be dealt out ----------------------------------------------------------------------------------
 
 
@@ -519,6 +432,7 @@ def test_one_rank_has_no_stream_to_split(caplog: pytest.LogCaptureFixture) -> No
         (DataLoader(numbers(4)), r"got a DataLoader.*training_data=loader.dataset, with collate_fn=loader.collate_fn"),
         (3, "got a int; expected a dataset"),
         (Dataset(), "Dataset has no length; give it a __len__, or make it a torch IterableDataset"),
+        ([], "the dataset is empty; give it at least one sample"),
     ],
 )
 def test_data_that_cannot_be_dealt_out_is_named_with_a_remedy(data: Any, message: str) -> None:
@@ -527,37 +441,21 @@ def test_data_that_cannot_be_dealt_out_is_named_with_a_remedy(data: Any, message
         initialize(torch.nn.Linear(1, 1), config, training_data=data, device="cpu")
 
 
-def test_an_object_that_is_only_iterable_is_a_stream() -> None:
-    class Plain:
-        def __iter__(self) -> Iterator[int]:
-            return iter(range(4))
-
-    ours, theirs = loaders(Plain(), 2, micro_batch=2)
-    assert (epoch(ours), epoch(theirs)) == ([0, 2], [1, 3])
-    assert (epoch(ours), epoch(theirs)) == ([0, 2], [1, 3])
-
-
-@pytest.mark.parametrize("data", [numbers(5), SizedStream(5)])
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 6), (2, 4), (3, 2)])
-def test_dropping_the_only_batch_of_each_epoch_is_refused(data: Any, world_size: int, micro_batch: int) -> None:
-    expected = (
-        rf"^dataloader_drop_last: the dataset has 5 samples, .*expected at least {world_size * micro_batch}: give"
-    )
-    if world_size == 3 and isinstance(data, TensorDataset):
-        return  # filled up to 6 samples, as torch's DistributedSampler does
-    with pytest.raises(EngineError, match=expected):
-        loaders(data, world_size, micro_batch=micro_batch, drop_last=True)
-    assert all(len(loader) == 1 for loader in loaders(data, world_size, micro_batch=micro_batch))
-
-
-def test_a_sampler_with_too_few_indices_for_a_batch_is_refused() -> None:
-    with pytest.raises(EngineError, match="the sampler has 3 samples, fewer than a micro-batch of 4"):
-        loaders(numbers(8), 1, micro_batch=4, sampler=[0, 1, 2], drop_last=True)
-
-
-def test_a_stream_with_too_few_samples_for_a_batch_ends_training(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(EngineError, match="Counting gave too few samples for one micro-batch on each rank"):
-        list(loaders(Counting(3), 1, micro_batch=4, drop_last=True)[0])
+@pytest.mark.parametrize(
+    ("data", "world_size", "micro_batch", "message"),
+    [
+        (numbers(5), 1, 6, "TensorDataset has 5 samples, too few .*at least 6 for each of 1 ranks: give"),
+        (numbers(5), 2, 4, "TensorDataset has 5 samples, too few .*at least 4 for each of 2 ranks: give"),
+        (SizedStream(5), 3, 2, "SizedStream has 5 samples, too few .*at least 2 for each of 3 ranks: give"),
+        (Counting(3), 1, 4, "Counting has too few for a micro-batch"),
+    ],
+)
+def test_dropping_the_only_batch_of_each_epoch_is_refused(
+    data: Any, world_size: int, micro_batch: int, message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        list(loaders(data, world_size, micro_batch=micro_batch, drop_last=True)[0])
+    assert len(list(loaders(data, world_size, micro_batch=micro_batch)[0])) == 1
 
 
 def test_a_stream_that_can_be_read_only_once_ends_training_in_the_second_epoch() -> None:
@@ -569,9 +467,11 @@ def test_a_stream_that_can_be_read_only_once_ends_training_in_the_second_epoch()
         list(loader)
 
 
-def test_a_generator_of_indices_is_refused() -> None:
-    with pytest.raises(EngineError, match=r"data_sampler: got a generator, .*a list, or a torch Sampler"):
-        loaders(numbers(4), 1, micro_batch=2, sampler=(number for number in range(4)))
+class Once(Sampler[int]):
+    indices = iter([1, 0])
+
+    def __iter__(self) -> Iterator[int]:
+        return self.indices
 
 
 class Shuffled(Sampler[int]):
@@ -581,21 +481,16 @@ class Shuffled(Sampler[int]):
         yield from (2, 0, 3)
 
 
-def test_a_sampler_without_a_length_gives_its_indices_each_epoch() -> None:
-    (loader,) = loaders(numbers(4), 1, micro_batch=2, sampler=Shuffled(), drop_last=False)
+def test_a_sampler_gives_its_indices_each_epoch() -> None:
+    (loader,) = loaders(numbers(4), 1, micro_batch=2, sampler=Shuffled())
     assert [epoch(loader) for _ in range(3)] == [[2, 0, 3]] * 3
-
-
-def test_a_sampler_that_returns_one_iterator_again_is_named_in_the_second_epoch() -> None:
-    class Once(Sampler[int]):
-        indices = iter([1, 0])
-
-        def __iter__(self) -> Iterator[int]:
-            return self.indices
-
+    with pytest.raises(EngineError, match=r"data_sampler: got a generator, .*a list of it, or a torch .*Sampler"):
+        loaders(numbers(4), 1, micro_batch=2, sampler=(number for number in range(4)))
+    with pytest.raises(EngineError, match=r"list has 3 samples, too few .*at least 4"):
+        loaders(numbers(8), 1, micro_batch=4, sampler=[0, 1, 2], drop_last=True)
     (loader,) = loaders(numbers(4), 1, micro_batch=2, sampler=Once())
     assert epoch(loader) == [1, 0]
-    with pytest.raises(EngineError, match="the sampler, Once, gave no samples in epoch 1"):
+    with pytest.raises(EngineError, match="Once gave no samples in epoch 1"):
         list(loader)
 
 
@@ -628,9 +523,8 @@ def train_and_resume() -> list[Any]:
     return [seen + rest, rest == train(other, other.training_dataloader)]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_that_do_not_divide_the_data_train_without_waiting_for_ever(world_size: int) -> None:
-    answers = run_ranks(train_and_resume, world_size)
+def test_ranks_that_do_not_divide_the_data_train_without_waiting_forever() -> None:
+    answers = run_ranks(train_and_resume, 3)
     assert all(equal for _, equal in answers)
     assert len({tuple(map(len, seen)) for seen, _ in answers}) == 1
     assert set(chain(*chain(*(seen for seen, _ in answers)))) == set(range(11))

@@ -1,7 +1,8 @@
 """ZeRO against real DeepSpeed: on two and four processes its stages give DeepSpeed's rates, losses and norms.
 
-The expected numbers are in ``tests/golden/sharding.json``; ``scripts/record_deepspeed.py`` records them, and says which
-of DeepSpeed's own stages could not be asked. Compared as in ``test_deepspeed_training.py``, as closely at every stage.
+The expected numbers are in ``tests/golden/sharding.json``; ``scripts/dev/record_deepspeed.py`` records them, and says
+which of DeepSpeed's own stages could not be asked. Compared as in
+``test_deepspeed_training.py``, as closely at every stage.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def test_two_processes_train_as_deepspeed_does(name: str, request: pytest.Fixtur
     check(name, request, "records_of_two")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", names(4))
 def test_four_processes_train_as_deepspeed_does(name: str, request: pytest.FixtureRequest) -> None:
     check(name, request, "records_of_four")

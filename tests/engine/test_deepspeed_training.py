@@ -1,7 +1,7 @@
 """Whole training runs against real DeepSpeed: the same config, model and data give its rates, losses and norms.
 
 The expected numbers are in ``tests/golden/training.json`` (fp32) and ``precision.json`` (bf16, fp16, autocast);
-``scripts/record_deepspeed.py`` records them. Rates, momenta, loss scales and skipped steps are compared exactly,
+``scripts/dev/record_deepspeed.py`` records them. Rates, momenta, loss scales and skipped steps are compared exactly,
 losses and gradient norms within the format's rounding: DeepSpeed's Adam is a fused kernel that orders its sums
 otherwise than torch does, and it reduces bf16 and fp16 gradients in those formats. A run whose config has a key that
 is not built yet is skipped until the key is no longer refused.
@@ -9,7 +9,6 @@ is not built yet is skipped until the key is no longer refused.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import json
 import math
@@ -20,9 +19,10 @@ import pytest
 import torch
 import torch.distributed
 
-from engine.config import load_config
-from engine.config.support import REFUSED, row_of
-from engine.errors import ConfigError, EngineError
+from redline.config import load_config
+from redline.config.explain import catalog
+from redline.errors import ConfigError, EngineError
+from tests.callbacks import drop_recorder
 from tests.distributed import run_ranks
 from tests.golden import workload
 
@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 def train(case: dict[str, Any]) -> Record:
     """The case through our engine, in this process; per optimizer step what DeepSpeed was asked for, too."""
-    from engine import initialize
+    from redline import initialize
 
     model = workload.build_model_of(case)
     parameters = workload.parameters_of(case, model)
@@ -69,8 +69,7 @@ def train(case: dict[str, Any]) -> Record:
         record["skipped_steps"].append(engine.skipped_steps)
         record["loss_scale"].append(engine.loss_scale)
     assert engine.global_steps == workload.NUM_STEPS or record["error_at"] is not None
-    if engine.recorder is not None:
-        atexit.unregister(engine.recorder.close)  # nobody reads this one's report
+    drop_recorder(engine)
     record["distance"] = float((_weights(engine.module) - started_at).norm())
     return record
 
@@ -114,8 +113,7 @@ def why_not(case: dict[str, Any]) -> str | None:
     try:
         load_config(copy.deepcopy(case["config"]))
     except ConfigError as error:
-        rows = [row_of(problem.path) for problem in error.problems]
-        if any(row is None or row.status != REFUSED for row in rows):
+        if any(catalog()[problem.path].status != "refused" for problem in error.problems):
             raise
         return str(error)
     return None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from engine.device import map_tensors, to_device
+from redline.device import map_tensors, to_device
 
 Pair = namedtuple("Pair", "x y")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from engine.log import configure, log
+from redline.log import configure, log
 
-LOGGERS = ("engine", "schedulers")
+LOGGERS = ("redline", "redline.schedulers")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_without_a_handler_messages_go_to_stderr_as_they_are(
     bare()
     configure()
     log.info("step=%d", 3)
-    logging.getLogger("schedulers").warning("momentum")
+    logging.getLogger("redline.schedulers").warning("momentum")
     assert capsys.readouterr().err == "step=3\nmomentum\n"
 
 
@@ -45,7 +45,7 @@ def test_configuring_again_changes_nothing(bare: Callable[[], None], capsys: pyt
     configure()
     log.info("once")
     assert capsys.readouterr().err == "once\n"
-    assert [len(logging.getLogger(name).handlers) for name in LOGGERS] == [1, 1]
+    assert [len(logging.getLogger(name).handlers) for name in LOGGERS] == [1, 0]
 
 
 def test_an_application_with_handlers_of_its_own_gets_no_other(
@@ -65,5 +65,5 @@ def test_the_other_ranks_are_silent_warnings_included(
     configure()
     monkeypatch.setenv("RANK", "1")
     log.warning("heard once is enough")
-    logging.getLogger("schedulers").warning("heard once is enough")
+    logging.getLogger("redline.schedulers").warning("heard once is enough")
     assert capsys.readouterr().err == ""

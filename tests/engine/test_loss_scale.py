@@ -1,6 +1,6 @@
 """The loss scale of fp16 against DeepSpeed's `DynamicLossScaler`, update by update.
 
-The expected scales are in ``tests/golden/loss_scale.json``; ``scripts/record_deepspeed.py`` records them.
+The expected scales are in ``tests/golden/loss_scale.json``; ``scripts/dev/record_deepspeed.py`` records them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import EngineError
-from engine.precision import LossScale
+from redline.errors import EngineError
+from redline.precision import LossScale
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "loss_scale.json").read_text(encoding="utf-8"))
 SETTINGS = ("scale", "window", "hysteresis", "consecutive_hysteresis", "minimum")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, initialize, transfer
+from redline import Engine, device, initialize
 from tests.distributed import run_ranks
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     chooses = importlib.import_module("torch.optim.optimizer")  # torch.optim has taken its name away
     monkeypatch.setattr(chooses, "_get_fused_kernels_supported_devices", lambda: ["cuda", "cpu", "meta"])
     monkeypatch.setattr(chooses, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
-    monkeypatch.setattr("engine.fused._DEVICES", ("cpu", "cuda", "meta"))
+    monkeypatch.setattr("redline.optimizers.fused._DEVICES", ("cpu", "cuda", "meta"))
     for name in _FUSED:
         monkeypatch.setattr(torch, name, lambda *args, **kwargs: None)
     make = torch.tensor
@@ -149,8 +149,8 @@ def cpu_like_cuda() -> Iterator[Arrivals]:
     """Have the engine take the branch of CUDA on the CPU."""
     arrivals = Arrivals()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "_READ_AT_ONCE", ())
-        patch.setattr(transfer, "_send", arrivals.send)
+        patch.setattr(device, "_READ_AT_ONCE", ())
+        patch.setattr(device, "_send", arrivals.send)
         yield arrivals
 
 
@@ -249,8 +249,9 @@ def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
             engine = initialize(model_of(), config_of(optimizer, precision, accumulation, **rest), device="cpu")
             rows = torch.arange(2) + dist.get_rank()
             train(engine, rows, steps=1)  # compares the ranks' first batches, and makes the optimizer's state
-            engine.settle()
-            engine._agrees_before_backward = False  # a number of the host's own, on CUDA, too
+            engine.resolve_pending_step()
+            # Numbers of the host's own, on CUDA, too.
+            engine._accumulation._agrees_before_backward = engine._accumulation._agrees_on_host = False
             arrivals.waits = 0
             try:
                 with no_reads(engine.optimizer):
@@ -262,7 +263,7 @@ def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_a_step_of_two_ranks_reads_nothing(stage: int) -> None:
     """Where steps may be skipped, a backward waits for the norm of the step before, whose loss scale it needs."""
     optimizers = ["AdamW", "SGD with momentum", "Adagrad", "Lamb", "Lion", "Muon", "RMSprop"]

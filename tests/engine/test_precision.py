@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engine import EngineError, initialize, run_range_test
-from engine.engine import Engine
-from engine.precision import AmpLossScale, LossScale
+from redline import EngineError, initialize, run_range_test
+from redline.engine import Engine
+from redline.precision import AmpLossScale, LossScale
+from tests.distributed import run_ranks
+from tests.tiny import listen
 
 LOW = pytest.mark.parametrize("low", ["bf16", "fp16"])
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -185,7 +187,7 @@ def test_gradients_add_up_in_bf16_where_the_config_says_so() -> None:
 
 
 def test_the_formats_are_said_once_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="engine"):
+    with caplog.at_level("INFO", logger="redline"):
         make_engine(**on("bf16"))
     table = caplog.messages[-1].splitlines()[1:]
     assert [line.split("  ") and line.split() for line in table][1] == ["bfloat16"] * 2 + ["float32"] * 4
@@ -210,7 +212,7 @@ def test_an_update_with_an_overflow_is_left_out_whole(low: str, caplog: pytest.L
     assert (engine.global_steps, engine.skipped_steps) == (5, 1)
     assert engine.get_lr() == lr
     assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), weights))
-    assert "update 4 is skipped" in caplog.text
+    assert "step 4 is skipped" in caplog.text
     train(engine, 1)
     assert engine.get_lr() != lr and engine.skipped_steps == 1
 
@@ -220,7 +222,47 @@ def test_bf16_goes_on_with_what_is_not_finite_where_the_config_says_so(caplog: p
     spoil(engine, float("nan"))
     assert engine.skipped_steps == 0
     assert not engine.module[0].weight.isfinite().any()
-    assert "update 0: its loss is nan" in caplog.text
+    assert "step 0: its gradient norm is nan, its loss is nan" in caplog.text
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_weights_that_were_assigned_to_data_are_trained_on(low: str) -> None:
+    engine = make_engine(**on(low), lr=1e-4)
+    train(engine, 1)
+    vector = torch.nn.utils.parameters_to_vector(engine.module.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 0.5, engine.module.parameters())
+    train(engine, 1)
+    trained = torch.nn.utils.parameters_to_vector(engine.module.parameters())
+    torch.testing.assert_close(trained, vector * 0.5, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_what_is_clipped_is_the_gradient_without_the_loss_scale(low: str) -> None:
+    settings = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "gradient_clipping": 0.01}
+    engine = make_engine(**settings, **on(low))
+    weights = engine.optimizer.param_groups[0]["params"]
+    before = [weight.detach().clone() for weight in weights]
+    engine.backward(engine(data()[0]).float().square().mean())
+    engine.step()
+    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, weights)])
+    assert engine.get_global_grad_norm() > 0.01
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def a_nan_on_rank_1() -> list[str]:
+    messages = listen()
+    engine = make_engine()
+    x = data()[0] * (float("nan") if engine.global_rank == 1 else 1.0)
+    engine.backward(engine(x).square().mean())
+    engine.step()
+    return [each for each in messages if "its loss" in each]
+
+
+def test_the_rank_whose_loss_is_not_finite_is_named() -> None:
+    first, second = run_ranks(a_nan_on_rank_1, 2)
+    assert "its loss on rank 1 is nan" in "".join(second)
+    assert "norm is nan, its loss on rank 0 is" in "".join(first)
+    assert "(a rank whose loss is not finite logs that itself)" in "".join(first)
 
 
 def test_at_the_floor_an_overflow_is_an_error_that_names_the_first_bad_update() -> None:
@@ -228,7 +270,7 @@ def test_at_the_floor_an_overflow_is_an_error_that_names_the_first_bad_update() 
     train(engine, 2)
     spoil(engine)
     assert engine.loss_scale == 1.0
-    with pytest.raises(EngineError, match=r"update 3 .* minimum, 1; the first bad update in this row was 2"):
+    with pytest.raises(EngineError, match=r"step 3 .* minimum, 1; the first such step in this sequence was 2"):
         spoil(engine)
 
 
@@ -266,7 +308,7 @@ def test_what_the_device_judges_comes_to_the_same_as_what_the_host_reads(
         config = on(low, **({"initial_scale_power": 8, "loss_scale_window": 3} if low == "fp16" else {}))
         engine = make_engine(scheduler=scheduler, gradient_clipping=0.5, **config)
         # On CUDA nothing is read before the next step.
-        monkeypatch.setattr("engine.transfer._READ_AT_ONCE", () if on_device else ("cpu",))
+        monkeypatch.setattr("redline.device._READ_AT_ONCE", () if on_device else ("cpu",))
         seen: list[Any] = []
         norms: list[Any] = []
         for index in range(12):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import EngineError, initialize
+from redline import EngineError, initialize
 from tests import programs
 from tests.plain_loop import Loop, Setup, batch, mse
 from tests.programs import Backward, Evaluate, Loss, Outcome, Program, Step, generate, report, run_alone, run_together

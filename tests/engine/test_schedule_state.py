@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from engine.schedule_state import ScheduleStart, ScheduleState, load_portable, portable_state, step_undoably
-from schedulers import WarmupLR
-from tests.schedules import KINDS, Inner, make_optimizer, values_of
+from redline.schedule_state import ScheduleStart, ScheduleState, load_portable, portable_state, step_undoably
+from redline.schedulers import WarmupLR
+from tests.schedules import KINDS, Inner, make_optimizer, skip_where_torch_fails, values_of
 
 of_every_kind = pytest.mark.parametrize("kind", KINDS)
 of_every_group = pytest.mark.parametrize(("groups", "tensor"), [(1, False), (2, False), (1, True), (2, True)])
@@ -41,6 +41,7 @@ def fresh(kind: str, steps: int, groups: int, tensor: bool) -> list[Any]:
 @of_every_group
 @of_every_kind
 def test_a_step_that_is_undone_leaves_no_trace(kind: str, groups: int, tensor: bool) -> None:
+    skip_where_torch_fails(kind, tensor=tensor)
     optimizer = make_optimizer(groups=groups, tensor=tensor)
     schedule = KINDS[kind](optimizer)
     lrs = [group["lr"] for group in optimizer.param_groups]
@@ -62,31 +63,18 @@ def test_what_the_script_wrote_since_stays_when_a_step_is_undone() -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.3
     undo()
     assert values_of(optimizer) == [(0.08, (0.9, 0.999), 0.3)]
-
-
-def test_without_a_schedule_there_is_nothing_to_undo() -> None:
-    optimizer = make_optimizer()
     step_undoably(None, optimizer)()
-    assert values_of(optimizer) == values_of(make_optimizer())
 
 
-def test_a_schedule_within_a_schedule_stays_the_object_that_it_was() -> None:
+def test_what_a_schedule_holds_stays_the_object_that_it_was() -> None:
     optimizer = make_optimizer()
-    schedule = Inner(optimizer)
-    inner = schedule.after
+    schedule: Any = Inner(optimizer)
+    schedule.source = (each for each in range(3))  # cannot be copied
+    inner, source = schedule.after, schedule.source
     for _ in range(4):
         step_undoably(schedule, optimizer)()
         schedule.step()
-    assert schedule.after is inner and inner.optimizer is optimizer
-
-
-def test_what_cannot_be_copied_is_left_as_it_is() -> None:
-    optimizer = make_optimizer()
-    schedule: Any = lr_scheduler.StepLR(optimizer, 1, 0.5)
-    schedule.source = (each for each in range(3))
-    source = schedule.source
-    step_undoably(schedule, optimizer)()
-    assert schedule.source is source and schedule.last_epoch == 0
+    assert schedule.after is inner and inner.optimizer is optimizer and schedule.source is source
 
 
 def test_undoing_reads_no_value_of_a_learning_rate_that_is_a_tensor() -> None:
@@ -101,6 +89,7 @@ def test_undoing_reads_no_value_of_a_learning_rate_that_is_a_tensor() -> None:
 @of_every_group
 @of_every_kind
 def test_a_schedule_can_be_put_at_any_step_as_a_fresh_run_has_it(kind: str, groups: int, tensor: bool) -> None:
+    skip_where_torch_fails(kind, tensor=tensor)
     expected = fresh(kind, 12, groups, tensor)
     optimizer = make_optimizer(groups=groups, tensor=tensor)
     schedule = KINDS[kind](optimizer)

@@ -1,4 +1,4 @@
-"""The bench: that it runs, that its proof of equal numbers can fail, and that it counts bytes right. No timings."""
+"""scripts/bench runs, finds engines whose losses differ, and counts bytes correctly. No timings are checked."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10  # of the digits M
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--device", "cpu", "--threads", "1", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
-    """What a smoke run measured, wrote as a page, and printed."""
+    """Results, page and output of a smoke run."""
     folder = tmp_path_factory.mktemp("bench")
     ran = run_bench("--quick", "--json", str(folder / "bench.json"), "--markdown", str(folder / "bench.md"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -34,11 +34,11 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The bench's own modules."""
+    """The modules of the script."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmark import crew, measure, report, task, worker
+    from benchmark import measure, report, task, worker, worker_group
 
-    yield SimpleNamespace(crew=crew, measure=measure, report=report, task=task, worker=worker)
+    yield SimpleNamespace(measure=measure, report=report, task=task, worker=worker, worker_group=worker_group)
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmark"]:
         del sys.modules[name]
 
@@ -47,10 +47,10 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.long
-def test_a_run_tells_where_when_and_of_what_it_is(quick: tuple[dict[str, Any], str, str]) -> None:
+def test_a_run_records_date_command_machine_and_versions(quick: tuple[dict[str, Any], str, str]) -> None:
     results, *_ = quick
     assert results.keys() == {"date", "command", "machine", "versions", "comparisons", "start"}
-    assert results["machine"].keys() == {"name", "device", "processes", "threads", "system"}
+    assert results["machine"].keys() == {"name", "device", "ranks", "threads", "system"}
     assert {"Python", "torch"} <= results["versions"].keys()
     assert results["command"].startswith("scripts/bench --device cpu")
 
@@ -84,51 +84,51 @@ def test_the_engine_repeats_the_loops_losses(quick: tuple[dict[str, Any], str, s
 
 
 @pytest.mark.long
-def test_two_processes_send_each_gradient_once_both_ways(quick: tuple[dict[str, Any], str, str]) -> None:
+def test_two_ranks_send_each_gradient_once_both_ways(quick: tuple[dict[str, Any], str, str]) -> None:
     (sending,) = [each for each in quick[0]["comparisons"] if "bytes" in each["measures"]]
     # A ring of two: each sends half of the sum's parts, then half of the sum.
     expected = 2 * 4 * PARAMETERS
-    assert sending["task"]["processes"] == 2
+    assert sending["task"]["ranks"] == 2
     assert sending["task"]["accumulation"] == 2
     assert sending["subjects"]["by hand"]["sent_bytes"] == expected
-    status = 2 * 4 * 2  # two numbers that the ranks tell each other with the gradients
+    status = 2 * 4 * 2  # two numbers that go with the gradients
     assert sending["subjects"]["Redline"]["sent_bytes"] == expected + status
 
 
 @pytest.mark.long
 def test_the_tables_are_printed_and_written(quick: tuple[dict[str, Any], str, str]) -> None:
     _, page, printed = quick
-    for title in ("Overhead a step (us)", "Throughput", "Sent for an update", "Peak memory (MiB)", "Start (s)"):
+    for title in ("Overhead per step (us)", "Throughput", "Sent per optimizer step", "Peak memory (MiB)", "Start (s)"):
         assert f"\n## {title}" in page
         assert f"\n{title}" in printed
-    assert page.startswith("# Performance\n\nMeasured by `scripts/bench")
+    assert page.startswith("# Performance\n\nWritten by `scripts/bench")
     assert not [line for line in page.splitlines() if len(line) > 1 and line != line.rstrip()]
 
 
-def test_what_it_cannot_measure_is_named() -> None:
+def test_an_unknown_measure_is_refused() -> None:
     ran = run_bench("--only", "speed")
     assert ran.returncode == 2
     assert "'speed' is none of overhead, throughput, bytes, memory, start" in ran.stderr
 
 
-# -- the proof -------------------------------------------------------------------------------------------------
+# -- the losses ------------------------------------------------------------------------------------------------
 
 
-def test_the_proof_finds_a_subject_that_does_not_clip(parts: SimpleNamespace) -> None:
+def test_an_engine_that_does_not_clip_is_found(parts: SimpleNamespace) -> None:
     task = parts.task.Task("by hand", "MLP 64-64-10", "cpu")
     other = parts.task.Task("by hand, again", "MLP 64-64-10", "cpu", clip=0.0)
-    with parts.crew.Crew(task) as base, parts.crew.Crew(other) as unclipped:
-        crews = {"by hand": base, "by hand, again": unclipped}
-        results = parts.measure._prove(crews, 1e-6)
-    assert list(crews) == ["by hand"]
+    with parts.worker_group.WorkerGroup(task) as base, parts.worker_group.WorkerGroup(other) as unclipped:
+        groups = {"by hand": base, "by hand, again": unclipped}
+        results = parts.measure._prove(groups, 1e-6)
+    assert list(groups) == ["by hand"]
     assert results["by hand, again"]["loss_difference"] > 1e-3
     assert results["by hand, again"]["left_out"].startswith("its losses differ by ")
 
 
-def test_a_subject_that_fails_is_left_out_with_its_last_word(parts: SimpleNamespace) -> None:
+def test_an_engine_that_fails_is_left_out_with_its_last_line(parts: SimpleNamespace) -> None:
     task = parts.task.Task("by hand", "MLP 64-64-10", "cpu")
     broken = parts.task.Task("Redline", "MLP 64-64-10", "cpu", clip=-1.0)
-    with parts.crew.Crew(task) as base, parts.crew.Crew(broken) as failing:
+    with parts.worker_group.WorkerGroup(task) as base, parts.worker_group.WorkerGroup(broken) as failing:
         results = parts.measure._prove({"by hand": base, "Redline": failing}, 1e-6)
     assert "gradient_clipping: got -1" in results["Redline"]["left_out"]
 
@@ -150,7 +150,7 @@ def test_the_distance_of_losses(parts: SimpleNamespace, value: float, expected: 
         ("barrier", [], [], 0),
     ],
 )
-def test_what_each_of_four_processes_sends_in_a_ring(
+def test_the_bytes_that_each_of_four_ranks_sends_in_a_ring(
     parts: SimpleNamespace, operation: str, shapes: list[list[int]], kinds: list[str], size: int
 ) -> None:
     assert parts.worker._sent(operation, shapes, kinds, 4) == size

@@ -1,8 +1,9 @@
-"""The bench of suggestions: that a small run measures and shows what it says, and that its judgement is right."""
+"""scripts/quality: a small run measures and reports, and its figures are computed correctly."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -26,14 +27,14 @@ DIGITS = "digits, MLP, SGD"
 def run_quality(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "quality.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run, interrupted by nobody."""
+    """The folder of a small run."""
     folder = tmp_path_factory.mktemp("quality")
-    few = ("--tasks", DIGITS, "--seeds", "1", "--grid", "3", "--no-peers", "--processes", "1")
+    few = ("--tasks", DIGITS, "--seeds", "1", "--methods", "own", "Redline, 10%", "--processes", "1")
     ran = run_quality("--out", str(folder), *few)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder
@@ -46,14 +47,18 @@ def results(out: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def parts() -> Iterator[SimpleNamespace]:
-    """The bench's own modules."""
+    """The modules of the script."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    threads = torch.get_num_threads()
+    threads, logger = torch.get_num_threads(), logging.getLogger("redline")
+    level = logger.level
     import quality
-    from suggestions import grid, ours, peers, report, tasks, work
+    from suggestions import grid, judge, ours, peers, report, tasks, work
 
-    yield SimpleNamespace(grid=grid, ours=ours, peers=peers, quality=quality, report=report, tasks=tasks, work=work)
+    yield SimpleNamespace(
+        grid=grid, judge=judge, ours=ours, peers=peers, quality=quality, report=report, tasks=tasks, work=work
+    )
     torch.set_num_threads(threads)
+    logger.setLevel(level)  # the script's jobs log errors only
     sys.path.remove(str(ROOT / "scripts"))
     mine = ("bench", "benchmark", "quality", "suggestions")
     for name in [name for name in sys.modules if name.partition(".")[0] in mine]:
@@ -63,53 +68,41 @@ def parts() -> Iterator[SimpleNamespace]:
 # -- a whole run -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_says_where_it_comes_from(results: dict[str, Any]) -> None:
-    assert results["command"] == (
-        f"scripts/quality --out out --tasks '{DIGITS}' --seeds 1 --grid 3 --no-peers --processes 1"
-    )
-    assert len(results["tasks_left_out"]) == 15
-    assert {"Python", "torch"} <= results["versions"].keys()
-    assert results["points"] == 3 and [len(task["untrained"]) for task in results["tasks"]] == [1]
-    assert [task["name"] for task in results["tasks"]] == [DIGITS]
-
-
-def test_the_grid_is_trained_with_both_schedules(results: dict[str, Any]) -> None:
+@pytest.mark.long
+def test_a_run_trains_the_grid_and_the_suggestion_and_says_where_it_comes_from(results: dict[str, Any]) -> None:
+    assert results["command"].startswith(f"scripts/quality --out out --tasks '{DIGITS}' --seeds 1 --methods own ")
+    assert len(results["tasks_left_out"]) == 30 and {"Python", "torch"} <= results["versions"].keys()
     (task,) = results["tasks"]
-    for kind in ("OneCycle", "WarmupDecayLR"):
-        grid = task["grid"][kind]
-        assert [point["lr"] for point in grid["points"]] == pytest.approx([1e-4, 0.0225393, 10.0], rel=1e-5)
-        low, middle, high = (point["runs"][0] for point in grid["points"])
-        assert 0.3 < middle["loss"] < 0.6 < low["loss"]  # as a loop by hand has it: 0.42 and 0.46
-        assert high["diverged"]
-        assert grid["best"]["lr"] == pytest.approx(0.0225393, rel=1e-5)
+    points = {round(point["lr"], 4): point["runs"] for point in task["grid"]["points"]}
+    assert 0.3 < points[0.0225][0]["loss"] < 0.6 < points[0.0001][0]["loss"]  # as a loop by hand has it
+    assert points[10.0] == []  # next to a rate that diverged
+    assert points[5.0802][0]["diverged"]
+    own, ours = (task["methods"][name][0] for name in ("config's own", "Redline, 10%"))
+    assert own["lr"] == 0.01 and own["steps"] == 0
+    assert ours["steps"] > 0 and ours["asking"] > 0 and ours["loss"] < own["loss"]
 
 
-def test_the_suggestion_is_trained_with_both_schedules(results: dict[str, Any]) -> None:
-    found = results["tasks"][0]["methods"]["Redline"]
-    assert found["answers"][0]["updates"] > 0
-    for kind in ("OneCycle", "WarmupDecayLR"):
-        assert found["answers"][0][kind] > 0
-        assert {"loss", "accuracy", "diverged"} == found["trained"][kind][0].keys()
-
-
-def test_a_run_leaves_tables_a_picture_and_a_cache(out: Path) -> None:
+@pytest.mark.long
+def test_a_run_leaves_tables_a_picture_and_a_cache_that_the_next_one_continues(out: Path) -> None:
     page = (out / "quality.md").read_text()
-    assert page.startswith("Measured by `scripts/quality --out ")
-    assert "| digits, MLP, SGD | 0.4" in page
+    assert page.startswith("Measured by `scripts/quality --out ") and "| digits, MLP, SGD (basic) | 0." in page
     assert 5_000 < (out / "quality.png").stat().st_size < 150_000
-    kept = json.loads((out / "cache" / "digits-MLP-SGD.json").read_text())
-    assert len([name for name in kept["found"] if name.startswith("train 0 ")]) in (7, 8)  # 3 x 2, and the answers
+    assert not (out / "quality_budget.png").exists()  # of one budget there is no curve
+    kept = (out / "cache" / "digits-MLP-SGD.json").read_text()
+    again = run_quality("--out", str(out), "--tasks", DIGITS, "--seeds", "1", "--report")
+    assert again.returncode == 0 and (out / "cache" / "digits-MLP-SGD.json").read_text() == kept
+    assert "| Redline, 10% |" in again.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--tasks", "faces"], f"no task has 'faces' in its name; there are\n  {DIGITS}"),
-        (["--seeds", "4", "--docs"], "--docs: the page shows whole runs only"),
-        (["--grid", "1"], "--grid is 2 to 18"),
+        (["--methods", "Adagrad"], "no method has 'Adagrad' in its name; there are\n  grid\n  config's own"),
+        (["--seeds", "0"], "--seeds and --processes are at least 1"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_arguments_that_do_not_go_together_are_refused(
     parts: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -123,28 +116,31 @@ def test_what_cannot_be_is_refused(
     assert said in capsys.readouterr().err
 
 
-# -- what it is measured on ------------------------------------------------------------------------------------
+# -- tasks and grids -------------------------------------------------------------------------------------------
 
 
-def test_every_grid_has_18_rates_that_lie_equal_factors_apart(parts: SimpleNamespace) -> None:
-    assert len(parts.tasks.TASKS) == 16
+def test_there_is_a_task_of_each_kind_on_either_side(parts: SimpleNamespace) -> None:
+    development, held_out = ([task for task in parts.tasks.TASKS if task.held_out is side] for side in (False, True))
+    assert {task.kind for task in development} == {task.kind for task in held_out}
+    assert len({task.name for task in parts.tasks.TASKS}) == len(parts.tasks.TASKS) >= 24
+    assert len(held_out) >= 10
+
+
+def test_every_grid_has_18_learning_rates_equal_factors_apart(parts: SimpleNamespace) -> None:
     for task in parts.tasks.TASKS:
         lrs = task.grid
         assert len(lrs) == 18
         assert lrs[0] == pytest.approx(1e-4 if task.optimizer["type"] == "SGD" else 1e-5)
         assert [b / a for a, b in pairwise(lrs)] == pytest.approx([10 ** (5 / 17)] * 17)
-        assert parts.grid.points(task, 18) == lrs
 
 
 def test_a_schedule_has_its_maximum_and_fits_the_training(parts: SimpleNamespace) -> None:
-    cycle = parts.ours.schedule_config("OneCycle", 0.3, 200)["params"]
-    assert cycle["cycle_max_lr"] == 0.3
-    assert cycle["cycle_min_lr"] == pytest.approx(0.01)
-    assert (cycle["cycle_first_step_size"], cycle["cycle_second_step_size"]) == (40, 160)
-    decay = parts.ours.schedule_config("WarmupDecayLR", 0.3, 200)["params"]
+    config = parts.ours.engine_config(parts.tasks.task_of(DIGITS), 3, 0.3)
+    decay = config["scheduler"]["params"]
     assert (decay["warmup_min_lr"], decay["warmup_max_lr"]) == (0.0, 0.3)
-    assert (decay["warmup_num_steps"], decay["total_num_steps"]) == (4, 200)
-    assert parts.ours.schedule_config("WarmupDecayLR", 0.3, 20)["params"]["warmup_num_steps"] == 2
+    assert (decay["warmup_num_steps"], decay["total_num_steps"]) == (4, 180)
+    assert config["optimizer"]["params"]["lr"] == 0.01 and config["redline"]["data"]["seed"] == 3
+    assert "scheduler" not in parts.ours.engine_config(parts.tasks.task_of(DIGITS), 3)
 
 
 def test_the_data_comes_in_another_order_for_each_seed_and_each_epoch(parts: SimpleNamespace) -> None:
@@ -162,80 +158,138 @@ def test_the_data_comes_in_another_order_for_each_seed_and_each_epoch(parts: Sim
     assert epochs(1)[0] != first
 
 
-def test_hopeless_rates_are_not_repeated(parts: SimpleNamespace) -> None:
-    chosen = parts.grid.worth_repeating({0.1: [2.0], 0.2: [1.25], 0.3: [1.0], 0.4: [1.26], 0.5: [None]}, 1.25)
-    assert chosen == [0.2, 0.3]
-    assert parts.grid.worth_repeating({0.2: [1.25, 1.0], 0.3: [1.0, 1.0], 0.4: [0.5, None]}, 1.1) == [0.3]
-    assert parts.grid.worth_repeating({0.1: [None]}, 1.25) == []
+def test_hopeless_learning_rates_are_not_repeated(parts: SimpleNamespace) -> None:
+    losses = {0.1: [2.0], 0.2: [1.25], 0.3: [1.0], 0.4: [1.26], 0.5: [None], 0.6: []}
+    assert parts.grid.worth_repeating(losses, 1.25, log_scale=False) == [0.2, 0.3]
+    assert parts.grid.worth_repeating({0.2: [1.25, 1.0], 0.3: [1.0, 1.0]}, 1.1, log_scale=False) == [0.3]
+    assert parts.grid.worth_repeating({0.1: [None]}, 1.25, log_scale=False) == []
+    # exp(0.1) is 10.5% above, whatever the sign of the loss
+    assert parts.grid.worth_repeating({0.1: [-2.0], 0.2: [-1.9]}, 1.1, log_scale=True) == [0.1]
 
 
-def test_what_is_kept_counts_for_the_same_task_and_versions_only(parts: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_model_that_overfits_has_not_diverged(parts: SimpleNamespace) -> None:
+    task = parts.tasks.task_of(DIGITS)
+    start = parts.grid.untrained(DIGITS, 0)
+    for training, loss, diverged, counted in (
+        (0.1, 9.0, False, 9.0),
+        (9.0, 9.0, True, start),
+        (9.0, None, True, start),
+    ):
+        worth = parts.judge._worth(task, {"training": training, "loss": loss}, 0)
+        assert (worth["diverged"], worth["loss"]) == (diverged, counted)
+
+
+def test_the_cache_counts_for_the_same_task_and_versions_only(parts: SimpleNamespace, tmp_path: Path) -> None:
     key = {"torch": "2.13", "task": "abc"}
     cache = parts.work.Cache(tmp_path, "a, b", key)
-    cache.found["train 0"] = {"loss": 1.0}
+    cache.found.update({"train 0": {"loss": 1.0}, "ask Redline, 10% 0": {"lr": 0.1}})
     cache.save()
-    assert parts.work.Cache(tmp_path, "a, b", key).found == {"train 0": {"loss": 1.0}}
+    assert parts.work.Cache(tmp_path, "a, b", key).found == cache.found
     assert parts.work.Cache(tmp_path, "a, b", {**key, "task": "abd"}).found == {}
     assert parts.work.Cache(tmp_path, "c", key).found == {}
+    cache.forget("ask Redline")
+    assert parts.work.Cache(tmp_path, "a, b", key).found == cache.found == {"train 0": {"loss": 1.0}}
 
 
-def test_ctrl_c_leaves_what_was_done(parts: SimpleNamespace, tmp_path: Path) -> None:
+def test_two_runs_at_once_add_to_one_cache(parts: SimpleNamespace, tmp_path: Path) -> None:
+    first, second = (parts.work.Cache(tmp_path, "a task", {}) for _ in range(2))
+    for cache, name in ((first, "train 0"), (second, "train 1")):
+        cache.found[name] = {"loss": 1.0}
+        cache.save()
+    assert parts.work.Cache(tmp_path, "a task", {}).found.keys() == {"train 0", "train 1"}
+
+
+def test_ctrl_c_keeps_finished_jobs(parts: SimpleNamespace, tmp_path: Path) -> None:
     def job(number: int) -> int:
         if number == 2:
             raise KeyboardInterrupt
         return number
 
     cache = parts.work.Cache(tmp_path, "a task", {})
-    with pytest.raises(KeyboardInterrupt), parts.work.Crew(1) as crew:
-        crew.do("a task", [(str(number), job, (number,)) for number in range(4)], cache)
+    with pytest.raises(KeyboardInterrupt), parts.work.Workers(1) as workers:
+        workers.do("a task", [(str(number), job, (number,)) for number in range(4)], cache)
     assert parts.work.Cache(tmp_path, "a task", {}).found == {"0": 0, "1": 1}
 
 
-# -- how it is judged ------------------------------------------------------------------------------------------
+# -- one task in many forms ------------------------------------------------------------------------------------
 
 
-def made_up(losses: list[float | None], lrs: list[float | None]) -> dict[str, Any]:
-    """Results of one task and method; the grid's best is 2.0, an untrained model has 5.0."""
-    runs = [None if lr is None else {"loss": loss, "diverged": loss is None} for loss, lr in zip(losses, lrs)]
-    answers = [{"OneCycle": lr, "WarmupDecayLR": lr, "updates": 10} for lr in lrs]
-    best = {"lr": 0.1, "loss": 2.0, "spread": 0.1, "accuracy": None}
-    kinds = ("OneCycle", "WarmupDecayLR")
+@pytest.mark.long
+@pytest.mark.parametrize("index", range(6))
+def test_the_answer_is_near_the_best_of_the_grid_in_every_form_of_a_task(parts: SimpleNamespace, index: int) -> None:
+    """Within a factor of two of it, or within a quarter of its loss, once what was done to the loss is undone.
+
+    The search has 39 steps; seeds of this task differ by a fifth of the loss.
+    """
+    torch.set_num_threads(1)
+    task, add, times = parts.tasks.FORMS[index]
+
+    def trained(lr: float) -> float:
+        loss = parts.grid.train(task.name, 0, lr)["loss"]
+        return math.inf if loss is None else (loss - add) / times
+
+    losses = {lr: trained(lr) for lr in task.grid[5:17]}
+    best = min(losses, key=losses.__getitem__)
+    answer = parts.ours.suggest(task.name, 0, 0.1)
+    assert answer["lr"] is not None, answer
+    assert best / 2 <= answer["lr"] <= best * 2 or trained(answer["lr"]) <= 1.25 * losses[best], (answer, losses)
+
+
+# -- figures and tables ---------------------------------------------------------------------------------------
+
+
+def made_up(
+    losses: list[float], lrs: list[float | None], *, own: tuple[float, ...] = (2.1, 2.1), log_scale: bool = False
+) -> dict[str, Any]:
+    """Results of one task and one method beside the config's own rate; the grid's best is 2.0."""
+
+    def run(seed: int, loss: float, lr: float | None) -> dict[str, Any]:
+        why = {} if lr is not None else {"why": "it returned nothing"}
+        timing = {"steps": 10, "asking": 3.0, "seconds": 6.0}
+        return {"seed": seed, "loss": loss, "lr": lr, "diverged": loss >= 5, **timing, **why}
+
+    runs = [run(seed, loss, lr) for seed, (loss, lr) in enumerate(zip(losses, lrs))]
     task = {
-        "name": "made up", "aside": False, "optimizer": "SGD", "steps": 100, "batch_size": 8,
-        "untrained": [5.0] * len(lrs),
-        "grid": {kind: {"points": [], "best": best} for kind in kinds},
-        "methods": {"a rule": {"answers": answers, "trained": dict.fromkeys(kinds, runs)}},
+        "name": "made up", "kind": "basic", "held_out": False, "log_scale": log_scale, "steps": 100, "own_lr": 0.01,
+        "grid": {"points": [], "best": {"lr": 0.1, "runs": [{"loss": 2.0, "diverged": False}] * 2}},
+        "methods": {"config's own": [run(seed, loss, 0.01) for seed, loss in enumerate(own)], "a rule": runs},
     }  # fmt: skip
     return {
         "date": "2026-01-01", "command": "scripts/quality --out out", "machine": "a machine",
-        "versions": {"Python": "3.11", "torch": "2.13"}, "points": 18, "left_out": [],
-        "tasks_left_out": ["faces"], "tasks": [task],
+        "versions": {"Python": "3.11", "torch": "2.13"}, "left_out": [], "tasks_left_out": ["faces"], "tasks": [task],
     }  # fmt: skip
 
 
-def test_the_excess_is_of_the_mean_loss_over_the_grids_best(parts: SimpleNamespace) -> None:
-    (task,) = made_up([2.2, 2.4], [0.2, 0.1])["tasks"]
-    assert parts.report.excess(task, "a rule", "OneCycle") == pytest.approx(0.15)
+@pytest.mark.parametrize(("log_scale", "expected"), [(False, 0.15), (True, 0.3499)])  # exp(0.3) - 1
+def test_the_excess_is_of_the_mean_loss_over_the_grids_best(
+    parts: SimpleNamespace, log_scale: bool, expected: float
+) -> None:
+    (task,) = made_up([2.2, 2.4], [0.2, 0.1], log_scale=log_scale)["tasks"]
+    assert parts.report.excess(task, "a rule") == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_run_that_diverged_counts_as_an_untrained_model(parts: SimpleNamespace) -> None:
-    (task,) = made_up([2.0, None], [0.2, 0.1])["tasks"]
-    assert parts.report.excess(task, "a rule", "OneCycle") == pytest.approx(0.75)
+@pytest.mark.parametrize(
+    ("losses", "own", "worse"),
+    [
+        ([2.3, 2.3], (2.1, 2.1), True),
+        ([2.13, 2.13], (2.1, 2.1), False),  # by less than 2%
+        ([2.3, 2.3], (1.9, 2.3), False),  # by less than two standard deviations
+    ],
+)
+def test_an_answer_is_worse_than_the_configs_own_rate_beyond_noise_only(
+    parts: SimpleNamespace, losses: list[float], own: tuple[float, ...], worse: bool
+) -> None:
+    (task,) = made_up(losses, [0.2, 0.1], own=own)["tasks"]
+    assert parts.report.worse_than_own(task, "a rule") is worse
 
 
-def test_no_answer_is_shown_and_no_loss(parts: SimpleNamespace) -> None:
-    (task,) = made_up([None, None], [None, None])["tasks"]
-    assert parts.report.excess(task, "a rule", "OneCycle") is None
-    page = parts.report.tables(made_up([2.1, None], [0.2, None]))
-    assert "0 of 1, 1 without an answer" in page
-    assert "- made up: a rule, 1 of 2 seeds: it returned nothing" in page
-
-
-def test_the_tables_have_spread_and_cost(parts: SimpleNamespace) -> None:
-    page = parts.report.tables(made_up([2.2, 2.4], [0.2, 0.1]))
+def test_the_tables_have_all_figures_of_a_method(parts: SimpleNamespace) -> None:
+    page = parts.report.tables(made_up([2.2, 5.0], [0.2, None]))
     row = next(line for line in page.splitlines() if line.startswith("| a rule |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["a rule", *["+15.0%", "+15.0%", "0 of 2"] * 2, "2 / 2", "10% / 10%"]
+    assert cells == ["a rule", "+80.0%", "+80.0%", "1 of 1", "1 of 1", "1 of 2", "-", "10%", "50%"]
+    assert "+80.0% at 0.2, 1 without an answer, 1 diverged" in page
+    assert "- made up: a rule, 1 of 2 seeds: it returned nothing" in page
 
 
 def test_a_page_gets_the_block_and_keeps_the_rest(parts: SimpleNamespace) -> None:
@@ -246,7 +300,7 @@ def test_a_page_gets_the_block_and_keeps_the_rest(parts: SimpleNamespace) -> Non
         report.renew("# Title\n", "new")
 
 
-# -- the others ------------------------------------------------------------------------------------------------
+# -- other tools -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peer", ["torch-lr-finder", "Lightning", "fastai"])
@@ -258,10 +312,10 @@ def test_a_peer_suggests_by_its_own_package(parts: SimpleNamespace, peer: str) -
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(ran.stdout)
-    assert found.keys() == {"lrs", "updates"}, found
+    assert found.keys() == {"lrs", "steps"}, found
     assert found["lrs"].keys() == set(parts.peers.METHODS[peer])
     assert all(lr is None or (0 < lr < 100 and math.isfinite(lr)) for lr in found["lrs"].values())
-    assert 10 < found["updates"] <= 101
+    assert 10 < found["steps"] <= 101
 
 
 def test_a_peer_that_fails_is_reported(parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,11 +329,11 @@ def test_a_peer_that_fails_is_reported(parts: SimpleNamespace, monkeypatch: pyte
 # -- the docs --------------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_a_whole_run_in_the_form_that_the_bench_writes(parts: SimpleNamespace) -> None:
+def test_the_page_shows_a_full_run_in_the_form_that_the_script_writes(parts: SimpleNamespace) -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     inner = page.partition(parts.report.BEGIN)[2].partition(parts.report.END)[0].strip()
     assert re.match(
-        r"Measured by `scripts/quality .+` on \d{4}-\d\d-\d\d: 5 or 15 seeds, 18 points of the grid\. ", inner
+        r"Measured by `scripts/quality .+` on \d{4}-\d\d-\d\d: \d+ tasks, .* seeds, 18 points of the grid\. ", inner
     )
     for heading in re.findall(r"^### .*$", parts.report.tables(made_up([2.2], [0.2])), re.MULTILINE):
         assert heading.partition(" (")[0] in inner
@@ -288,4 +342,3 @@ def test_the_page_shows_a_whole_run_in_the_form_that_the_bench_writes(parts: Sim
     assert all(f"| {task.name}" in inner or task.name in left_out for task in parts.tasks.TASKS)
     head = next(line for line in parts.report.tables(made_up([2.2], [0.2])).splitlines() if line.startswith("|  |"))
     assert head in inner
-    assert (ROOT / "docs" / "images" / "quality.png").stat().st_size < 150_000

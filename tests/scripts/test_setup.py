@@ -1,4 +1,4 @@
-"""Setting up: what is installed, once, and with which Python. A stand-in for Python notes what it is called with."""
+"""Setting up: what is installed, once, and with which Python. A stand-in for Python logs its arguments."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ exit {code}
 
 
 class Checkout:
-    """A copy of the scripts beside a stand-in for Python that does nothing but take notes."""
+    """A copy of the scripts, with a stand-in for Python that only logs its arguments."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.log, self.python = root, root / "log", root / "python"
         shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", root)
+        for folder in ("engine", "schedulers"):
+            (root / folder).mkdir()
+            (root / folder / "__init__.py").touch()
         self.answer(0)
 
     def answer(self, code: int) -> None:
@@ -35,14 +38,14 @@ class Checkout:
         self.python.chmod(0o755)
 
     def setup(self, *arguments: str) -> tuple[int, str]:
-        """Run scripts/setup from elsewhere; returns its code and what it said."""
+        """Run scripts/setup from elsewhere; returns its exit code and stderr."""
         command = [str(self.root / "scripts" / "setup"), *arguments]
         environment = {**os.environ, "PYTHON": str(self.python)}
         ran = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
         return ran.returncode, ran.stderr
 
     def installed(self) -> list[str]:
-        """What pip was asked for, call by call."""
+        """The arguments of each call of pip."""
         return [line for line in self.log.read_text().splitlines() if "pip install" in line]
 
 
@@ -54,7 +57,9 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_it_installs_the_extra_with_the_constraints(checkout: Checkout) -> None:
     assert checkout.setup("demo")[0] == 0
     (line,) = checkout.installed()
-    assert line.endswith("--editable .[demo] --constraint scripts/constraints.txt")
+    assert line.endswith(
+        "--editable .[demo] --config-settings editable_mode=strict --constraint scripts/constraints.txt"
+    )
 
 
 def test_a_second_call_does_nothing(checkout: Checkout) -> None:
@@ -69,8 +74,10 @@ def test_what_the_tests_need_serves_the_demo_too(checkout: Checkout) -> None:
     assert len(checkout.installed()) == 1
 
 
-@pytest.mark.parametrize("extra", ["bench", "quality"])
-def test_what_the_engine_is_compared_with_gets_an_environment_of_its_own(checkout: Checkout, extra: str) -> None:
+@pytest.mark.parametrize("extra", ["bench", "quality", "peers"])
+def test_what_the_engine_is_compared_with_or_runs_under_gets_an_environment_of_its_own(
+    checkout: Checkout, extra: str
+) -> None:
     assert checkout.setup(extra)[0] == 0
     assert (checkout.root / f".venv-{extra}" / f"redline-{extra}").exists()
     assert not (checkout.root / ".venv").exists()
@@ -84,6 +91,13 @@ def test_it_installs_anew_when_the_needs_have_changed(checkout: Checkout) -> Non
     assert len(checkout.installed()) == 2
 
 
+def test_it_installs_again_when_a_file_was_added(checkout: Checkout) -> None:
+    checkout.setup()
+    (checkout.root / "engine" / "added.py").touch()
+    assert "installing" in checkout.setup()[1]
+    assert checkout.setup() == (0, "")
+
+
 def test_an_unfit_python_is_named_with_the_remedy(checkout: Checkout) -> None:
     checkout.answer(1)
     code, said = checkout.setup()
@@ -92,7 +106,9 @@ def test_an_unfit_python_is_named_with_the_remedy(checkout: Checkout) -> None:
     assert not (checkout.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["bench", "check", "demo", "lint", "quality", "setup", "test"])
+@pytest.mark.parametrize(
+    "name", ["bench", "check", "demo", "kill_test", "lint", "quality", "setup", "test", "tutorials", "two_hosts"]
+)
 def test_the_scripts_can_be_run(name: str) -> None:
     path = ROOT / "scripts" / name
     assert os.access(path, os.X_OK)

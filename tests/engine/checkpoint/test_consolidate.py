@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import EngineError, initialize
-from engine.checkpoint import consolidate as module
-from engine.checkpoint.consolidate import consolidate
+from redline import EngineError, initialize
+from redline.checkpoint import model_file as module
+from redline.checkpoint import storage
+from redline.checkpoint.model_file import consolidate
 from tests.distributed import run_ranks
 from tests.golden import checkpoint_workload as workload
 
@@ -47,8 +48,8 @@ def train(folder: Path | str, **config: Any) -> dict[str, Tensor]:
         engine.backward(workload.loss_of(engine, step, engine.global_rank, engine.world_size))
         engine.step()
     engine.save_checkpoint(folder)
-    engine.put_away()
-    masters = {} if engine._masters is None else engine._masters.of
+    engine.reshard()
+    masters = {} if engine.master_params is None else engine.master_params.of
     tensors = {
         name: masters.get(each, each)
         for name, each in (*engine.module.named_parameters(), *engine.module.named_buffers())
@@ -114,7 +115,7 @@ def test_what_two_processes_saved_in_shares_is_one_file(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_blocks_that_are_no_rows_is_put_together(tmp_path: Path) -> None:
-    from engine.checkpoint.saved import _Chunk, _Chunked
+    from redline.checkpoint.tensors import Chunk, ChunkedTensor
 
     whole = torch.arange(24.0).reshape(4, 6)
     chunks, begin = [], 0
@@ -123,9 +124,9 @@ def test_a_tensor_in_blocks_that_are_no_rows_is_put_together(tmp_path: Path) -> 
             for column in (0, 4):
                 block = whole[row : row + 2, column : column + 4].clone()
                 torch.save(block, file)
-                chunks.append(_Chunk(torch.Size([row, column]), block.shape, "x.distcp", begin, file.tell() - begin))
+                chunks.append(Chunk((row, column), block.shape, tmp_path / "x.distcp", begin, file.tell() - begin))
                 begin = file.tell()
-    parts = list(_Chunked(tmp_path, "x", whole.shape, whole.dtype, chunks).parts())
+    parts = list(ChunkedTensor("x", whole.shape, whole.dtype, chunks).parts())
     assert torch.equal(torch.cat(parts), whole.flatten())
 
 
@@ -160,7 +161,7 @@ def test_a_tags_own_folder_and_a_tag_by_name_are_taken(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
-from engine.checkpoint.consolidate import consolidate
+from redline.checkpoint.model_file import consolidate
 def peak(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 small, large, output, dtype = sys.argv[1:]
@@ -194,7 +195,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Any:
         flat = torch.cat([parameter.detach().flatten().chunk(2)[rank] for parameter in model.parameters()])
         torch.save(
             {"module": {name: torch.empty(0) for name in shapes}, "buffer_names": [], "param_shapes": [shapes],
-             "shared_params": {}, "frozen_param_shapes": None, "dp_world_size": 2, "ds_version": "0.19.8"},
+             "shared_params": {}, "frozen_param_shapes": None, "dp_world_size": 2, "ds_version": "0.19.8",
+             "global_steps": 1, "skipped_steps": 0},
             tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
         )  # fmt: skip
         inner = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -238,7 +240,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.pt"
     output.write_text("precious")
-    with pytest.raises(EngineError, match=r"model\.pt: it is there already.*--force"):
+    with pytest.raises(EngineError, match=r"exists already.*--force"):
         consolidate(run, output)
     assert output.read_text() == "precious"
     consolidate(run, output, force=True)
@@ -248,11 +250,11 @@ def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(run: Path, tmp_p
 @pytest.mark.parametrize(
     ("directory", "output", "message"),
     [
-        ("nowhere", "m.pt", "nowhere: there is no such folder"),
-        (".", "m.pt", 'it has no checkpoint, or none named in the file "latest"'),
+        ("nowhere", "m.pt", "nowhere: no such directory"),
+        (".", "m.pt", 'it has no checkpoint, or no file "latest"'),
         ("run", "m.onnx", r"m\.onnx: expected a name that ends in \.safetensors, \.pt, \.pth, \.bin"),
-        ("run", "no/such/m.pt", "the folder .*no/such is not there; make it first"),
-        ("run", "run.pt", r"run\.pt: it is a folder"),
+        ("run", "no/such/m.pt", "the directory .*no/such does not exist; make it first"),
+        ("run", "run.pt", r"run\.pt: it is a directory"),
     ],
 )
 def test_what_is_not_there_is_named(run: Path, tmp_path: Path, directory: str, output: str, message: str) -> None:
@@ -262,7 +264,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path, directory: str, o
 
 
 def test_a_tag_that_is_not_there_is_answered_with_those_that_are(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="global_step9: there is no such checkpoint; there are the tags global_step3"):
+    with pytest.raises(EngineError, match="global_step9: no such checkpoint; there are the tags global_step3"):
         consolidate(run, tmp_path / "m.pt", tag="global_step9")
     (run / "latest").unlink()
     with pytest.raises(EngineError, match="there are the tags global_step3: give one with --tag"):
@@ -281,7 +283,7 @@ def test_a_broken_checkpoint_is_named_with_those_that_are_whole_and_no_file_is_w
         path.unlink()
     else:
         path.write_bytes(data if harm == "flip" else data[:-100])
-    with pytest.raises(EngineError, match=rf"{path.name}.*whole are the tags older: give one with --tag"):
+    with pytest.raises(EngineError, match=rf"{path.name}.*tags there are global_step3, older: give another one"):
         consolidate(run, tmp_path / "m.safetensors")
     assert [each.name for each in tmp_path.iterdir()] == ["run"]
     consolidate(run, tmp_path / "m.safetensors", tag="older")
@@ -291,9 +293,9 @@ def test_room_on_the_disk_is_checked_before_anything_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    monkeypatch.setattr(module, "writing", lambda target: pytest.fail("it writes"))
-    with pytest.raises(EngineError, match=r"it takes \d+ MiB, and 0 MiB are free on that disk; nothing was written"):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(module, "atomic_write", lambda target: pytest.fail("it writes"))
+    with pytest.raises(EngineError, match=r"the disk has 0\.0 MB free; nothing was written"):
         consolidate(run, tmp_path / "m.safetensors")
 
 
@@ -303,18 +305,40 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_file(
 ) -> None:
     count = 0
 
-    def write(self: Any, part: Tensor) -> None:
+    real = module._write_parts
+
+    def write(file: Any, parts: Any) -> None:
         nonlocal count
         count += 1
         if count > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, parts)
 
-    monkeypatch.setattr(module.Writer, "write", write)
+    monkeypatch.setattr(module, "_write_parts", write)
     (tmp_path / f"m{suffix}").write_text("precious")
-    with pytest.raises(EngineError, match="it could not be written: No space left on device; nothing was left"):
+    with pytest.raises(EngineError, match="cannot be written: No space left on device; no partial file is left"):
         consolidate(run, tmp_path / f"m{suffix}", force=True)
     assert sorted(each.name for each in tmp_path.iterdir()) == [f"m{suffix}", "run"]
     assert (tmp_path / f"m{suffix}").read_text() == "precious"
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_leaves_no_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module._write_parts
+
+    def write(file: Any, parts: Any) -> None:
+        manifest = run / (run / "latest").read_text() / "manifest.json"
+        saved = json.loads(manifest.read_bytes())
+        del saved["crc32"]
+        saved["time"] += 1  # as another save under the same tag
+        manifest.write_text(json.dumps({**saved, "crc32": storage._checksum(saved)}))
+        real(file, parts)
+
+    monkeypatch.setattr(module, "_write_parts", write)
+    with pytest.raises(EngineError, match="it was replaced while it was read; run this again"):
+        consolidate(run, tmp_path / "m.safetensors")
+    assert not list(tmp_path.glob("*m.safetensors*"))
 
 
 def test_a_value_beyond_fp16_is_refused_by_name(tmp_path: Path) -> None:
@@ -322,7 +346,7 @@ def test_a_value_beyond_fp16_is_refused_by_name(tmp_path: Path) -> None:
     with torch.no_grad():
         engine.module.bias[1] = 1e6
     engine.save_checkpoint(tmp_path / "run")
-    with pytest.raises(EngineError, match="bias: fp16 ends at 65504, and a value is beyond; write bf16 or fp32"):
+    with pytest.raises(EngineError, match="bias: a value is beyond 65504, the largest of fp16; write bf16 or fp32"):
         consolidate(tmp_path / "run", tmp_path / "m.safetensors", dtype="fp16")
     assert [each.name for each in tmp_path.iterdir()] == ["run"]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import EngineError, initialize
-from engine.checkpoint import export
+from redline import EngineError, initialize
+from redline.checkpoint import model_file, storage
 from tests.distributed import run_ranks
 from tests.golden import checkpoint_workload as workload
 
@@ -129,7 +129,7 @@ def test_extra_state_of_plain_types_is_saved_and_other_is_refused(
     other.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
     assert other.extra == {"seen": [1, 2.5, "x"]}
     engine.save_16bit_model(tmp_path, "m.safetensors")
-    assert "_extra_state are no tensors, and not in the file" in caplog.text
+    assert "_extra_state are not tensors, and not in the file" in caplog.text
     engine.module.extra = Path("x")
     with pytest.raises(EngineError, match=r"_extra_state is of type .*Path"):
         engine.save_16bit_model(tmp_path / "other")
@@ -153,9 +153,9 @@ def test_a_place_that_cannot_be_written_to_is_named(
 
 def test_room_on_the_disk_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = initialize(nn.Linear(2, 2), CONFIG, device="cpu")
-    usage = export.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage._replace(free=3))
-    with pytest.raises(EngineError, match="0 MiB are free on that disk; nothing was written"):
+    usage = storage.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=3))
+    with pytest.raises(EngineError, match=r"the disk has 0\.0 MB free; nothing was written"):
         engine.save_16bit_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -173,7 +173,8 @@ def fail_while_writing(folder: str) -> list[str]:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name, target in (("model.bin", (export, "_save")), ("model.safetensors", (export.Writer, "write"))):
+    targets = ((model_file, "save_state_dict"), (model_file, "write_safetensors"))
+    for name, target in zip(("model.bin", "model.safetensors"), targets):
         with patch.context() as patched:
             patched.setattr(*target, full)
             try:
@@ -187,5 +188,5 @@ def fail_while_writing(folder: str) -> list[str]:
 def test_all_processes_hear_of_a_disk_that_is_full_on_one_and_can_go_on(tmp_path: Path) -> None:
     heard = run_ranks(fail_while_writing, 2, str(tmp_path))
     assert heard[0] == heard[1] and len(heard[0]) == 2
-    assert all("rank 0: " in each and "No space left on device; nothing was left" in each for each in heard[0])
+    assert all("rank 0: " in each and "No space left on device; no partial file is left" in each for each in heard[0])
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import EngineError, initialize
-from engine.checkpoint.consolidate import consolidate
-from engine.checkpoint.manifest import Broken
-from engine.checkpoint.tensors import read_metadata
+from redline import EngineError, initialize
+from redline.checkpoint import load
+from redline.checkpoint.model_file import consolidate
+from redline.checkpoint.storage import CorruptCheckpoint
+from redline.checkpoint.tensors import open_tensors
 from tests.resume import Case, build, trained
 
+ROOT = Path(__file__).parents[3]
 WARM = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 10}}}
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}}
 CASE = Case({**ADAM, **WARM})
@@ -82,12 +88,158 @@ def test_what_was_not_saved_as_the_latest_is_not_found_as_such(
     assert "tags that were saved with save_latest=False have to be named: best" in caplog.text
 
 
+# -- what is not the engine's ----------------------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)  # an ordinary read would wait for a writer
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+LATEST: dict[str, Callable[[Path], object]] = {
+    "a pipe": pipe,
+    "a device": endless,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to another file": lambda path: path.symlink_to("/etc/passwd"),
+    "a tag outside of the directory": lambda path: path.write_text("../elsewhere"),
+    "256 characters": lambda path: path.write_text("a" * 256),
+    "a terabyte": lambda path: path.touch() or os.truncate(path, 1 << 40),
+    "bytes that are no text": lambda path: path.write_bytes(b"\xff\xfe\0"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes with a path")
+@pytest.mark.parametrize("kind", LATEST)
+def test_a_file_latest_that_names_no_tag_loses_nothing_and_keeps_nobody_waiting(kind: str, tmp_path: Path) -> None:
+    engine = saved(tmp_path)
+    (tmp_path / "latest").unlink()
+    LATEST[kind](tmp_path / "latest")
+    assert build(CASE).load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step3")
+    trained(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    assert build(CASE).load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step4")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes with a path")
+@pytest.mark.parametrize("name", ["manifest.json", "state.pt", "rank_0.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("kind", [pipe, endless, Path.mkdir], ids=["pipe", "device", "directory"])
+def test_a_file_that_is_none_makes_its_checkpoint_corrupt_and_the_one_before_is_loaded(
+    kind: Callable[[Path], object], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = saved(tmp_path)
+    trained(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    damaged = tmp_path / "global_step4" / name
+    damaged.unlink()
+    kind(damaged)
+    assert build(CASE).load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step3")
+    assert str(damaged) in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes with a path")
+def test_foreign_files_and_directories_are_ignored(tmp_path: Path) -> None:
+    engine = saved(tmp_path)
+    for folder in (tmp_path, tmp_path / "global_step3"):
+        pipe(folder / "pipe")
+        (folder / "closed").mkdir(mode=0)
+        (folder / "mine").mkdir()
+        pipe(folder / "mine" / "manifest.json")
+    trained(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    assert build(CASE).load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step4")
+
+
+@pytest.mark.parametrize("tag", ["a" * 256, "\u00e9" * 120])
+def test_a_tag_that_is_too_long_for_a_name_is_refused_by_save_and_not_found_by_load(tag: str, tmp_path: Path) -> None:
+    engine = saved(tmp_path)
+    with pytest.raises(EngineError, match="is too long for a directory's name; expected at most 237 bytes"):
+        engine.save_checkpoint(tmp_path, tag)
+    with pytest.raises(EngineError, match=r"the tags in .* are global_step3"):
+        engine.load_checkpoint(tmp_path, tag)
+
+
+# -- beside a process that saves and removes -------------------------------------------------------------
+
+
+def rotated_before_it_is_opened(monkeypatch: pytest.MonkeyPatch, writer: Any, folder: Path, tags: list[Any]) -> None:
+    """Let another run save before each of the next looks into a checkpoint."""
+    real = load.open_checkpoint
+
+    def rotate(*args: Any, **options: Any) -> Any:
+        if tags:
+            trained(writer, 1)
+            writer.save_checkpoint(folder, tags.pop(0))
+        return real(*args, **options)
+
+    monkeypatch.setattr(load, "open_checkpoint", rotate)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = build(CASE, redline={"checkpoint": {"keep_last": 1, "keep_every": 3}})
+    trained(writer, 3, lambda: writer.save_checkpoint(tmp_path))
+    trained(writer, 1)
+    writer.save_checkpoint(tmp_path)
+    rotated_before_it_is_opened(monkeypatch, writer, tmp_path, [None, "mine"])
+    engine = build(CASE)
+    assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "mine"), {})  # not step 3, which was kept
+    assert engine.global_steps == 6
+    assert "loaded instead" not in caplog.text
+
+
+def test_a_tag_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = saved(tmp_path, tag="best")
+    real = load._Load.read
+
+    def read(self: Any) -> str:
+        if writer.global_steps == 3:
+            trained(writer, 1)
+            writer.save_checkpoint(tmp_path, "best")
+        return real(self)
+
+    monkeypatch.setattr(load._Load, "read", read)
+    engine = build(CASE)
+    engine.load_checkpoint(tmp_path, "best")
+    assert engine.global_steps == 4
+    assert same(weights(engine), weights(writer))
+
+
+WRITER = """
+import sys
+from tests.resume import Case, build, trained
+engine = build(Case({"optimizer": {"type": "Adam"}}), redline={"checkpoint": {"keep_last": 1}})
+print("saved", flush=True)
+while True:
+    trained(engine, 1)
+    engine.save_checkpoint(sys.argv[1])
+"""
+
+
+@pytest.mark.long
+def test_a_reader_beside_a_run_that_keeps_one_checkpoint_always_finds_one(tmp_path: Path) -> None:
+    saved(tmp_path, Case({"optimizer": {"type": "Adam"}}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment, cwd=ROOT) as writer:
+        try:
+            engine = build(Case({"optimizer": {"type": "Adam"}}))
+            for _ in range(300):
+                assert engine.load_checkpoint(tmp_path)[0] is not None
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+    assert engine.global_steps > 10
+
+
 def test_a_tag_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(EngineError) as caught:
         build(CASE).load_checkpoint(tmp_path, "global_step4")
     assert str(caught.value) == (
-        f"load_checkpoint: {tmp_path}/global_step4 is not there; the tags in {tmp_path} are global_step3"
+        f"load_checkpoint: {tmp_path}/global_step4 does not exist; the tags in {tmp_path} are global_step3"
     )
 
 
@@ -202,8 +354,8 @@ def test_only_members_of_an_enum_are_looked_up(tmp_path: Path) -> None:
         (1, "real"),
     ):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(of, name)))
-        with pytest.raises(Broken, match=rf"asks for getattr\(.*'{name}'\), which is no member of an enum"):
-            read_metadata(tmp_path)
+        with pytest.raises(CorruptCheckpoint, match=rf"asks for getattr\(.*'{name}'\), not a member of an enum"):
+            open_tensors(tmp_path)
 
 
 # -- models that differ --------------------------------------------------------------------------------
@@ -417,11 +569,11 @@ def test_other_groups_are_refused(tmp_path: Path) -> None:
     two = initialize(
         model, config, model_parameters=[{"params": [model.weight]}, {"params": [model.bias]}], device="cpu"
     )
-    with pytest.raises(EngineError, match=r"optimizer: had 1 groups of weights, has 2; make the same"):
+    with pytest.raises(EngineError, match=r"optimizer: had 1 parameter groups, has 2; make the same"):
         two.load_checkpoint(tmp_path)
     model = nn.Linear(4, 4)
     fewer = initialize(model, config, model_parameters=[model.weight], device="cpu")
-    with pytest.raises(EngineError, match=r"group 0 of the checkpoint has 2 weights; the engine's is without bias"):
+    with pytest.raises(EngineError, match=r"group 0 of the checkpoint has 2 parameters; the engine's is without bias"):
         fewer.load_checkpoint(tmp_path)
 
 
@@ -473,7 +625,7 @@ def test_a_changed_schedule_goes_on_at_the_step_reached_where_the_config_says_so
     case = Case({**ADAM, "scheduler": decay})
     other = build(case, redline={"checkpoint": {"override_schedule": True}})
     other.load_checkpoint(tmp_path)
-    assert "scheduler: type was WarmupLR, is WarmupDecayLR; the new one goes on at step 3" in caplog.text
+    assert "scheduler: type was WarmupLR, is WarmupDecayLR; the new one continues at step 3" in caplog.text
     there = build(case)
     trained(there, 3)
     assert other.get_lr() == there.get_lr()
@@ -495,6 +647,38 @@ def test_torchs_schedules_are_compared_and_overridden_too(tmp_path: Path) -> Non
     assert other.get_lr() == pytest.approx([0.01 * 0.1**2])
     trained(other, 1)
     assert other.get_lr() == pytest.approx([0.01 * 0.1**3])
+
+
+class Picky(torch.optim.lr_scheduler.LambdaLR):
+    """A script's schedule whose class has gained a setting since it was saved."""
+
+    needs_floor = False
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, lambda step: 1 / (1 + step))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.needs_floor:
+            self.floor = state_dict["floor"]
+        super().load_state_dict(state_dict)
+
+
+def test_code_of_the_script_that_fails_while_loading_leaves_the_engine_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky() -> Any:
+        config = {"train_micro_batch_size_per_gpu": 2, **ADAM}
+        return initialize(nn.Linear(4, 4), config, lr_scheduler=Picky, device="cpu")
+
+    stepped(stepped(picky())).save_checkpoint(tmp_path)
+    monkeypatch.setattr(Picky, "needs_floor", True)
+    engine = stepped(picky())
+    before, rates, draws = weights(engine), engine.get_lr(), torch.get_rng_state()
+    with pytest.raises(EngineError, match="load_checkpoint: KeyError: 'floor'"):
+        engine.load_checkpoint(tmp_path)
+    assert same(weights(engine), before) and engine.get_lr() == rates and torch.equal(torch.get_rng_state(), draws)
+    assert (engine.global_steps, engine.lr_scheduler.last_epoch) == (1, 1)
+    assert all(float(state["step"]) == 1 for state in engine.optimizer.state.values())
 
 
 def test_a_static_loss_scale_is_the_configs(tmp_path: Path) -> None:
@@ -532,7 +716,7 @@ def test_an_engine_with_data_of_another_kind_is_refused(tmp_path: Path) -> None:
     config = {"train_micro_batch_size_per_gpu": 2, **ADAM}
     initialize(nn.Linear(4, 4), config, training_data=Stream(), device="cpu").save_checkpoint(tmp_path)
     other = initialize(nn.Linear(4, 4), config, training_data=range(10), device="cpu")
-    with pytest.raises(EngineError, match=r"its place in the data is of another kind of dataset: epoch, samples;"):
+    with pytest.raises(EngineError, match=r"its position in the data is of another kind of dataset: epoch, samples;"):
         other.load_checkpoint(tmp_path)
 
 
@@ -552,7 +736,7 @@ def test_a_save_within_an_update_holds_the_one_before_and_says_so(
                 break
     engine.save_checkpoint(tmp_path)
     updates, left = divmod(done, 4)
-    assert f"in the middle of an update, after {left} of its 4 micro-batches" in caplog.text
+    assert f"within an accumulation, after {left} of its 4 micro-batches" in caplog.text
     other = build(case)
     other.load_checkpoint(tmp_path)
     assert (other.global_steps, other.micro_steps, other.global_samples) == (updates, 4 * updates, 8 * updates)
@@ -590,7 +774,7 @@ def test_a_model_without_an_optimizer_saves_and_loads(tmp_path: Path) -> None:
 def test_one_line_says_what_was_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path)
     other = build(CASE)
-    with caplog.at_level(logging.INFO, logger="engine"):
+    with caplog.at_level(logging.INFO, logger="redline"):
         caplog.clear()
         other.load_checkpoint(tmp_path)
-    assert caplog.messages == [f"load_checkpoint: {tmp_path}/global_step3, after update 3, saved by 1 process"]
+    assert caplog.messages == [f"load_checkpoint: {tmp_path}/global_step3, after step 3, saved by 1 rank"]

@@ -97,7 +97,7 @@ def leg(load: str | None, save: str, stage: int, steps: int = LEG) -> Any:
         assert engine.load_checkpoint(load)[0]
     updates = [(rate, sorted(seen)) for _, rate, _, seen in trained(engine, steps)]
     engine.save_checkpoint(save)
-    engine.put_away()
+    engine.reshard()
     weights = {name: each.detach() for name, each in engine.module.named_parameters()}
     whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in weights.items()}
     return updates, {name: each.tolist() for name, each in whole.items()}

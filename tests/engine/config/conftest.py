@@ -1,4 +1,4 @@
-"""What the config tests share: a clean world size, and a config file to read from."""
+"""What the config tests share: a config file to read from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""A range test of every kind leaves no trace: in every precision, on one process and two, however it ends.
+"""A range test of every kind leaves no trace: training after it equals training without it, bit for bit.
 
-Trained is with dropout and shuffling, with weights, optimizer, loss scale, random numbers and data in the middle of
-things. What one process restores of every kind of schedule, optimizer and loader is in test_snapshot.
+Trained is with dropout, batch statistics and shuffling, with weights, optimizer, schedule, loss scale, random numbers
+and data in the middle of things, in every precision, on one rank and several, however the test ends.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine import initialize, run_range_test
-from engine.randomness import random_state
-from engine.range_test import rig
-from engine.range_test.snapshot import Snapshot
+from redline import RangeTestError, initialize, run_range_test
+from redline.range_test.recorder import PassiveRecorder
+from redline.range_test.task import parts_of
+from redline.run_state import RunState
+from tests.callbacks import drop_recorder, find
 from tests.distributed import run_ranks
 from tests.traces import Noisy, same
 
@@ -32,113 +34,156 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     # A window of three: the scale moves within every run.
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 3, "hysteresis": 1}},
 }
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 4},
+    "WarmupLR": {"warmup_max_lr": [0.01, 0.001], "warmup_num_steps": 5},
+    "LRRangeTest": {"lr_range_test_step_size": 2},
+    "OneCycleLR": {"max_lr": 0.01, "total_steps": 100},
+    "CosineAnnealingLR": {"T_max": 10},
+}
+
+
+class Net(nn.Module):
+    """Everything with a state of its own: batch statistics, dropout, a buffer outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 1)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.head(self.frozen(self.body(x)))
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.mse_loss(model(batch[0]).float(), batch[1]) * (1 + 0.1 * random.random())
+    """Noisy, too, so that a test that moved a generator would be found out."""
+    noise = random.random() + float(numpy.random.rand())
+    return nn.functional.mse_loss(model(batch[0]).float(), batch[1]) * (1 + 0.1 * noise)
 
 
 class Story:
-    """A training with everything in it that a test could move."""
+    """A training with everything in it that a test could move; `fingerprint` is all that it left."""
 
-    def __init__(self, precision: str, stage: int = 0) -> None:
+    def __init__(
+        self,
+        precision: str = "fp32",
+        stage: int = 0,
+        *,
+        schedule: str = "WarmupLR",
+        optimizer: str = "AdamW",
+        tensor_lr: bool = False,
+        corrected: bool = False,
+    ) -> None:
         rank = int(os.environ.get("RANK", "0"))
         torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
-        groups = [
-            {"params": [model[0].weight, model[4].weight], "weight_decay": 0.01},
-            {"params": [model[0].bias, model[4].bias, *model[1].parameters()], "lr": 0.001, "weight_decay": 0.0},
-        ]
-        config = {
+        sharded = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+        model = sharded if stage == 3 else Net()
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.01, 0.001], "warmup_num_steps": 8}},
             "zero_optimization": {"stage": stage},
+            "redline": {"schedules": "corrected" if corrected else "deepspeed"},
             **PRECISIONS[precision],
         }
-        self.engine = initialize(model, config, training_data=Noisy(40), model_parameters=groups, device="cpu")
+        if SCHEDULES[schedule]:
+            config["scheduler"] = {"type": schedule, "params": SCHEDULES[schedule]}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups: Any = [
+            {"params": [each for each in trained if each.ndim > 1], "weight_decay": 0.01},
+            {"params": [each for each in trained if each.ndim == 1], "lr": 0.001, "weight_decay": 0.0},
+        ]
+        own = torch.optim.AdamW(groups, lr=torch.tensor(0.005)) if tensor_lr else None
+        if own is None:
+            momentum = {"momentum": 0.9} if optimizer == "SGD" else {}
+            config["optimizer"] = {"type": optimizer, "params": {"lr": 0.01, **momentum}}
+        given = {"optimizer": own} if own else {"model_parameters": groups}
+        self.engine = initialize(model, config, training_data=Noisy(40), device="cpu", **given)
+        drop_recorder(self.engine)
         generator = torch.Generator().manual_seed(7)
         self.own_loader = DataLoader(Noisy(40), batch_size=2, shuffle=True, generator=generator)
         random.seed(1 + rank)
         numpy.random.seed(2 + rank)
-        torch.manual_seed(4 + rank)  # processes drop out each its own
+        torch.manual_seed(4 + rank)  # each rank has dropout of its own
         self.record: list[Any] = []
-        self._batches = self._forever()
+        self.batches = self._forever()
 
     def _forever(self) -> Iterator[Any]:
         while True:
             yield from self.engine.training_dataloader
             yield from self.own_loader
 
-    def train(self, updates: int) -> None:
+    def train(self, steps: int) -> None:
         engine = self.engine
-        for _ in range(updates * engine.gradient_accumulation_steps()):
-            batch = next(self._batches)
+        for _ in range(steps * engine.gradient_accumulation_steps()):
+            batch, lrs = next(self.batches), [float(lr) for lr in engine.get_lr()]
             value = engine.backward(loss(engine, batch))
             engine.step()
-            scale = engine.loss_scale
-            self.record.append((batch[2].tolist(), value.item(), engine.get_lr(), scale, engine.get_global_grad_norm()))
+            norm = engine.get_global_grad_norm()
+            self.record.append((batch[2].tolist(), value.item(), lrs, engine.get_mom(), engine.loss_scale, norm))
 
     def fingerprint(self) -> dict[str, Any]:
         engine, loader = self.engine, self.engine.training_dataloader
         optimizer, schedule = engine.optimizer, engine.lr_scheduler
-        assert optimizer is not None and schedule is not None and loader is not None
+        assert optimizer is not None and loader is not None
         return {
             "record": self.record,
             "parameters": [own(parameter) for parameter in engine.parameters()],
+            "buffers": [own(buffer) for buffer in engine.buffers()],
             "weights": [own(weight) for group in optimizer.param_groups for weight in group["params"]],
             "optimizer": [{k: own(v) for k, v in state.items()} for state in optimizer.state.values()],
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in copied(optimizer.param_groups)],
-            "schedule": schedule.state_dict(),
+            "groups": copy.deepcopy([{**group, "params": None} for group in optimizer.param_groups]),
+            "schedule": None if schedule is None else copy.deepcopy(schedule.state_dict()),
             "scale": None if engine.scaler is None else engine.scaler.state_dict(),
             "counters": (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps),
             "batch size": (engine.train_batch_size(), engine.gradient_accumulation_steps()),
+            "loss": own(engine.loss),
             "training": [module.training for module in engine.modules()],
             "python": random.getstate(),
             "numpy": numpy.random.get_state(),
             "torch": torch.get_rng_state(),
             "generator": self.own_loader.generator.get_state(),
-            "position": (loader.position, loader.state_dict()),
-            "watchers": (engine.recorder, len(engine.observers), engine.after_update, engine._finite is None),
+            "position": (loader.epoch, loader.position, loader.state_dict()),
+            "callbacks": ([type(each) for each in engine.callbacks], engine._finite_check.enabled),
         }
 
 
 def own(value: Any) -> Any:
-    """A tensor as it is now; of one that is shared out, this process's share."""
+    """A tensor as it is now; of a sharded one, this rank's shard."""
     value = getattr(value, "_local_tensor", value)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def copied(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: None if k == "params" else copy.deepcopy(v) for k, v in group.items()} for group in groups]
-
-
 # -- tests that end in every way -----------------------------------------------------------------------------
 
+Test = Callable[[Story], None]
 
-def test_of(story: Story, loss_fn: Any = loss, **arguments: Any) -> None:
+
+def short(story: Story, loss_fn: Any = loss, *, data: Any = None, **arguments: Any) -> None:
     arguments = {"rates": [500], "steps": 5, "validation": Noisy(40), "validations": 1, "progress": False, **arguments}
-    run_range_test(story.engine, story.engine.training_dataloader, loss_fn, **arguments)
+    run_range_test(story.engine, data or story.engine.training_dataloader, loss_fn, **arguments)
 
 
 def full(story: Story) -> None:
-    test_of(story, rates=[5, 500])
-    test_of(story, baseline=False, growth="exponential", rates=None)
+    short(story, rates=[5, 500])
+    short(story, baseline=False, growth="exponential", rates=None)
 
 
 def varied(story: Story, loss_fn: Any = loss) -> None:
     """With everything that a run can have of its own; the last run has it all but the seed."""
-    engine = story.engine
-    sizes = [2 * engine.train_batch_size()]
-    test_of(story, loss_fn, baseline=False, steps=3, seeds=2, batch_sizes=sizes, sweep={"weight_decay": [0.5]})
+    sizes = [2 * story.engine.train_batch_size()]
+    short(story, loss_fn, baseline=False, steps=3, seeds=2, batch_sizes=sizes, sweep={"weight_decay": [0.5]})
     sweep = {"weight_decay": [0.5], "momentum": [0.5]}
-    run_range_test(engine, story.own_loader, loss_fn, rates=[5], steps=3, seeds=2, sweep=sweep, progress=False)
+    short(story, loss_fn, data=story.own_loader, validation=None, rates=[5], steps=3, seeds=2, sweep=sweep)
 
 
 class At:
-    """A loss that does something at its so-manieth call."""
+    """A loss that does something at a certain call."""
 
     def __init__(self, call: int, act: Callable[[], None]) -> None:
         self.left, self.act = call, act
@@ -152,7 +197,7 @@ class At:
 
 
 def failing(story: Story) -> None:
-    """The loss raises: in a validation, and within an update of the baseline and of another batch size."""
+    """The loss raises: in a validation, in the first step, and within a step of another batch size."""
 
     def fail() -> None:
         raise ZeroDivisionError
@@ -163,20 +208,22 @@ def failing(story: Story) -> None:
         return loss(model, batch)
 
     with pytest.raises(ZeroDivisionError):
-        test_of(story, only_train)
-    for run, call in ((test_of, 4), (varied, 28)):
+        short(story, only_train)
+    for run, call in ((short, 1), (short, 4), (varied, 28)):
         with pytest.raises(ZeroDivisionError):
             run(story, At(call, fail))
+    with pytest.raises(RangeTestError, match="it yields no batch"):
+        run_range_test(story.engine, [], loss, progress=False)
 
 
 def interrupted(story: Story) -> None:
-    """Ctrl-C, on one process of several, too."""
+    """Ctrl-C, on one rank of several, too."""
 
     def interrupt() -> None:
         if story.engine.global_rank == story.engine.world_size - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    for run, call in ((test_of, 4), (varied, 28)):
+    for run, call in ((short, 4), (varied, 28)):
         with pytest.raises(KeyboardInterrupt):
             run(story, At(call, interrupt))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -187,14 +234,13 @@ def in_a_row(story: Story) -> None:
         each(story)
 
 
-TESTS = {each.__name__: each for each in (full, varied, failing, interrupted, in_a_row)}
-test_of.__test__ = False  # type: ignore[attr-defined]
+TESTS: dict[str, Test] = {each.__name__: each for each in (full, varied, failing, interrupted, in_a_row)}
 
 
-def left_by(test: Callable[[Story], None] | None, precision: str, stage: int = 0) -> dict[str, Any]:
+def left_by(test: Test | None, *of: Any, before: int = 5, **options: Any) -> dict[str, Any]:
     """A training with a test in the middle: what it left right after the test, and at its end."""
-    story = Story(precision, stage)
-    story.train(5)
+    story = Story(*of, **options)
+    story.train(before)
     if test is not None:
         test(story)
     at_once = copy.deepcopy(story.fingerprint())
@@ -206,7 +252,11 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [key for key in ours if not same(ours[key], theirs[key])]
 
 
-# -- one process ---------------------------------------------------------------------------------------------
+def changed_by(test: Test, *of: Any, **options: Any) -> list[str]:
+    return differences(left_by(test, *of, **options), left_by(None, *of, **options))
+
+
+# -- one rank ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -217,19 +267,49 @@ def test_training_after_any_test_is_training_without_it(precision: str) -> None:
     assert {name: changes for name, changes in found.items() if changes} == {}
 
 
-def test_an_update_of_which_nobody_knows_yet_whether_it_was_skipped_is_settled_before_a_test(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("before", [0, 3], ids=["before training", "in the middle of an epoch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_restored(schedule: str, before: int) -> None:
+    assert changed_by(short, before=before, schedule=schedule) == []
+    if schedule in ("OneCycle", "WarmupLR"):
+        assert changed_by(short, before=before, schedule=schedule, corrected=True) == []
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adagrad", "NAdam"])
+def test_every_optimizers_state_is_restored(optimizer: str) -> None:
+    assert changed_by(short, optimizer=optimizer) == []
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "OneCycle"])
+def test_a_tensor_lr_is_restored_in_place(schedule: str) -> None:
+    story = Story(schedule=schedule, tensor_lr=True)
+    tensor = story.engine.optimizer.param_groups[0]["lr"]
+    value = tensor.clone()
+    short(story)
+    assert story.engine.optimizer.param_groups[0]["lr"] is tensor
+    assert torch.equal(tensor, value)
+    assert changed_by(short, schedule=schedule, tensor_lr=True) == []
+
+
+def test_data_of_every_kind_are_restored() -> None:
+    shuffled = DataLoader(Noisy(12), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(9))
+    state = shuffled.generator.get_state()
+    assert changed_by(lambda story: short(story, data=Noisy(16), validation=shuffled)) == []
+    assert changed_by(lambda story: short(story, data=story.own_loader, validation=None)) == []
+    assert torch.equal(shuffled.generator.get_state(), state)
+
+
+def test_a_pending_step_is_resolved_before_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr("engine.transfer._READ_AT_ONCE", ())  # as on CUDA
+    monkeypatch.setattr("redline.device._READ_AT_ONCE", ())  # as on CUDA
     for test in (None, full):
         story = Story("fp16")
-        story.engine.scaler.value = 2.0**40  # too much: updates are skipped until it has come down
+        story.engine.scaler.value = 2.0**40  # too much: steps are skipped until it has come down
         story.train(3)
         for _ in range(2):  # and asks for nothing
-            story.engine.backward(loss(story.engine, next(story._batches)))
+            story.engine.backward(loss(story.engine, next(story.batches)))
             story.engine.step()
-        assert story.engine._doubt is not None
+        assert story.engine._optimizer_step.pending is not None
         if test is not None:
             test(story)
         story.train(4)
@@ -238,53 +318,67 @@ def test_an_update_of_which_nobody_knows_yet_whether_it_was_skipped_is_settled_b
     assert differences(*found) == []
 
 
-FAULTS: dict[str, Callable[[Any], None]] = {
-    "parameters": lambda snapshot: snapshot._tensors.clear(),
-    "training": lambda snapshot: snapshot._training.clear(),
-    "optimizer": lambda snapshot: setattr(snapshot._optimizer, "restore", snapshot._optimizer.restore_groups),
-    "groups": lambda snapshot: setattr(snapshot._optimizer, "restore_groups", lambda: None),
-    "schedule": lambda snapshot: setattr(snapshot, "_schedule_state", {"last_batch_iteration": 9}),
-    "scale": lambda snapshot: setattr(snapshot, "_scale", None),
-    "counters": lambda snapshot: snapshot._counters.clear(),
-    "batch size": lambda snapshot: setattr(snapshot, "_batch_size", 8),
-    "position": lambda snapshot: snapshot._positions.clear(),
-    "generator": lambda snapshot: snapshot._randoms.clear(),
-}
+def test_the_engine_has_its_schedule_recorder_and_flags_back_and_no_gradients() -> None:
+    story = Story(schedule="LRRangeTest")
+    engine, recorder = story.engine, find(story.engine, PassiveRecorder)
+    engine.module.body[1].eval()
+    before = engine.lr_scheduler, engine.callbacks, [module.training for module in engine.modules()]
+    results = [run_range_test(engine, Noisy(16), loss, rates=[5], steps=4, progress=False) for _ in range(2)]
+    assert results[0] == results[1]
+    assert before == (engine.lr_scheduler, engine.callbacks, [module.training for module in engine.modules()])
+    assert find(engine, PassiveRecorder) is recorder and len(recorder) == 0
+    assert all(parameter.grad is None for parameter in engine.parameters())
 
 
-@pytest.mark.parametrize("name", [*FAULTS, "torch", "seed"])
-def test_what_is_not_put_back_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Faulty(Snapshot):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            FAULTS.get(name, lambda snapshot: None)(self)
-
-        def restore(self) -> None:
-            if name == "torch":
-                self._random = random_state()
-            if name == "seed":
-                self._numbers["seed"] = []
-            super().restore()
-
-    monkeypatch.setattr(rig, "Snapshot", Faulty)
-    test = failing if name == "training" else varied
-    caught = differences(left_by(test, "fp16"), left_by(None, "fp16"))
-    assert ("position" if name == "seed" else name) in caught
+def test_a_pass_that_was_broken_off_before_a_test_is_over_after_it() -> None:
+    following = []
+    for test in (short, lambda story: None):
+        story = Story()
+        next(iter(story.engine.training_dataloader))
+        test(story)
+        following.append([batch[2].tolist() for batch in story.engine.training_dataloader])
+    assert following[0] == following[1]
 
 
-# -- two processes -------------------------------------------------------------------------------------------
-
-SHARED = [("fp32", 0), ("bf16", 1), ("fp16", 0), ("fp16", 3), ("fp32", 3)]
+# -- the snapshot itself -------------------------------------------------------------------------------------
 
 
-def in_two_processes() -> dict[str, list[str]]:
+def test_a_snapshot_can_be_restored_any_number_of_times() -> None:
+    story = Story(schedule="OneCycle")
+    story.train(2)
+    expected = story.fingerprint() | {"record": None}
+    # The generator of a loader under another is found as well.
+    data = (story.engine.training_dataloader, SimpleNamespace(dataloader=story.own_loader))
+    snapshot = RunState(story.engine, data=data, parts=parts_of(*data))
+    for _ in range(3):
+        story.train(3)
+        list(story.own_loader)
+        story.engine.optimizer.param_groups[0]["novelty"] = 1
+        story.engine.optimizer.state[next(story.engine.parameters())]["novelty"] = torch.ones(1)
+        assert differences(story.fingerprint() | {"record": None}, expected)
+        snapshot.restore()
+        assert differences(story.fingerprint() | {"record": None}, expected) == []
+
+
+# -- several ranks -------------------------------------------------------------------------------------------
+
+
+def on_several_ranks(kinds: list[tuple[str, int]]) -> dict[str, list[str]]:
     """On each rank: what tests of every kind, one after the other, change of a training."""
-    return {
-        f"{precision}, stage {stage}": differences(left_by(in_a_row, precision, stage), left_by(None, precision, stage))
-        for precision, stage in SHARED
-    }
+    found = {f"{precision}, stage {stage}": changed_by(in_a_row, precision, stage) for precision, stage in kinds}
+    return found | {"passive": changed_by(full, schedule="LRRangeTest")}
 
 
-def test_several_processes_train_after_any_test_as_without_it() -> None:
-    for found in run_ranks(in_two_processes, 2):
+@pytest.mark.parametrize(
+    ("world_size", "kinds"),
+    [(2, [("bf16", 1), ("fp16", 3), ("fp32", 3)]), (3, [("fp32", 0)])],  # of three, the order of a sum shows
+)
+def test_several_ranks_train_after_any_test_as_without_it(world_size: int, kinds: list[tuple[str, int]]) -> None:
+    for found in run_ranks(on_several_ranks, world_size, kinds):
         assert {name: changes for name, changes in found.items() if changes} == {}
+
+
+def test_the_comparison_sees_a_test_that_leaves_a_trace() -> None:
+    found = changed_by(lambda story: setattr(story, "drawn", torch.rand(1)))
+    assert {"record, later", "parameters, later", "torch"} <= set(found)
+    assert "record" not in found

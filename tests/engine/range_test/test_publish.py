@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Engine, RangeTestResult, initialize, run_range_test
-from engine.range_test.contents import contents_of
-from engine.range_test.publish import record_of
+from redline import Engine, RangeTestResult, initialize, run_range_test
+from redline.monitoring.metrics import MetricsLogger
+from redline.range_test.result import curve_report_of
+from tests.callbacks import find
 from tests.monitors import offline_comet, offline_wandb, read_comet, read_tensorboard
-from tests.records import KINDS, make_result, make_run, tuning
+from tests.records import KINDS, make_run, tuning
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
 Y = X.sum(1, keepdim=True)
@@ -44,7 +45,7 @@ def test_tensorboard_has_the_curves_and_the_suggestion(tmp_path: Path) -> None:
     engine = make_engine(tensorboard={"enabled": True, "output_path": str(tmp_path), "job_name": "job"})
     result = measured(engine)
     train(engine)
-    engine.observers[0].close()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).close()
     events = read_tensorboard(tmp_path / "job")
     for curve in result.curves:
         for name, values in (("loss", curve.losses), ("lr", curve.lrs)):
@@ -63,7 +64,7 @@ def test_csv_files_hold_the_last_test_and_the_training_stays_apart(tmp_path: Pat
     measured(engine, steps=30)
     result = measured(engine, steps=25)
     train(engine)
-    engine.observers[0].close()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).close()
     header, *losses = rows(tmp_path / "job" / "RangeTest_rate_5_loss.csv")
     assert header == ["step", "loss"]
     assert [(int(step), float(loss)) for step, loss in losses] == list(enumerate(result.curves[1].losses))
@@ -82,11 +83,11 @@ def test_a_run_of_wandb_gets_a_chart_and_its_steps_go_on(tmp_path: Path, monkeyp
     assert run.summary["RangeTest/curves"]["nrows"] == sum(len(curve.losses) for curve in result.curves[1:])
     for _ in range(2):
         train(engine)
-    engine.observers[0].flush()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).flush()
     train(engine)
-    engine.observers[0].flush()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).flush()
     assert run.summary["_step"] == 16, "the training's steps come after the test's"
-    engine.observers[0].close()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).close()
 
 
 @pytest.mark.filterwarnings("ignore")  # comet's own
@@ -94,30 +95,25 @@ def test_an_offline_experiment_of_comet_has_every_point(tmp_path: Path, monkeypa
     offline_comet(tmp_path, monkeypatch)
     engine = make_engine(comet={"enabled": True, "online": False, "project": "ours"})
     result = measured(engine)
-    engine.observers[0].close()  # type: ignore[union-attr]
+    find(engine, MetricsLogger).close()
     losses = [float(m["metricValue"]) for m in read_comet(tmp_path) if m["metricName"] == "RangeTest/rate 5/loss"]
     assert losses == pytest.approx(result.curves[1].losses)
 
 
-def test_a_record_has_every_curve_the_trials_and_the_answer() -> None:
-    record = record_of(tuning())
-    names = {point.name for point in record.points}
-    assert "RangeTest/rate 5, seed 0/loss" in names
-    assert "RangeTest/weight decay 0.01/lr" in names
+def test_a_report_has_every_curve_and_the_answer_or_the_refusal() -> None:
+    report, flat, nan = tuning(), KINDS["flat"](), KINDS["nan"]()
+    trials = [trial.curve for trial in report.trials]
+    record = curve_report_of({"RangeTest": report.curves, "Trials": trials}, report.answer, report.left_out)
+    names = {point.name for point in record.scalars}
+    assert {"RangeTest/rate 5, seed 0/loss", "RangeTest/weight decay 0.01/lr"} <= names
     assert "Trials/OneCycle to 0.03/validation_loss" in names
     assert [line.name for line in record.lines][:2] == ["rate 5, seed 0", "rate 5, seed 1"]
-    assert record.numbers.keys() == {"cycle_min_lr", "cycle_max_lr", "cycle_first_step_size", "cycle_second_step_size"}
+    assert record.numbers == report.answer.params()
     assert record.text.startswith("| key | value | where it comes from |\n| --- | --- | --- |\n| `cycle_min_lr` | ")
     assert record.text.endswith("- The fast test was left out: the budget was 18 updates.")
 
-
-def test_a_refusal_is_published_as_one() -> None:
-    record = record_of(KINDS["flat"]())
-    assert record.numbers == {}
+    record = curve_report_of({"RangeTest": [*flat.curves, make_run(None)]}, flat.answer)
+    assert (record.numbers, [line.name for line in record.lines]) == ({}, ["flat"])
     assert record.text.startswith("**No suggestion.** The loss does not fall")
-
-
-def test_losses_that_are_not_finite_are_no_part_of_the_chart() -> None:
-    (line, _) = record_of(KINDS["nan"]()).lines
-    assert len(line.x) == len(line.y) == 37
-    assert record_of(contents_of(make_result(make_run(None)))).lines == []
+    (line, _) = curve_report_of({"RangeTest": nan.curves}, nan.answer).lines
+    assert len(line.x) == len(line.y) == 37, "without losses that are not finite"

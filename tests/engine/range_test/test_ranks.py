@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
+from redline import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
+from redline.range_test import Suggestion
 from tests.distributed import run_ranks
 
+PLAIN = {"rates": [5, 50, 500], "steps": 40}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}}
 
 
@@ -30,8 +32,8 @@ def make_engine(**config: Any) -> Engine:
     return initialize(nn.Linear(4, 1), config, device="cpu")
 
 
-def make_data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+def make_data(size: int = 64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
     return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
 
 
@@ -39,9 +41,9 @@ def mse(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.mse_loss(model(batch[0]).float(), batch[1])
 
 
-def run(engine: Engine, loss: Any, **arguments: Any) -> RangeTestResult:
+def run(engine: Engine, loss: Any, data: Any = None, **arguments: Any) -> RangeTestResult:
     arguments = {"rates": [5], "steps": 30, "min_lr": 1e-3, "baseline": False, "progress": False, **arguments}
-    return run_range_test(engine, make_data(), loss, **arguments)
+    return run_range_test(engine, make_data() if data is None else data, loss, **arguments)
 
 
 class On:
@@ -75,6 +77,10 @@ def on_each_rank() -> dict[str, Any]:
 
     everything: dict[str, Any] = {"seeds": 2, "batch_sizes": [16]}
     shared = FP16 | {"zero_optimization": {"stage": 3}}
+    x, y = make_data()
+    found["plain"] = run(make_engine(), nn.MSELoss(), **PLAIN, validation=make_data(11))
+    found["uneven"] = run(make_engine(), nn.MSELoss(), data=[(x[:4], y[:4])] * (3 + rank), steps=20)
+    found["few"] = run(make_engine(), nn.MSELoss(), validation=make_data(1), steps=20)
     for name, config, more in (("fp32", {}, everything), ("fp16, stage 3", shared, {})):
         each = make_engine(**config)
         found[f"own losses, {name}"] = run(each, of_its_own, rates=[5, 5000], **more)
@@ -143,7 +149,7 @@ def test_ctrl_c_on_one_process_ends_the_test_on_all_at_the_same_update(ranks: li
 
 def test_a_batch_size_that_the_processes_cannot_make_up_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:
     assert {rank["refusal"] for rank in ranks} == {
-        "range test: set_train_batch_size: got 12; expected a multiple of 8, the micro-batch of 4 on 2 processes; "
+        "range test: set_train_batch_size: got 12; expected a multiple of 8, the micro-batch of 4 on 2 ranks; "
         "nearest: 8 and 16"
     }
 
@@ -153,3 +159,42 @@ def test_a_process_that_leaves_is_named_by_the_other_which_is_as_it_was(ranks: l
     assert "rank 1 ended its script" in message
     assert seconds < 20
     assert ranks[0]["put back"]
+
+
+def test_two_ranks_measure_what_one_does_with_their_batch(ranks: list[dict[str, Any]]) -> None:
+    # DistributedSampler deals out samples in turn, so two micro-batches of 4 are one of 8.
+    alone = run(make_engine(train_micro_batch_size_per_gpu=8), nn.MSELoss(), **PLAIN, validation=make_data(11))
+    together, other = (rank["plain"] for rank in ranks)
+    assert text(together) == text(other) and isinstance(together.suggestion, Suggestion)
+    assert together.world_size == 2
+    for ours, expected in zip(together.curves, alone.curves):
+        assert ours.lrs == expected.lrs
+        assert ours.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-6)
+        assert [at for _, at in ours.validation] == pytest.approx(
+            [at for _, at in expected.validation], rel=1e-4, abs=1e-6
+        )
+
+
+def test_loaders_of_different_lengths_and_little_validation_data_are_enough(ranks: list[dict[str, Any]]) -> None:
+    assert len(ranks[0]["uneven"].curves[0].steps) == 20
+    x, y = make_data(1)
+    with torch.no_grad():
+        expected = nn.functional.mse_loss(make_engine()(x), y).item()
+    assert ranks[0]["few"].curves[0].validation[0][1] == pytest.approx(expected, rel=1e-5)
+
+
+def validate_unevenly(size: int) -> list[float]:
+    """Validation losses at stage 3, where every forward is a collective, with fewer batches on one rank."""
+    engine = make_engine(zero_optimization={"stage": 3}, train_micro_batch_size_per_gpu=1)
+    result = run(engine, mse, steps=4, validation=make_data(size), validations=2)
+    return [loss for _, loss in result.curves[0].validation]
+
+
+@pytest.mark.parametrize("size", [1, 17])
+def test_ranks_with_unequal_numbers_of_validation_batches_do_not_wait_for_each_other(size: int) -> None:
+    first, second = run_ranks(validate_unevenly, 2, size)
+    assert first == second and len(first) == 3
+    x, y = make_data(size)
+    with torch.no_grad():
+        expected = nn.functional.mse_loss(make_engine().module(x), y).item()
+    assert first[0] == pytest.approx(expected, rel=1e-5)

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from engine.range_test.curve import Curve
-from engine.range_test.rules import RULES, marks
+from redline.range_test.curve import RULES, Curve, marks
 
 LRS = tuple(10 ** (-5 + 6 * k / 120) for k in range(121))  # 1e-5 to 10, 20 to a decade
 

@@ -6,16 +6,18 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from engine.distributed import World
-from engine.errors import RangeTestError
-from engine.range_test.task import Task, batches, load_task, loss_of, training_batches, validation_batches
+from redline.distributed.process_group import World
+from redline.errors import RangeTestError
+from redline.range_test.task import Task, batches, load_task, loader_of, loss_of
 from tests.tasks import task_folder
 
 CPU = torch.device("cpu")
@@ -47,8 +49,14 @@ def no_model():
 def no_loss():
     return nn.Linear(1, 1), None, 3
 
-def two():
+def without_loss():
     return nn.Linear(1, 1), None
+
+def one():
+    return (nn.Linear(1, 1),)
+
+def with_metric():
+    return {"model": nn.Linear(1, 1), "data": None, "validation": lambda model: 0.5, "mode": "max"}
 
 def nothing():
     pass
@@ -73,15 +81,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_task_is_what_a_function_in_a_file_returns(folder: Path) -> None:
     task = load_task("task_of_mine.py:task")
-    assert isinstance(task.model, nn.Linear)
-    assert len(task.data) == 8
-    assert isinstance(task.loss, nn.MSELoss)
-    assert task.validation is None
-
-
-def test_a_task_may_have_validation_data_or_be_a_dict(folder: Path) -> None:
+    assert isinstance(task.model, nn.Linear) and isinstance(task.loss, nn.MSELoss)
+    assert (len(task.data), task.validation) == (8, None)
     assert len(load_task("task_of_mine.py:with_validation").validation) == 2
     assert isinstance(load_task(f"{folder}/task_of_mine.py:as_dict"), Task)
+    assert load_task("task_of_mine.py:without_loss").loss is None
+    assert load_task("task_of_mine.py:with_metric").mode == "max"
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,9 @@ def test_a_task_may_have_validation_data_or_be_a_dict(folder: Path) -> None:
         (".:task", "TASK: there is no file ."),
         ("task_of_mine.py:tusk", "TASK: task_of_mine.py has no function tusk"),
         ("task_of_mine.py:number", "TASK: task_of_mine.py has no function number"),
-        ("task_of_mine.py:typo", "returned dict; expected model, data, loss"),
-        ("task_of_mine.py:two", r"returned tuple of 2 \(Linear, NoneType\); expected model, data, loss"),
-        ("task_of_mine.py:nothing", "returned NoneType; expected model, data, loss"),
+        ("task_of_mine.py:typo", r"returned dict of model: Linear, dat: Tensor.*; expected model, data\[, loss"),
+        ("task_of_mine.py:one", r"returned tuple of 1 \(Linear\); expected model, data"),
+        ("task_of_mine.py:nothing", "returned NoneType; expected model, data"),
         ("task_of_mine.py:no_model", "the model is str; expected a torch.nn.Module"),
         ("task_of_mine.py:no_loss", "the loss is int; expected a function"),
     ],
@@ -106,13 +111,10 @@ def test_what_is_no_task_is_refused_with_its_name(address: str, message: str, fo
         load_task(address)
 
 
-def test_a_file_that_is_not_python_is_refused(folder: Path) -> None:
+def test_a_file_that_is_not_python_is_refused_and_the_users_own_errors_stay_their_own(folder: Path) -> None:
     (folder / "notes.txt").write_text("")
-    with pytest.raises(RangeTestError, match=r"TASK: notes\.txt is no Python file"):
+    with pytest.raises(RangeTestError, match=r"TASK: notes\.txt is not a Python file"):
         load_task("notes.txt:task")
-
-
-def test_the_users_own_errors_stay_their_own(folder: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="mine"):
         load_task("task_of_mine.py:broken")
 
@@ -160,14 +162,34 @@ def test_every_form_of_a_loss_becomes_one_of_model_and_batch(loss: Any) -> None:
     torch.testing.assert_close(loss_of(loss)(model, batch), of_model_and_batch(model, batch))
 
 
-def test_a_loss_of_one_argument_is_refused() -> None:
-    with pytest.raises(RangeTestError, match=r"loss: takes \['output'\]; expected loss\(model, batch\)"):
-        loss_of(lambda output: output)
+def test_a_criterion_finds_the_targets_of_a_batch_that_is_a_dict() -> None:
+    model, x, y = nn.Bilinear(2, 2, 1), torch.ones(4, 2), torch.zeros(4, 1)
+    loss = loss_of(nn.MSELoss())
+    torch.testing.assert_close(loss(model, {"input1": x, "labels": y, "input2": x}), model(x, x).square().mean())
+    single = nn.Linear(2, 1)
+    torch.testing.assert_close(loss(single, {"y": y, "x": x}), single(x).square().mean())
+    with pytest.raises(RangeTestError, match=r"a batch is dict of x: Tensor; .* or a dict with one of label, labels"):
+        loss(single, {"x": x})
 
 
-def test_a_criterion_wants_batches_of_inputs_and_targets() -> None:
-    with pytest.raises(RangeTestError, match="data: a batch is dict; the criterion wants"):
-        loss_of(nn.MSELoss())(nn.Linear(1, 1), {"x": torch.ones(1)})
+class OwnLoss(nn.Module):
+    """Returns its loss where it gets labels, as Hugging Face's models do."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        return SimpleNamespace(loss=None if labels is None else (input_ids.float() - labels).square().mean())
+
+
+def test_without_a_loss_the_model_returns_it_and_gets_the_columns_that_it_knows() -> None:
+    batch = {"input_ids": torch.tensor([1, 2]), "label": torch.tensor([0, 0]), "text": ["a", "b"], "idx": torch.ones(2)}
+    assert loss_of(None)(OwnLoss(), batch).item() == 2.5
+    with pytest.raises(RangeTestError, match=r"loss: none is given, .* SimpleNamespace, has none for a batch of input"):
+        loss_of(None)(OwnLoss(), {"input_ids": torch.ones(2)})
+    with pytest.raises(
+        RangeTestError, match=r"a batch, tuple of 2 .*, is what the model is called with: too many .*give"
+    ):
+        loss_of(None)(nn.Linear(2, 1), (torch.ones(4, 2), torch.ones(4, 1)))
+    with pytest.raises(RangeTestError, match=r"the model's output, a tensor of shape \(4, 1\), has none"):
+        loss_of(None)(nn.Linear(2, 1), torch.ones(4, 2))
 
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -185,30 +207,51 @@ def numbers(source: Any) -> list[int]:
 def test_tensors_and_datasets_are_shuffled_and_dealt_out() -> None:
     data = torch.arange(8)
     for given in ((data, data), TensorDataset(data), data, data.numpy()):
-        shares = [numbers(training_batches(given, World(rank, rank, 2, CPU), micro_batch=2)) for rank in (0, 1)]
+        shares = [numbers(loader_of(given, World(rank, rank, 2, CPU), micro_batch=2)) for rank in (0, 1)]
         assert sorted(shares[0] + shares[1]) == list(range(8))
         assert shares[0] + shares[1] != list(range(8))
 
 
+def test_tensors_and_arrays_by_name_are_one_dataset() -> None:
+    data = {"x": numpy.linspace(0, 1, 8), "y": torch.arange(8)}
+    found = list(loader_of(data, ALONE, micro_batch=4, for_validation=True))
+    assert [batch["y"].tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert found[0]["x"].dtype == torch.float32
+    with pytest.raises(RangeTestError, match=r"data: got tensors of shapes x: \(8,\), y: \(7,\); expected one length"):
+        loader_of({"x": torch.ones(8), "y": torch.ones(7)}, ALONE, micro_batch=4)
+    with pytest.raises(RangeTestError, match=r"got dict of train: list, test: list; .* of several splits give one"):
+        loader_of({"train": [1], "test": [2]}, ALONE, micro_batch=4)
+
+
+class HuggingFace:
+    """Like `datasets.Dataset`: lists of numbers, unless it is asked for tensors."""
+
+    format: ClassVar = {"type": None}
+
+    def with_format(self, kind: str) -> list[Any]:
+        assert kind == "torch"
+        return TensorDataset(torch.arange(8))  # type: ignore[return-value]
+
+
+def test_a_hugging_face_dataset_is_asked_for_tensors() -> None:
+    assert sorted(numbers(loader_of(HuggingFace(), ALONE, micro_batch=2))) == list(range(8))
+
+
 def test_loaders_are_taken_as_they_are() -> None:
     for loader in (DataLoader(TensorDataset(torch.arange(8)), batch_size=4), [[torch.arange(3)]]):
-        assert training_batches(loader, ALONE, micro_batch=2) is loader
+        assert loader_of(loader, ALONE, micro_batch=2) is loader
 
 
 def test_validation_data_is_dealt_out_in_order_each_sample_once() -> None:
     data = TensorDataset(torch.arange(9))
-    shares = [validation_batches(data, World(rank, rank, 2, CPU), micro_batch=2) for rank in (0, 1)]
+    shares = [loader_of(data, World(rank, rank, 2, CPU), micro_batch=2, for_validation=True) for rank in (0, 1)]
     assert [numbers(share) for share in shares] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
-    assert numbers(validation_batches(Counting(), ALONE, micro_batch=2)) == list(range(9))
+    assert numbers(loader_of(Counting(), ALONE, micro_batch=2, for_validation=True)) == list(range(9))
 
 
-def test_batches_begin_again_when_they_end() -> None:
-    source = DataLoader(TensorDataset(torch.arange(4)), batch_size=2)
-    found = batches(source, CPU)
+def test_batches_begin_again_when_they_end_and_there_must_be_one() -> None:
+    found = batches(DataLoader(TensorDataset(torch.arange(4)), batch_size=2), CPU)
     assert [next(found)[0].tolist() for _ in range(5)] == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
-
-
-def test_a_source_without_batches_is_refused() -> None:
     with pytest.raises(RangeTestError, match="data: it yields no batch; is it empty"):
         next(batches([], CPU))
 
@@ -216,7 +259,7 @@ def test_a_source_without_batches_is_refused() -> None:
 def test_an_iterator_is_refused() -> None:
     for data in (iter([1]), (x for x in [1]), zip([1])):
         with pytest.raises(RangeTestError, match=r"which can be read only once; give a dataset or a loader"):
-            training_batches(data, ALONE, micro_batch=1)
+            loader_of(data, ALONE, micro_batch=1)
 
 
 @pytest.mark.parametrize(
@@ -229,4 +272,4 @@ def test_an_iterator_is_refused() -> None:
 )
 def test_validation_data_that_cannot_be_used_is_called_by_its_name(data: Any, message: str) -> None:
     with pytest.raises(RangeTestError, match=message):
-        validation_batches(data, ALONE, micro_batch=1)
+        loader_of(data, ALONE, micro_batch=1, for_validation=True)

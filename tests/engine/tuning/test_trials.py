@@ -1,4 +1,4 @@
-"""What a trial came to, and which one wins: the lowest, a tie by preference, never one that diverged."""
+"""Trials: which are tried, what each comes to, and what they answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import math
 
 import pytest
 
-from engine.range_test.curve import Curve
-from engine.range_test.suggestion import Suggestion
-from engine.tuning.candidates import PREFERENCE, Schedule, candidates_of
-from engine.tuning.trials import Trial, judge, trial_of
+from redline.range_test.curve import Curve
+from redline.range_test.suggest import Suggestion
+from redline.tuning.trials import (
+    PREFERENCE,
+    Schedule,
+    Trial,
+    answer_of_search,
+    candidates_of,
+    judge,
+    part_of_data,
+    trial_of,
+)
 
 
 def curve(losses: list[float], validation: list[float] | None = None, name: str = "trial") -> Curve:
@@ -20,66 +28,51 @@ def curve(losses: list[float], validation: list[float] | None = None, name: str 
 
 
 def trial(schedule: Schedule, loss: float, *, noise: float = 0.0, diverged: bool = False, lr: float = 0.1) -> Trial:
-    return Trial(curve([2.0] * 20, name=f"{schedule} {lr:g}"), schedule, lr, loss, diverged, noise)
+    return Trial(curve([2.0] * 20, name=f"{schedule} {lr:g}"), schedule, lr, 20, loss, diverged, noise)
 
 
-def test_the_loss_of_a_trial_is_its_last_validation_loss() -> None:
+def test_the_result_of_a_trial_is_its_last_validation_loss_or_the_mean_of_its_last_training_losses() -> None:
     validation = [2.0, 1.5, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5, 0.45, 0.42, 0.4]
-    made = trial_of(curve([1.0] * 20, validation), "OneCycle", 0.1, "", updates=20)
-    assert (made.loss, made.diverged) == (0.4, False)
-    assert made.noise < 0.02
+    validated = trial_of(curve([1.0] * 20, validation), "OneCycle", 0.1, "", steps=20)
+    assert (validated.loss, validated.diverged) == (0.4, False) and validated.noise < 0.02
+    trained = trial_of(curve([2.0] * 40 + [1.1, 0.9] * 5), "OneCycle", 0.1, "", steps=50)
+    assert trained.loss == pytest.approx(1.0) and 0.01 < trained.noise < 0.2
 
 
-def test_without_validation_data_it_is_the_mean_of_its_last_training_losses() -> None:
-    made = trial_of(curve([2.0] * 40 + [1.1, 0.9] * 5), "OneCycle", 0.1, "", updates=50)
-    assert made.loss == pytest.approx(1.0)
-    assert 0.01 < made.noise < 0.2
+def test_a_trial_that_ended_early_or_without_a_finite_loss_has_diverged() -> None:
+    assert trial_of(curve([1.0] * 15), "OneCycle", 0.1, "", steps=20).diverged
+    assert trial_of(curve([1.0] * 20, [2.0, math.nan]), "OneCycle", 0.1, "", steps=20).diverged
+    assert not trial_of(curve([-1.0] * 20), "OneCycle", 0.1, "", steps=20).diverged
 
 
-def test_a_trial_that_ended_early_or_without_a_number_has_diverged() -> None:
-    assert trial_of(curve([1.0] * 15), "OneCycle", 0.1, "", updates=20).diverged
-    assert trial_of(curve([1.0] * 20, [2.0, math.nan]), "OneCycle", 0.1, "", updates=20).diverged
-    assert not trial_of(curve([-1.0] * 20), "OneCycle", 0.1, "", updates=20).diverged
+OWN_IS_LOWEST = [trial("WarmupDecayLR", 0.5), trial("OneCycle", 0.6), trial("own", 0.3)]  # of 20 steps
 
 
-def test_the_lowest_loss_wins() -> None:
-    verdict = judge([trial("OneCycle", 0.5), trial("WarmupDecayLR", 0.4), trial("fixed", 0.6)], 100)
-    assert (verdict.winner, verdict.tied) == (1, (1,))
-    assert "the lowest by more than chance explains" in verdict.why
-
-
-def test_a_tie_within_noise_goes_to_the_preferred_schedule_and_is_called_a_tie() -> None:
-    first, second = PREFERENCE[0], PREFERENCE[1]
-    verdict = judge([trial("fixed", 0.9), trial(second, 0.40, noise=0.02), trial(first, 0.42, noise=0.02)], 100)
-    assert (verdict.winner, verdict.tied) == (2, (1, 2))
-    assert "A tie within noise" in verdict.why and f"{first} is preferred" in verdict.why
-    assert judge([trial("fixed", 0.40, noise=0.1), trial("fixed", 0.42, noise=0.1, lr=0.2)], 100).winner == 0
-
-
-def test_a_diverged_trial_never_wins() -> None:
-    assert judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", 0.6)], 100).winner == 1
-    verdict = judge([trial("OneCycle", 0.1, diverged=True), trial("fixed", math.nan, diverged=True)], 100)
-    assert (verdict.winner, verdict.tied, verdict.why) == (None, (), "All 2 trials diverged.")
-
-
-def test_a_fixed_rate_that_ends_lowest_wins_where_trials_are_long_enough() -> None:
-    trials = [trial("WarmupDecayLR", 0.5), trial("OneCycle", 0.6), trial("fixed", 0.3)]  # of 20 updates
-    assert judge(trials, 400).winner == 2
-
-
-def test_in_a_trial_too_short_for_a_schedule_to_pay_the_lowest_schedule_wins_and_the_fixed_rate_is_named() -> None:
-    verdict = judge([trial("WarmupDecayLR", 0.5), trial("OneCycle", 0.6), trial("fixed", 0.3)], 401)
-    assert (verdict.winner, verdict.tied) == (0, (0,))
-    assert "fixed 0.1 ended lower (0.3)" in verdict.why and "20 of 401 updates" in verdict.why
-
-
-def test_where_every_schedule_diverged_a_fixed_rate_wins_in_a_short_trial_too() -> None:
-    verdict = judge([trial("WarmupDecayLR", 0.5, diverged=True), trial("fixed", 0.3)], 100_000)
-    assert (verdict.winner, verdict.why) == (1, "No other came to its end.")
-
-
-def test_losses_may_be_negative() -> None:
-    assert judge([trial("OneCycle", -5.0), trial("WarmupDecayLR", -6.0)], 100).winner == 1
+@pytest.mark.parametrize(
+    ("trials", "steps", "winner", "tied", "why"),
+    [
+        ([trial("OneCycle", 0.5), trial("WarmupDecayLR", 0.4), trial("own", 0.6)], 100, 1, (1,), "lowest by"),
+        ([trial("OneCycle", -5.0), trial("WarmupDecayLR", -6.0)], 100, 1, (1,), "lowest"),
+        (
+            [trial("own", 0.9), trial(PREFERENCE[1], 0.40, noise=0.02), trial(PREFERENCE[0], 0.42, noise=0.02)],
+            100, 2, (1, 2), f"A tie within noise between {PREFERENCE[1]} 0.1 (0.4), WarmupDecayLR 0.1 (0.42); ",
+        ),
+        ([trial("own", 0.40, noise=0.1), trial("own", 0.42, noise=0.1, lr=0.2)], 100, 0, (0, 1), "A tie"),
+        ([trial("OneCycle", 0.1, diverged=True), trial("own", 0.6)], 100, 1, (1,), "without diverging"),
+        ([trial("OneCycle", 0.1, diverged=True), trial("own", math.nan, diverged=True)], 100, None, (), "All 2"),
+        (OWN_IS_LOWEST, 400, 2, (2,), "lowest"),
+        (OWN_IS_LOWEST, 401, 0, (0,), "Its loss, 0.5, is the lowest by more than noise"),
+        ([trial("WarmupDecayLR", 0.5, diverged=True), trial("own", 0.3)], 100_000, 1, (1,), "without diverging"),
+    ],
+    ids=["lowest", "negative", "tie", "tie of own", "diverged", "all diverged", "long trials", "short trials",
+         "own in short trials"],
+)  # fmt: skip
+def test_the_lowest_loss_wins_then_the_preferred_schedule_and_the_own_only_in_long_trials_or_alone(
+    trials: list[Trial], steps: int, winner: int | None, tied: tuple[int, ...], why: str
+) -> None:
+    verdict = judge(trials, steps)
+    assert (verdict.winner, verdict.tied) == (winner, tied)
+    assert why in verdict.why
 
 
 # -- what is tried -------------------------------------------------------------------------------------------
@@ -87,37 +80,68 @@ def test_losses_may_be_negative() -> None:
 SUGGESTION = Suggestion(0.001, 0.1, 30, 70, {"cycle_max_lr": "Because."}, "sweep", 0.05, 0.2)
 
 
-def test_the_suggested_schedules_are_tried_first_and_then_fixed_rates() -> None:
-    found = candidates_of(SUGGESTION, 0.001)
-    assert [candidate.schedule for candidate in found] == ["WarmupDecayLR", "OneCycle", "fixed", "fixed", "fixed"]
-    assert all(each.lr == 0.1 and each.why == "Because." for each in found[:2])
-    assert found[2].lr == 0.001
+SCHEDULES: tuple[Schedule, ...] = ("WarmupDecayLR", "OneCycle", "WarmupCosineLR")
 
 
-def test_a_fixed_rate_near_another_is_not_tried_again() -> None:
-    assert [candidate.lr for candidate in candidates_of(SUGGESTION, 0.09) if candidate.schedule == "fixed"] == [
-        0.09,
-        0.03,
-    ]
-    assert [candidate.lr for candidate in candidates_of(SUGGESTION, None) if candidate.schedule == "fixed"] == [
-        0.03,
-        0.1,
-    ]
+def test_the_schedules_that_were_asked_for_are_tried_and_the_configs_own() -> None:
+    found = candidates_of(SUGGESTION, 0.001, SCHEDULES)
+    assert [candidate.schedule for candidate in found] == [*SCHEDULES, "own"]
+    assert all((each.lr, each.why) == (0.1, "Because.") for each in found[:3])
+    assert found[3].lr == 0.001
+    assert len(candidates_of(SUGGESTION, None, SCHEDULES)) == 3
+    cosine, _ = found[2].section(100)
+    assert cosine is not None and "warmup_max_lr" not in cosine["params"], "it multiplies the optimizer's"
 
 
 def test_a_cycle_keeps_its_shape_at_any_length() -> None:
-    _, cycle, *_ = candidates_of(SUGGESTION, None)
+    _, cycle, *_ = candidates_of(SUGGESTION, None, SCHEDULES)
     for steps, first in ((100, 30), (50, 15), (10_000, 3000), (2, 1)):
-        section = cycle.section(steps)
+        section, _ = cycle.section(steps)
         assert section is not None
         params = section["params"]
         assert (params["cycle_first_step_size"], params["cycle_second_step_size"]) == (first, steps - first)
-    assert set(cycle.reasons(100)) == {"cycle_max_lr"}
-    assert "30% of 50 updates" in cycle.reasons(50)["cycle_first_step_size"]
+    assert set(cycle.section(100)[1]) == {"cycle_max_lr"}
+    assert "30% of 50 steps" in cycle.section(50)[1]["cycle_first_step_size"]
 
 
-def test_groups_keep_their_ratios() -> None:
-    decay, cycle = (candidate.section(100, (1.0, 0.5)) for candidate in candidates_of(SUGGESTION, None)[:2])
+def test_parameter_groups_keep_their_ratios() -> None:
+    decay, cycle = (
+        candidate.section(100, (1.0, 0.5))[0] for candidate in candidates_of(SUGGESTION, None, SCHEDULES)[:2]
+    )
     assert cycle is not None and decay is not None
     assert cycle["params"]["cycle_max_lr"] == [0.1, 0.05]
     assert decay["params"]["warmup_max_lr"][0] == 2 * decay["params"]["warmup_max_lr"][1]
+
+
+def search_of(steps: int) -> list[Trial]:
+    """Trials of so many steps, of which the second is the best."""
+    losses = {0.004: 1.9, 0.016: 1.0, 0.064: 1.9}
+    return [
+        trial_of(curve([2.0] * steps, [2.0, loss]), "WarmupDecayLR", lr, "", steps=steps) for lr, loss in losses.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "own", "length", "lr"),
+    [
+        (400.0, 0.001, 40, 0.016),  # 5 epochs: nothing is hidden
+        (50.0, 0.001, 40, 0.004),  # 40 epochs, of which a trial shows one: midway
+        (50.0, None, 40, 0.016),  # the config has no learning rate of its own
+        (50.0, 0.1, 40, 0.016),  # the own is higher, and never a reason to go up
+        (100.0, 0.001, 500, 0.016),  # 20 epochs, of which a trial shows five
+        (50.0, 0.001, 400, 0.016),  # trials repeat a part of the data as often as the training all
+    ],
+)
+def test_where_trials_hide_what_many_epochs_do_the_answer_is_midway_to_the_own_rate(
+    steps_per_epoch: float, own: float | None, length: int, lr: float
+) -> None:
+    settings = {"momentum": 0.0, "steps": 2000, "steps_per_epoch": steps_per_epoch}
+    answer = answer_of_search(search_of(length), own_lr=own, **settings)
+    assert isinstance(answer, Suggestion)
+    assert answer.cycle_max_lr == pytest.approx(lr, rel=0.15)
+    assert ("midway" in answer.reasons["cycle_max_lr"]) == (lr == 0.004)
+
+
+def test_a_trial_repeats_no_fewer_than_four_batches() -> None:
+    parts = [part_of_data(steps, 2000, 45.0) for steps in (10, 40, 200, 1000, 2000)]
+    assert parts == [None, None, 4, 22, None]

@@ -1,0 +1,171 @@
+"""What a training run prints: progress lines, memory, a bar over the data loader, the config in force.
+
+The only place in a training run that waits for the device to print something.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from redline.callbacks import Callback
+from redline.console import ProgressBar
+from redline.device import HostCopy
+from redline.engine import Engine
+from redline.log import log
+
+if TYPE_CHECKING:
+    from redline.config import EngineConfig
+
+__all__ = ["LoaderBar", "ProgressLine", "log_config", "memory_line"]
+
+_GIB = 1024**3
+_SECRETS = ("comet.api_key",)
+
+
+class ProgressLine(Callback):
+    """Prints one line every ``engine.steps_per_print`` steps, on rank 0.
+
+    The loss is that of the step which the line counts, the mean over its micro-batches and all ranks; learning rate,
+    momentum and norm are those it ran with. ``samples/s`` is over all ranks and wall-clock time since the last line,
+    the script's own time included.
+
+    Attributes:
+        below: further lines. Each is called with the engine and the steps and seconds since the last line, and may
+            return "".
+    """
+
+    def __init__(self, *, throughput: bool = True) -> None:
+        self.below: list[Callable[[Engine, int, float], str]] = []
+        self._throughput = throughput
+        self._start: float | None = None
+        self._steps = 0  # since then; an own count, since the engine's jumps when a checkpoint is loaded
+
+    def on_step(self, engine: Engine) -> None:
+        self._steps += 1
+        every = engine.steps_per_print or 0
+        is_due = every > 0 and engine.global_steps % every == 0
+        if is_due:
+            self._print(engine)
+        # The first step only starts the clock: it allocates, compiles and tunes kernels.
+        if is_due or self._start is None:
+            self._start, self._steps = time.perf_counter(), 0
+
+    def _print(self, engine: Engine) -> None:
+        assert engine.loss is not None
+        values = {
+            "step": engine.global_steps,
+            "skipped": engine.skipped_steps,
+            "loss": _format(float(engine.world.mean(engine.loss))),  # on every rank: it is a collective
+            "lr": _format(engine.get_lr()),
+            "mom": _format(engine.get_mom()),
+        }
+        if engine.grad_norm is not None:
+            values["norm"] = _format(engine.grad_norm)
+        if engine.loss_scale is not None:
+            values["loss_scale"] = _format(engine.loss_scale)
+        # After the loss was read, when the device has done all steps.
+        steps, seconds = (0, 0.0) if self._start is None else (self._steps, time.perf_counter() - self._start)
+        if self._throughput and steps:
+            values["samples/s"] = f"{steps * engine.train_batch_size() / seconds:.0f}"
+        log.info("%s", ", ".join(f"{name}={value}" for name, value in values.items()))
+        for further in self.below:
+            if text := further(engine, steps, seconds):
+                log.info("  %s", text)
+
+
+def _format(value: Any) -> str:
+    """A number to six digits; lists of numbers, one for each parameter group, likewise.
+
+    >>> _format([1 / 3, (1e-9, None)])
+    '[0.333333, [1e-09, None]]'
+    """
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_format, value)) + "]"
+    return "None" if value is None else f"{float(value):.6g}"
+
+
+def memory_line(device: torch.device) -> str:
+    """Memory now and at most so far: on CUDA the allocator's, elsewhere the resident set of this process."""
+    if device.type == "cuda":
+        sizes: dict[str, float] = {
+            "allocated": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+        }
+    else:
+        sizes = _process_memory()
+    return "memory (GiB): " + ", ".join(f"{name}={size / _GIB:.2f}" for name, size in sizes.items())
+
+
+def _process_memory() -> dict[str, float]:
+    if sys.platform == "win32":
+        return {}
+    import resource  # POSIX only
+
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
+    sizes = {"peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        sizes = {"resident": float(int(statm.read_text().split()[1]) * resource.getpagesize()), **sizes}
+    return sizes
+
+
+class LoaderBar(Callback):
+    """A bar for each pass over ``engine.training_dataloader``: epoch, batches, learning rate, this rank's last loss."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last_loss: Tensor | None = None
+        self._arriving: HostCopy | None = None  # loss and lr on their way from the device
+        self._values = ""
+        engine.loader_wrappers.append(self._show)
+
+    def on_step(self, engine: Engine) -> None:
+        self._last_loss = engine.loss
+
+    def _show(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """A pass over the loader with its bar."""
+        if self not in self._engine.callbacks:  # a range test, which has a bar of its own
+            yield from batches
+            return
+        loader = self._engine.training_dataloader
+        assert loader is not None
+        try:
+            total: int | None = len(loader)
+        except TypeError:  # an iterable dataset without a length
+            total = None
+        with ProgressBar(total, unit="batch", show=True) as bar:
+            for batch in batches:
+                yield batch
+                bar.advance(1, f"epoch {loader.epoch + 1}", self._describe)
+
+    def _describe(self) -> str:
+        """Learning rate and loss, without waiting for the device: the loss may be an earlier step's."""
+        optimizer = self._engine.optimizer
+        if self._arriving is None and self._last_loss is not None and optimizer is not None:
+            self._arriving = HostCopy(self._last_loss.reshape(()), optimizer.param_groups[0]["lr"])
+        if self._arriving is not None and self._arriving.has_arrived():
+            (loss, lr), self._arriving = self._arriving.read(), None
+            self._values = f"lr {lr:.4g}, loss {loss:.4g}"
+        return self._values
+
+
+def log_config(config: EngineConfig) -> None:
+    """`dump_state`: print every value of a config with its origin: given, derived, auto, or default; but no secret."""
+    from redline.config import effective  # here: a run that prints nothing does not need it
+
+    values = dict(effective(config))
+    width = max(map(len, values))
+    lines = [
+        f"  {path:<{width}}  {'*** (given)' if path in _SECRETS and value.value else value}"
+        for path, value in values.items()
+    ]
+    log.info("%s", "\n".join([f"config in force: {config.as_written().source}", *lines]))

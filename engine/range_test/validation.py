@@ -1,0 +1,138 @@
+"""What short runs are validated on: data, in large batches, or a function of the model.
+
+Batch norm is validated with running statistics that are computed anew from the last batches: after a few dozen steps
+those of the training are still a mixture with the initial ones, and a sound model would look diverged.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from redline.device import to_device
+from redline.engine import Engine
+from redline.errors import RangeTestError
+from redline.evaluation import in_step, num_samples
+from redline.random_state import random_state, set_random_state
+from redline.range_test.task import Mode, is_metric, loader_of, scalar_of
+from redline.run_state import capture_module
+
+__all__ = ["Validation"]
+
+LARGER = 8  # micro-batches in a batch of validation data, which needs no memory for gradients
+
+
+class Validation:
+    """Measures the present model of an engine; what it uses is left as it was.
+
+    Args:
+        engine: whose model is measured.
+        loss: ``loss(model, batch)``.
+        given: the data, or ``metric(model)``.
+        mode: whether a lower or a higher metric is better; then its negative is measured.
+    """
+
+    def __init__(self, engine: Engine, loss: Callable[[nn.Module, Any], Tensor], given: Any, mode: Mode) -> None:
+        self._engine, self._loss, self._given = engine, loss, given
+        self._metric = given if is_metric(given) else None
+        if mode not in ("min", "max") or (mode == "max" and self._metric is None):
+            raise RangeTestError(f'mode: got {mode!r}; expected "min", or "max" with a function as validation')
+        self._sign = -1.0 if mode == "max" else 1.0
+        self.loader: Iterable[Any] | None = None
+        self.limit(math.inf)
+        norms = (module for module in engine.modules() if isinstance(module, _BatchNorm))
+        self.norms = [module for module in norms if module.track_running_stats]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self._given is not None
+
+    def limit(self, samples: float) -> None:
+        """Read no more than so many samples, over all ranks; of a loader, up to the end of a batch."""
+        engine = self._engine
+        self._most = math.ceil(samples / engine.world.size) if samples < math.inf else sys.maxsize
+        size = min(LARGER * engine.train_micro_batch_size_per_gpu(), self._most)
+        if self._given is not None and self._metric is None:
+            self.loader = loader_of(self._given, engine.world, micro_batch=size, for_validation=True)
+
+    def measure(self, recent: Sequence[Any]) -> tuple[float, float]:
+        """The loss or metric, lower is better, and the samples that went through the model, over all ranks.
+
+        `recent` are the last micro-batches of the run, for batch norm.
+        """
+        refreshed = len(recent) * self._engine.train_micro_batch_size_per_gpu() * self._engine.world.size
+        with self._evaluating(recent):
+            if self._metric is not None:
+                return self._sign * _number(self._metric(self._engine)), refreshed
+            loss, samples = self._mean_loss()
+        return loss, samples + refreshed
+
+    def _mean_loss(self) -> tuple[float, float]:
+        """The mean loss over the data, over samples and ranks, and the number of samples."""
+        engine = self._engine
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum of losses, number of samples
+        for batch, counts in in_step(engine, self._batches(), getattr(self.loader, "first_sample", None)):
+            loss, size = scalar_of(self._loss(engine, batch)).to(total), num_samples(batch)
+            if counts:
+                total += torch.stack([loss * size, total.new_tensor(size)])
+        loss_sum, samples = engine.world.sum(total).tolist()
+        if not samples:
+            raise RangeTestError(
+                "validation: it yields no sample; is it empty, smaller than a batch with drop_last, or readable only "
+                "once? Give a dataset or a loader with samples, or leave it out"
+            )
+        return loss_sum / samples, samples
+
+    def _batches(self) -> Iterator[Any]:
+        """This rank's batches on the device, within the limit."""
+        assert self.loader is not None
+        seen = 0
+        for batch in self.loader:
+            yield to_device(batch, self._engine.device)
+            seen += num_samples(batch)
+            if seen >= self._most:
+                return
+
+    @contextmanager
+    def _evaluating(self, recent: Sequence[Any]) -> Iterator[None]:
+        """Evaluation mode without gradients, and batch norm's statistics as the present weights have them.
+
+        Random numbers are afterwards as before: a run must not depend on how often it is validated.
+        """
+        engine, random = self._engine, random_state()
+        training = [(module, module.training) for module in engine.modules()]
+        norms = self.norms if recent else []
+        restore = [capture_module(norm) for norm in norms]
+        engine.eval()
+        try:
+            with torch.no_grad():
+                for norm in norms:
+                    norm.train()
+                    norm.reset_running_stats()
+                    norm.momentum = None  # a mean over the batches
+                for batch in recent if norms else ():
+                    self._loss(engine, batch)
+                for norm in norms:
+                    norm.eval()
+                yield
+        finally:
+            set_random_state(random)
+            for each in restore:
+                each()
+            for module, flag in training:
+                module.training = flag
+
+
+def _number(value: Any) -> float:
+    """What a metric returned, as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RangeTestError(f"validation: the function returned {value!r}; expected a number") from None
