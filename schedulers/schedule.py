@@ -11,8 +11,8 @@ import copy
 import logging
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar, overload
 
 from torch import Tensor
@@ -86,12 +86,7 @@ class Schedule(LRScheduler):
             batch_iteration: Go to this ``last_batch_iteration`` instead.
         """
         self.last_epoch = k = self.last_epoch + 1 if batch_iteration is None else batch_iteration + 1
-        # The groups are read each time, because optimizer.load_state_dict replaces them.
-        for group, lr in zip(self.optimizer.param_groups, self._lrs(k)):
-            if type(group["lr"]) is float:  # nearly always; isinstance(lr, Tensor) is slow
-                group["lr"] = lr
-            else:
-                fill(group, lr)
+        self._write(self._lrs(k))
 
     def get_lr(self) -> list[Rate]:
         """The learning rate of each group at the current step; also before the first step and after loading."""
@@ -109,7 +104,7 @@ class Schedule(LRScheduler):
         Raises:
             ValueError: A step is negative.
         """
-        return _evaluate(step, lambda k: float(self._lrs(k)[group]))
+        return _evaluate(lambda k: float(self._lrs(k)[group]), step)
 
     @overload
     def momentum_at(self, step: int, group: int = 0) -> float | None: ...
@@ -117,7 +112,7 @@ class Schedule(LRScheduler):
     def momentum_at(self, step: Iterable[int], group: int = 0) -> list[float] | None: ...
     def momentum_at(self, step: int | Iterable[int], group: int = 0) -> float | list[float] | None:
         """The momentum, or first beta, as :meth:`lr_at`; None if it is not cycled."""
-        return None if self._momenta(0) is None else _evaluate(step, lambda k: (self._momenta(k) or [])[group])
+        return None if self._momenta(0) is None else _evaluate(lambda k: (self._momenta(k) or [])[group], step)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and nothing else, in DeepSpeed's form: ``{"last_batch_iteration": k - 1}``."""
@@ -146,11 +141,8 @@ class Schedule(LRScheduler):
         raise NotImplementedError
 
     def _momenta(self, k: int) -> list[float] | None:
+        """The momentum of each group at step `k`; None where none is cycled."""
         return None
-
-    def _momentum_limits(self) -> list[int | None]:
-        """The step at which the momentum of each group reaches 1, where it grows without end."""
-        return []
 
     def _optimizer_lrs(self) -> list[Rate]:
         """The optimizer's own learning rates, for a schedule that multiplies them."""
@@ -159,8 +151,12 @@ class Schedule(LRScheduler):
         return self.base_lrs
 
     def _write(self, lrs: Iterable[Rate]) -> None:
+        # The groups are read each time, because optimizer.load_state_dict replaces them.
         for group, lr in zip(self.optimizer.param_groups, lrs):
-            fill(group, lr)
+            if type(group["lr"]) is float:  # nearly always; isinstance(lr, Tensor) is slow
+                group["lr"] = lr
+            else:
+                fill(group, lr)
 
     def _per_group(self, value: Any, name: str) -> list[Any]:
         """A list with one value per parameter group, from one value or such a list."""
@@ -215,16 +211,15 @@ def _torch_optimizer(optimizer: Any, num_groups: int) -> Optimizer:
     raise TypeError(f"optimizer: got {type(optimizer).__name__}; expected a torch.optim.Optimizer")
 
 
-def _evaluate(step: int | Iterable[int], value_at: Callable[[int], T]) -> T | list[T]:
+def _evaluate(value_at: Callable[[int], T], step: Any) -> T | list[T]:
     # A 0-d array or tensor is iterable by its type, but holds one step.
     if isinstance(step, Iterable) and getattr(step, "ndim", 1) > 0:
-        return [value_at(_index(k)) for k in step]
+        return [value_at(k) for k in map(_index, step)]
     return value_at(_index(step))
 
 
 def _index(step: Any) -> int:
-    k = int(step)
-    if k < 0:
+    if (k := int(step)) < 0:
         raise ValueError(f"step: got {k}; steps are counted from 0")
     return k
 
@@ -270,13 +265,19 @@ def find_violation(schedule: Any) -> Violation | None:
         return None
     stand_in = NoOptimizer(copy.deepcopy([{**group, "params": []} for group in schedule.optimizer.param_groups]))
     stand_in.defaults = dict(schedule.optimizer.defaults)
-    found = [*islice(_violations(copy.deepcopy(schedule, {id(schedule.optimizer): stand_in}), stand_in), 1)]
-    if isinstance(schedule, Schedule):
-        name, _ = _momentum(stand_in.param_groups[0])
-        for group, step in enumerate(schedule._momentum_limits()):
-            if step is not None:
-                found.append(Violation(step, group, name, schedule.momentum_at(step, group) or 0.0, _FALL))
-    return min(found, key=lambda each: each.step, default=None)
+    start = getattr(schedule, "last_epoch", 0)
+    steps = range(start, start + min(_MOST, max(_LEAST, _horizon(schedule))))
+    found = next(_violations(copy.deepcopy(schedule, {id(schedule.optimizer): stand_in}), stand_in, steps), None)
+    if found is not None or not getattr(schedule, "cycle_momentum", False) or not isinstance(schedule, Schedule):
+        return found
+    # Beyond these steps its momentum can only reach 1 by growing without end.
+    beyond, name = range(steps.stop, 2**62), _momentum(stand_in.param_groups[0])[0]
+    late = []
+    for group in range(len(stand_in.param_groups)):
+        at = bisect_left(beyond, True, key=lambda k: schedule.momentum_at(k, group) >= 1)  # noqa: B023
+        if at < len(beyond):
+            late.append(Violation(beyond[at], group, name, schedule.momentum_at(beyond[at], group) or 0.0, _FALL))
+    return min(late, default=None)
 
 
 def length_of(schedule: Any) -> int | None:
@@ -294,18 +295,23 @@ def _can_be_run(schedule: Any) -> bool:
         return False
     if getattr(schedule, "_scale_fn_custom", None) is not None:  # CyclicLR's
         return False
-    return all(_can_be_run(each) for each in getattr(schedule, "_schedulers", ()))
+    return all(map(_can_be_run, getattr(schedule, "_schedulers", ())))
 
 
-def _violations(schedule: Any, optimizer: NoOptimizer) -> Iterator[Violation]:
+def _horizon(schedule: Any) -> int:
+    """Twice the length of a schedule, or of the last of several chained ones after its milestone."""
+    milestones = getattr(schedule, "milestones", None) or getattr(schedule, "_milestones", None) or [0]
+    last = max(map(_horizon, getattr(schedule, "_schedulers", ())), default=1)
+    return max(2 * (length_of(schedule) or 0), max(milestones) + last)
+
+
+def _violations(schedule: Any, optimizer: NoOptimizer, steps: range) -> Iterator[Violation]:
     first = [_momentum(group)[1] for group in optimizer.param_groups]
     cycles = getattr(schedule, "cycle_momentum", False)
     remedy = _FALL if getattr(schedule, "decay_mom_rate", 0) > 0 else _END
-    start = getattr(schedule, "last_epoch", 0)
-    steps = min(_MOST, max(_LEAST, 2 * (length_of(schedule) or 0), _last_milestone(schedule)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's about an optimizer that is not stepped
-        for step in range(start, start + steps):
+        for step in steps:
             for index, group in enumerate(optimizer.param_groups):
                 lr, (name, momentum) = group["lr"], _momentum(group)
                 if lr is not None and not (math.isfinite(lr) and lr >= 0):
@@ -318,16 +324,6 @@ def _violations(schedule: Any, optimizer: NoOptimizer) -> Iterator[Violation]:
                 return
 
 
-def _last_milestone(schedule: Any) -> int:
-    """The step after the last milestone, or twice the length of a chained schedule after it."""
-    milestones = getattr(schedule, "milestones", None) or getattr(schedule, "_milestones", None)
-    parts = getattr(schedule, "_schedulers", ())
-    inner = [max(_last_milestone(part), 2 * (length_of(part) or 0)) for part in parts]
-    return max(milestones or (), default=0) + max(inner, default=1)
-
-
 def _momentum(group: dict[str, Any]) -> tuple[str, Any]:
     betas = group.get("betas")
-    if isinstance(betas, (tuple, list)) and betas:
-        return "beta1", betas[0]
-    return "momentum", group.get("momentum")
+    return ("beta1", betas[0]) if isinstance(betas, (tuple, list)) and betas else ("momentum", group.get("momentum"))

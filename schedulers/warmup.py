@@ -18,7 +18,7 @@ __all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "WarmupStableDecayLR"]
 
 
 class _Warmup(Schedule):
-    """The shape of the rise, which all three share."""
+    """The rise and the length, which all share."""
 
     def _set_warmup(self, warmup_num_steps: int, warmup_type: str) -> None:
         if not isinstance(warmup_num_steps, int) or warmup_num_steps <= 0:
@@ -29,7 +29,7 @@ class _Warmup(Schedule):
         # DeepSpeed's warm-up has at least two steps, because it divides by log(warmup_num_steps).
         self.warmup_num_steps = warmup_num_steps if self.corrected else max(2, warmup_num_steps)
         self.warmup_type = warmup_type
-        self._per_log = 1.0 / math.log(self.warmup_num_steps + self.corrected)
+        self._per_log = 1.0 / math.log(max(2, warmup_num_steps))  # DeepSpeed multiplies, which rounds differently
 
     def _set_total(self, total_num_steps: int) -> None:
         self.total_num_steps, warmup, name = total_num_steps, self.warmup_num_steps, type(self).__name__
@@ -44,9 +44,7 @@ class _Warmup(Schedule):
             if self.warmup_type == "log":
                 return math.log(k + 2) / math.log(self.warmup_num_steps + 1)
             return (k + 1) / self.warmup_num_steps
-        if self.warmup_type == "log":
-            return self._per_log * math.log(k)
-        return (k - 1) / self.warmup_num_steps
+        return self._per_log * math.log(k) if self.warmup_type == "log" else (k - 1) / self.warmup_num_steps
 
 
 class WarmupLR(_Warmup):
@@ -104,7 +102,7 @@ class WarmupLR(_Warmup):
         return () if self.corrected else (f"the first two steps have warmup_min_lr, {float(self.min_lrs[0]):g}",)
 
     def _lrs(self, k: int) -> list[Rate]:
-        if k == 0 and not self.corrected:
+        if k == 0 and not self.corrected:  # the formula would round the minimum where learning rates are tensors
             return list(self.min_lrs)
         rise = self._rise(k)
         fraction = self._after(k) if rise is None else rise
@@ -262,8 +260,6 @@ class WarmupCosineLR(_Warmup):
         return self._ratio(self.last_epoch)
 
     def _lrs(self, k: int) -> list[Rate]:
-        if k == 0 and not self.corrected:
-            return [0.0 for _ in self.base_lrs]
         ratio = self._ratio(k)
         return [lr * ratio for lr in self.base_lrs]
 
