@@ -274,7 +274,7 @@ def find_violation(schedule: Any) -> Violation | None:
     beyond, name = range(steps.stop, 2**62), _momentum(stand_in.param_groups[0])[0]
     late = []
     for group in range(len(stand_in.param_groups)):
-        at = bisect_left(beyond, True, key=lambda k: schedule.momentum_at(k, group) >= 1)  # noqa: B023
+        at = bisect_left(beyond, True, key=lambda k: (schedule.momentum_at(k, group) or 0.0) >= 1)
         if at < len(beyond):
             late.append(Violation(beyond[at], group, name, schedule.momentum_at(beyond[at], group) or 0.0, _FALL))
     return min(late, default=None)
@@ -300,9 +300,9 @@ def _can_be_run(schedule: Any) -> bool:
 
 def _horizon(schedule: Any) -> int:
     """Twice the length of a schedule, or of the last of several chained ones after its milestone."""
-    milestones = getattr(schedule, "milestones", None) or getattr(schedule, "_milestones", None) or [0]
+    milestones: Any = getattr(schedule, "milestones", None) or getattr(schedule, "_milestones", None) or [0]
     last = max(map(_horizon, getattr(schedule, "_schedulers", ())), default=1)
-    return max(2 * (length_of(schedule) or 0), max(milestones) + last)
+    return max(2 * (length_of(schedule) or 0), int(max(milestones)) + last)
 
 
 def _violations(schedule: Any, optimizer: NoOptimizer, steps: range) -> Iterator[Violation]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redline.device import numbers_on
-from redline.distributed.sharding import RunCollective, Sharding, all_reduce, buckets_of
+from redline.distributed.sharding import RunCollective, Sharding, all_reduce, sparse_zeros
 from redline.distributed.strategy import ExpectedGradients, Reduced, Strategy, refuse_replaced
 from redline.gradients import Reduction
 from redline.master_params import TrainedParams
@@ -53,33 +52,23 @@ class DDPStrategy(Strategy):
         sparse = (each for each in module.modules() if getattr(each, "sparse", False))
         self._sparse = {param for each in sparse for param in each.parameters(recurse=False)}
         self._accumulate, self._counts_all, self._keeps_sparse = accumulate, counts_all, keeps_sparse
-        self._sums: list[Tensor | None] = []  # apart from .grad, in the order of params.model
-        self._summed: list[Tensor] = []  # params.model when they were
-        self._apart = False  # whether gradients of earlier backwards are in `_sums`
+        self._sums: dict[int, Tensor] = {}  # gradients apart from .grad, by the id of their parameter
         self._collected = False  # whether there was a backward since the last clear_gradients()
         self._reduced: list[Tensor] | None = None  # the gradients, where there are no others on this rank
         self._earlier: dict[Tensor, Tensor] = {}  # reduced before further backwards
         self._shards: dict[Tensor, Any] = {}  # the DTensor that is the gradient of each sharded master param
-        # The smallest master param, and a gradient that only shows whether the optimizer's zero_grad() was called.
-        self._master_token: tuple[Tensor, Tensor] | None = None
-        self._on_master: Tensor | None = None  # the gradient that it has now
-        # The same for the model's zero_grad(), once the master params have the gradients.
-        self._token: Tensor | None = None
         self.refresh_params()
         self.clear_gradients()
 
     def prepare_forward(self, *, is_last: bool, no_sync: bool) -> nn.Module:
-        # module._parameters[name] is param, for each one that trains
-        if not all(map(is_, map(dict.get, self._places, self._names, self._placed), self._placed)):
-            owners = {id(each._parameters): name + "." if name else "" for name, each in self.module.named_modules()}
-            for place, key, param in zip(self._places, self._names, self._placed):
+        places, keys, params, names = self._slots
+        if not all(map(is_, map(dict.get, places, keys, params), params)):  # three times as fast as a loop
+            for place, key, param, name in zip(places, keys, params, names):
                 if place.get(key, param) is not param and place[key] is not None:
-                    refuse_replaced(f"{owners.get(id(place), '')}{key}")
+                    refuse_replaced(name)
         return self.module
 
     def gradients_unchanged(self) -> bool:
-        if self._master_token is not None and self._master_token[0].grad is not self._on_master:
-            return False
         return self._expected.unchanged()
 
     def refresh_params(self) -> None:
@@ -90,27 +79,21 @@ class DDPStrategy(Strategy):
         # Where gradients come from, and the tensors that get the reduced ones.
         self._sources = model + self.params.others if self._counts_all else model
         self._targets = self._sources if self.params.masters is None else self.params.updated
-        kept = {id(param): total for param, total in zip(self._summed, self._sums)}
-        self._sums, self._summed = [kept.get(id(param)) for param in model], model
-        trained = {id(param) for param in (*model, *self.params.others)}
+        grouped = {id(param) for param in model}
+        self._sums = {key: total for key, total in self._sums.items() if key in grouped}
+        trained = grouped | {id(param) for param in self.params.others}
         for param in self.params.all:
             if id(param) not in trained:
                 param.grad = None
-        grouped = {id(param) for param in model}
-        self._places: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._placed: list[Tensor] = []
-        for each in self.module.modules():
-            for name, own in each._parameters.items():
-                if own is not None and id(own) in grouped:
-                    self._places.append(each._parameters)
-                    self._names.append(name)
-                    self._placed.append(own)
-        self._master_token = self._token = None
-        if self.params.masters is not None and model:
-            self._token = min(model, key=Tensor.numel)
-            master = min(self.params.updated, key=Tensor.numel)
-            self._master_token = master, torch.zeros_like(master, requires_grad=False)
+        slots = [
+            (module._parameters, key, param, f"{name}.{key}".lstrip("."))
+            for name, module in self.module.named_modules()
+            for key, param in module._parameters.items()
+            if id(param) in grouped
+        ]
+        self._slots: list[Any] = [list(each) for each in zip(*slots)] or [[], [], [], []]
+        # Its gradient shows whether the model's zero_grad() is called, once the master params have all others.
+        self._token = min(model, key=Tensor.numel, default=None) if self.params.masters is not None else None
         self._shards = {}
         if not self._collected:
             self._expected.record_none(self._sources)
@@ -131,13 +114,10 @@ class DDPStrategy(Strategy):
                 target.grad = None
         if self._token is not None:
             self._token.grad = None
-        self._reduced = self._on_master = None
+        self._reduced = None
 
     def collect_gradients(self) -> None:
         self._collected = True
-        if self._master_token is not None:
-            master, token = self._master_token
-            master.grad = self._on_master = token
         self._reached = self._expected.record(self._sources) or self._reached
 
     def accept_changes(self) -> None:
@@ -149,22 +129,21 @@ class DDPStrategy(Strategy):
 
     def _add_up(self, dtype: torch.dtype) -> None:
         """Add the model's gradients to the sums, and free them."""
-        self._apart = True
         sums = self._sums
         first: tuple[list[Tensor], list[Tensor]] = [], []  # all at once: one kernel where torch has it
         later: tuple[list[Tensor], list[Tensor]] = [], []
-        for index, param in enumerate(self.params.model):
-            grad, total = param.grad, sums[index]
+        for param in self.params.model:
+            grad, total = param.grad, sums.get(id(param))
             if grad is None:
                 continue
             param.grad = None
             if grad.is_sparse and self._keeps_sparse:
                 grad = grad.to(dtype)
-                sums[index] = grad if total is None else total + grad
+                sums[id(param)] = grad if total is None else total + grad
                 continue
             added = later
             if total is None:
-                sums[index] = total = torch.empty_like(param, dtype=dtype)
+                sums[id(param)] = total = torch.empty_like(param, dtype=dtype, requires_grad=False)
                 added = first
             added[0].append(total)
             added[1].append(grad.to_dense() if grad.is_sparse else grad)
@@ -176,12 +155,13 @@ class DDPStrategy(Strategy):
     def has_gradients(self) -> bool:
         if not self._reached or not self.params.others:
             return self._reached
-        return any(total is not None for total in self._sums) or any(p.grad is not None for p in self.params.model)
+        return bool(self._sums) or any(param.grad is not None for param in self.params.model)
 
     def gradient_of(self, param: Tensor) -> Tensor | None:
         if self._reduced is not None:
-            return self._targets[index_in(self._sources, param)].grad
-        total = self._sums[index_in(self._summed, param)] if self._apart else None
+            place = next(index for index, each in enumerate(self._sources) if each is param)
+            return self._targets[place].grad
+        total = self._sums.get(id(param))
         if total is None or param.grad is None:
             return param.grad if total is None else total
         # The gradient of the last micro-batch joins the earlier ones now; what is expected of it is written nowhere.
@@ -196,29 +176,26 @@ class DDPStrategy(Strategy):
         for target in self._targets if self._earlier else ():
             if target in self._earlier:
                 local_tensor(target.grad).add_(self._earlier[target])
-        self._earlier = {}
-        if self._apart:
-            self._apart, self._sums = False, [None] * len(self._sums)
-        self._reduced = gradients
+        self._earlier, self._sums, self._reduced = {}, {}, gradients
         if self.reduction.size > 1:
             if self._token is not None:
                 self._token.grad = torch.zeros_like(self._token)
             self._expected.record(self._sources)
-        if self._master_token is not None:
-            self._on_master = self._master_token[0].grad
         return gradients, sums
 
     def _reduce(self, status: Sequence[float]) -> Reduced:
-        if self._apart and self._accumulate is not None:
+        local: list[Tensor | None]
+        if self._sums and self._accumulate is not None:
             self._add_up(self._accumulate)
-        # As `collect_gradients` has recorded them, and `gradients_unchanged` has found them again.
-        local = self._sums if self._apart else self._expected.grads or [param.grad for param in self._sources]
+            local = [self._sums.get(id(param)) for param in self._sources]
+        else:  # as `collect_gradients` has recorded them, and `gradients_unchanged` has found them again
+            local = self._expected.grads or [param.grad for param in self._sources]
         if self.reduction.size > 1 or self._sharding is not None:
             return self._reduce_over_ranks(local, status)
         if self.params.masters is not None:
             return self._give_masters(local), None
         if self._expected.complete:
-            return list(local), None
+            return list(self._expected.grads), None
         for param in self.params.model:  # one that the optimizer does not have needs no zeros
             if param.grad is None:
                 param.grad = self._zeros(param)
@@ -247,10 +224,7 @@ class DDPStrategy(Strategy):
         return gradients
 
     def _zeros(self, param: Tensor) -> Tensor:
-        if self._keeps_sparse:
-            return torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.long), param.new_empty(0, *param.shape[1:]),
-                                           param.shape, device=param.device)  # fmt: skip
-        return torch.zeros_like(param, requires_grad=False)
+        return sparse_zeros(param) if self._keeps_sparse else torch.zeros_like(param, requires_grad=False)
 
     def _reduce_over_ranks(self, local: list[Tensor | None], status: Sequence[float]) -> Reduced:
         params, targets, masters = self._sources, self._targets, self.params.masters
@@ -260,12 +234,17 @@ class DDPStrategy(Strategy):
         numbers = numbers_on(params[0].device if params else None, status)
         sums: Tensor | None = None
         if sharded:
-            sums = self._scatter([(index, local[index]) for index in sharded], numbers, gradients)
+            assert self._sharding is not None
+            given, owners, updated = (pick(each, sharded) for each in (local, params, targets))
+            gradients, sums = self._sharding.reduce_scatter(given, owners, updated, self.reduction, numbers)
+            for master, rows in zip(updated, gradients):
+                if master not in self._shards:
+                    self._shards[master] = self._sharding.as_dtensor(rows, master)
+                self._shards[master]._local_tensor = rows
+                master.grad = self._shards[master]
         if full or not sharded:
             sparse = self._sparse if masters is None or self._keeps_sparse else set()
-            totals, other = all_reduce(
-                [local[index] for index in full], [params[index] for index in full], self.reduction, numbers, sparse
-            )
+            totals, other = all_reduce(pick(local, full), pick(params, full), self.reduction, numbers, sparse)
             sums = other if sums is None else sums
             for index, total in zip(full, totals):
                 if masters is not None:
@@ -276,59 +255,11 @@ class DDPStrategy(Strategy):
         self._num_sharded = len(sharded)
         return gradients, sums
 
-    def _scatter(self, local: list[tuple[int, Tensor | None]], numbers: Tensor, gradients: list[Tensor]) -> Tensor:
-        """Reduce-scatter gradients into the sharded master params' own, and free them; the sums of `numbers`."""
-        assert self._sharding is not None
-        params, size = self._sources, self.reduction.dtype.itemsize
-        # What is sent together depends on the parameters alone, and not on what a loss has reached.
-        buckets = list(buckets_of(local, lambda pair: (params[pair[0]].dtype, params[pair[0]].numel() * size)))
-        local.clear()
-        sums = numbers
-        finish: Callable[[], None] = lambda: None  # noqa: E731
-        for number, bucket in enumerate(buckets):
-            dense: list[Tensor] = []
-            for index, grad in bucket:
-                if grad is None:
-                    grad = torch.zeros_like(params[index], dtype=self._accumulate if self._apart else None)
-                dense.append(grad.to_dense() if grad.is_sparse else grad)
-            extra = numbers if number == len(buckets) - 1 else numbers[:0]
-            wait, rows, sums = self._sharding.reduce_scatter(dense, extra, self.reduction)
-            for index, _ in bucket:
-                params[index].grad = None
-            owners = [self._targets[index] for index, _ in bucket]
-            bucket.clear()
-            finish()  # of the bucket before: two are under way at a time, and their full copies take memory
-            finish = partial(self._give_rows, self._sharding, wait, owners, rows, gradients)
-        finish()
-        return sums / (self.reduction.before * self.reduction.after)
-
-    def _give_rows(
-        self,
-        sharding: Sharding,
-        wait: Callable[[], None],
-        masters: list[Any],
-        rows: list[Tensor],
-        gradients: list[Tensor],
-    ) -> None:
-        """Wait for a bucket, and make its rows the gradients of the master params."""
-        wait()
-        for master, own in zip(masters, rows):
-            local = own.to(sharding.device, master.dtype)
-            shard: Any = self._shards.get(master)
-            if shard is None:
-                shard = self._shards[master] = sharding.as_dtensor(local, master)
-            shard._local_tensor = local
-            master.grad = shard
-            gradients.append(local)
-
     def clear_gradients(self) -> None:
         for param in self.params.all:
             param.grad = None
         self._collected = self._reached = False
-        self._reduced = self._on_master = None
-        self._earlier = {}
-        if self._apart:
-            self._apart, self._sums = False, [None] * len(self._sums)
+        self._reduced, self._earlier, self._sums = None, {}, {}
         for master, shard in self._shards.items():
             shard._local_tensor = master._local_tensor  # type: ignore[attr-defined]  # frees the gradient
         self._expected.record_none(self._sources)
@@ -349,6 +280,6 @@ class DDPStrategy(Strategy):
             self._sharding.run_collective = run_collective
 
 
-def index_in(params: Sequence[Tensor], param: Tensor) -> int:
-    """The place of a parameter; `list.index` would compare values."""
-    return next(index for index, each in enumerate(params) if each is param)
+def pick(items: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    """The items at these indices."""
+    return [items[index] for index in indices]

@@ -10,6 +10,7 @@ the ZeRO paper (https://arxiv.org/abs/1910.02054), section 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,8 +99,7 @@ def all_reduce(
     for index, param in enumerate(params):
         if reduced[index] is None:
             gradient = gradients[index]
-            zero = param.new_zeros(param.shape).to_sparse(1) if gradient is None else gradient
-            reduced[index] = reduction.reduce_sparse(zero)
+            reduced[index] = reduction.reduce_sparse(sparse_zeros(param) if gradient is None else gradient)
     return reduced, (tail.real if tail.is_complex() else tail) / (reduction.before * reduction.after)
 
 
@@ -112,6 +112,12 @@ def _dtype_of(param: Tensor, reduction: Reduction) -> torch.dtype:
 def _dense_strides(param: Tensor) -> tuple[int, ...]:
     """The parameter's strides where its elements fill their memory, one each; else those of a contiguous tensor."""
     return param.stride() if param.is_contiguous() else torch.empty_like(param, device="meta").stride()
+
+
+def sparse_zeros(param: Tensor) -> Tensor:
+    """The gradient of an embedding that was not used: no rows."""
+    rows = torch.empty(1, 0, dtype=torch.long), param.new_empty(0, *param.shape[1:])
+    return torch.sparse_coo_tensor(*rows, param.shape, device=param.device)
 
 
 def make_mesh(device: torch.device, world_size: int, group: int) -> DeviceMesh:
@@ -178,31 +184,69 @@ class Sharding:
         return self._num_rows(tensor) * (tensor.numel() // tensor.shape[0])
 
     def reduce_scatter(
-        self, gradients: Sequence[Tensor], extra: Tensor, reduction: Reduction
-    ) -> tuple[Callable[[], None], list[Tensor], Tensor]:
-        """Start to sum full gradients over the ranks, for each rank its rows.
+        self,
+        gradients: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        masters: Sequence[Tensor],
+        reduction: Reduction,
+        status: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Sum full gradients over the ranks, for each rank its rows; a collective.
 
-        Numbers of this rank, `extra` of shape (n,), are summed in the same collective.
+        Arguments are those of :func:`all_reduce`. The parameters' own gradients are freed.
 
         Returns:
-            A function that waits, the rows of each gradient (valid afterwards), and the sum of `extra`.
+            This rank's rows, each in the dtype and on the device of its master param, and the sums of `status`.
         """
-        dense = [each.contiguous() for each in gradients]
-        dtype = _dtype_of(dense[0], reduction)
+        rows: list[Any] = [None] * len(params)
+        under_way: list[tuple[list[int], Callable[[], None], list[Tensor]]] = []
+
+        def finish_first() -> None:
+            bucket, wait, own = under_way.pop(0)
+            wait()
+            for index, part in zip(bucket, own):
+                rows[index] = part.to(self.device, masters[index].dtype)
+
+        # What is sent together depends on the parameters alone, and not on what a loss has reached.
+        size = reduction.dtype.itemsize
+        buckets = list(buckets_of(range(len(params)), lambda i: (params[i].dtype, params[i].numel() * size)))
+        for bucket in buckets:
+            given = [gradients[index] for index in bucket]
+            dtype = next((each.dtype for each in given if each is not None), None)
+            dense = [
+                torch.zeros_like(params[index], dtype=dtype)
+                if each is None
+                else each.to_dense()
+                if each.is_sparse
+                else each
+                for index, each in zip(bucket, given)
+            ]
+            wait, own, sums = self._start(dense, status if bucket is buckets[-1] else status[:0], reduction)
+            under_way.append((bucket, wait, own))
+            for index in bucket:
+                params[index].grad = None
+            if len(under_way) > 1:  # the full copies of a bucket take memory
+                finish_first()
+        finish_first()
+        return rows, sums / (reduction.before * reduction.after)
+
+    def _start(
+        self, dense: list[Tensor], extra: Tensor, reduction: Reduction
+    ) -> tuple[Callable[[], None], list[Tensor], Tensor]:
+        """Start a bucket; returns a function that waits, the rows of each gradient, and the sum of `extra`."""
+        parts = [each.contiguous() for each in dense]
+        dtype = _dtype_of(parts[0], reduction)
         if len(extra):
-            dense.append(extra.to(dense[0].dtype).repeat(self._size))  # each rank's rows of it are all of it
-        sizes = [self._num_elements(each) for each in dense]
-        full = torch.empty(self._size, sum(sizes), dtype=dtype, device=dense[0].device)
-        torch._chunk_cat(dense, dim=0, num_chunks=self._size, out=full)
-        del dense
+            parts.append(extra.to(parts[0].dtype).repeat(self._size))  # each rank's rows of it are all of it
+        sizes = [self._num_elements(each) for each in parts]
+        full = torch.empty(self._size, sum(sizes), dtype=dtype, device=parts[0].device)
+        torch._chunk_cat(parts, dim=0, num_chunks=self._size, out=full)
+        del parts
         if reduction.before != 1.0:
             full.mul_(reduction.before)
         mine = torch.empty(sum(sizes), dtype=full.dtype, device=full.device)
-        work = self.run_collective(
-            "reduce_scatter",
-            full.nbytes,
-            lambda: _reduce_scatter(mine, full.view(-1), group=self.group, async_op=True),
-        )
+        run = partial(_reduce_scatter, mine, full.view(-1), group=self.group, async_op=True)
+        work = self.run_collective("reduce_scatter", full.nbytes, run)
 
         def wait() -> None:
             work.wait()
@@ -212,8 +256,8 @@ class Sharding:
                 mine.mul_(reduction.after)
 
         flat = torch.split(mine, sizes)
-        rows = [part[: own.numel()].view(own.shape) for part, own in zip(flat, map(self.rows_of, gradients))]
-        return wait, rows, flat[-1] if len(extra) else extra
+        own = [part[: rows.numel()].view(rows.shape) for part, rows in zip(flat, map(self.rows_of, dense))]
+        return wait, own, flat[-1] if len(extra) else extra
 
     def gather(self, model: Sequence[Tensor], masters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Copy sharded master params to the model; returns model and master params that are full."""
@@ -225,7 +269,7 @@ class Sharding:
             places = [flat[: rows.numel()].view_as(rows) for flat, (_, rows) in zip(torch.split(mine, sizes), bucket)]
             torch._foreach_copy_(places, [rows for _, rows in bucket])
             every = torch.empty(self._size * len(mine), dtype=mine.dtype, device=mine.device)
-            self.run_collective("all_gather", mine.nbytes, lambda: _all_gather(every, mine, group=self.group))  # noqa: B023
+            self.run_collective("all_gather", mine.nbytes, partial(_all_gather, every, mine, group=self.group))
             for (param, _), part in zip(bucket, torch.split(every.view(self._size, -1), sizes, dim=1)):
                 param.copy_(part.reshape(-1, *param.shape[1:])[: param.shape[0]])
         full = [(param, master) for param, master in pairs if not hasattr(master, "_local_tensor")]

@@ -83,8 +83,8 @@ def held(engine: Any) -> Held:
     parameters, gradients = _of_fsdp(engine.module)
     gradients += [each.grad for each in updated]
     gradients += [each.grad for each in model]
-    for apart in (getattr(engine._strategy, "_sums", []), getattr(engine._strategy, "_earlier", {}).values()):
-        gradients += list(apart)
+    for apart in (getattr(engine._strategy, name, {}) for name in ("_sums", "_earlier")):
+        gradients += apart.values()
     parts = (
         _bytes([*model, *updated, *parameters]),
         _bytes(gradients),
