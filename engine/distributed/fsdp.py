@@ -32,7 +32,10 @@ from redline.optimizers import unfuse_on_shards
 from redline.optimizers.state import replace_params
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from redline.config import EngineConfig
+    from redline.config.zero import ZeroConfig
     from redline.precision import Precision
 
 __all__ = ["FSDPStrategy", "shard_model"]
@@ -49,35 +52,59 @@ def shard_model(
     """Shard a model in place, block by block, so that at most one block is unsharded on the device at any time.
 
     Parameters and buffers of all ranks become rank 0's. A model on the meta device is materialized block by block. One
-    that an earlier engine has sharded stays as it is.
+    that an earlier engine has sharded, such as for an evaluation after the training, stays as it is.
 
     Raises:
         EngineError: the model cannot be sharded; the message names the reason.
     """
     zero = config.zero_optimization
     assert zero is not None
-    before: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    offloads = world.device.type == "cuda" and zero.offloads
     mesh = make_mesh(world.device, world.size, zero.mics_shard_size)
+    policy = MixedPrecisionPolicy(
+        # None keeps the dtypes of the model: fp64 stays fp64, as without sharding.
+        param_dtype=None if dtypes.stored in (None, dtypes.compute) else dtypes.compute,
+        reduce_dtype=None if dtypes.stored is None and reduction.dtype is torch.float32 else reduction.dtype,
+        cast_forward_inputs=False,  # the engine's forward has cast them, as without sharding
+    )
+    before: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    sharded_before = isinstance(model, FSDPModule)
+    if not sharded_before:
+        _shard(model, world, zero, blocks, dtypes, mesh, policy)
+    elif fsdp_state.policy_of(model) != policy:
+        raise EngineError(
+            "zero_optimization.stage 3: an earlier engine has sharded this model for another precision or reduction; "
+            "give this engine the same, or a new model"
+        )
+    after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
+    for parameter, sharded in moved.items():
+        hooks: Any = sharded
+        hooks._backward_hooks = parameter._backward_hooks
+        hooks._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+    local = _agree_on_accumulation(model, world, config)
+    if not sharded_before:
+        log.info(
+            "zero stage %d: %d ranks share %s; %s", zero.stage, world.size,
+            f"the model and {len(blocks)} blocks of it" if blocks else "the model as one",
+            "gradients are reduced once per step" if local else "gradients are reduced after every micro-batch",
+        )  # fmt: skip
+    # Of a mesh of two axes, the second one shards.
+    return FSDPStrategy(model, reduction, mesh.get_group(mesh.ndim - 1), moved, local=local)
+
+
+def _shard(
+    model: nn.Module,
+    world: World,
+    zero: ZeroConfig,
+    blocks: dict[str, nn.Module],
+    dtypes: Precision,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+) -> None:
+    offloads = world.device.type == "cuda" and zero.offloads
     second_copy = zero.zero_hpz_partition_size
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        # True frees unsharded parameters; a number shards them among fewer ranks.
-        "reshard_after_forward": second_copy if 1 < second_copy < world.size else True,
-        "mp_policy": MixedPrecisionPolicy(
-            # None keeps the dtypes of the model: fp64 stays fp64, as without sharding.
-            param_dtype=None if dtypes.stored in (None, dtypes.compute) else dtypes.compute,
-            reduce_dtype=None if dtypes.stored is None and reduction.dtype is torch.float32 else reduction.dtype,
-            cast_forward_inputs=False,  # the engine's forward has cast them, as without sharding
-        ),
-        "offload_policy": CPUOffloadPolicy(zero.pins_memory) if offloads else OffloadPolicy(),
-    }
-    group = mesh.get_group(mesh.ndim - 1)  # of a mesh of two axes, the one that shards
-    if isinstance(model, FSDPModule):
-        return _take_over(model, options["mp_policy"], world, config, reduction, group)
     low = dtypes.compute is not torch.float32 and dtypes.buffers is None
-    units: list[Any] = []
-    unsharded: set[Tensor] = set()
+    unsharded: set[Any] = set()
     done: set[int] = set()
     meta = MetaModel(model, world.device)
     for name, unit in (*blocks.items(), ("", model)):
@@ -86,9 +113,15 @@ def shard_model(
         left: set[Any] = unsharded_params(unit, low=low)
         _move_to_device([each for _, each in part], world, dtypes.stored, left)
         _check_dtypes(name, [each for _, each in part], left)
-        units.append(fully_shard(unit, ignored_params=left, **options))
-        fsdp_state.keep_class_name(unit)
-        fsdp_state.find_outputs(unit)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            # True frees unsharded parameters; a number shards them among fewer ranks.
+            reshard_after_forward=second_copy if 1 < second_copy < world.size else True,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy(zero.pins_memory) if offloads else OffloadPolicy(),
+            ignored_params=left,
+        )
         unsharded |= left
         done |= {id(each) for _, each in part}
     if offloads and unsharded:
@@ -96,47 +129,13 @@ def shard_model(
             f"zero_optimization: {len(unsharded)} parameters cannot be sharded (scalars, batch norm, sparse embeddings)"
             " and would stay on the GPU, with the optimizer on the CPU; leave offload_optimizer and offload_param out"
         )
-    fsdp_state.reduce_unused(units)
-    for unit in units:
+    units: list[Any] = [*blocks.values(), model]
+    for each in units:
         # Memory for gathered parameters is allocated once: here, since tensors that are made in inference mode can't be
         # written to outside of it.
-        unit.unshard()
-        unit.reshard()
-    fsdp_state.unshard_in_methods(model, blocks.values())
-    fsdp_state.copy_unsharded(units)
-    fsdp_state.load_unsharded(units)
-    fsdp_state.patch_zero_grad(model, units)
-    after: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    moved = {parameter: after[name] for name, parameter in before.items() if after[name] is not parameter}
-    for parameter, sharded in moved.items():
-        hooks: Any = sharded
-        hooks._backward_hooks = parameter._backward_hooks
-        hooks._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
-    local = _agree_on_accumulation(model, world, config)
-    log.info(
-        "zero stage %d: %d ranks share %s; %s", zero.stage, world.size,
-        f"the model and {len(blocks)} blocks of it" if blocks else "the model as one",
-        "gradients are reduced once per step" if local else "gradients are reduced after every micro-batch",
-    )  # fmt: skip
-    return FSDPStrategy(model, reduction, group, units, moved, unsharded=unsharded, local=local)
-
-
-def _take_over(
-    model: Any, policy: MixedPrecisionPolicy, world: World, config: EngineConfig, reduction: Reduction, group: Any
-) -> FSDPStrategy:
-    """The strategy of a model that an earlier engine has sharded, such as for an evaluation after the training."""
-    if fsdp_state.policy_of(model) != policy:
-        raise EngineError(
-            "zero_optimization.stage 3: an earlier engine has sharded this model for another precision or reduction; "
-            "give this engine the same, or a new model"
-        )
-    first, *others = (each for each in model.modules() if isinstance(each, FSDPModule))
-    units = [*others, first]  # the model itself comes last
-    for unit in units:
-        unit.set_requires_gradient_sync(True, recurse=False)
-    unsharded = {param for param in model.parameters() if not isinstance(param, DTensor)}
-    local = _agree_on_accumulation(model, world, config)
-    return FSDPStrategy(model, reduction, group, units, {}, unsharded=unsharded, local=local)
+        each.unshard()
+        each.reshard()
+    fsdp_state.adapt(model, list(blocks.values()))
 
 
 def _move_to_device(modules: Iterable[nn.Module], world: World, stored: torch.dtype | None, left: set[Tensor]) -> None:
@@ -180,9 +179,7 @@ class FSDPStrategy(Strategy):
         module: the model, sharded in place.
         reduction: how the gradients of all ranks become one.
         group: the ranks that share one model.
-        units: the blocks and the model, as `fully_shard` returned them.
         moved: the sharded parameter for each original one.
-        unsharded: parameters that are full on every rank.
         local: whether gradients accumulate unsharded, on each rank, until the last micro-batch.
     """
 
@@ -193,16 +190,18 @@ class FSDPStrategy(Strategy):
         module: nn.Module,
         reduction: Reduction,
         group: Any,
-        units: Sequence[Any],
         moved: dict[Tensor, Tensor],
         *,
-        unsharded: set[Tensor],
         local: bool,
     ) -> None:
         super().__init__(module, reduction, group, ExpectedGradients(sharded=True))
         self.moved, self.accumulates_unsharded = moved, local
-        self._units, self._unsharded = units, unsharded
+        root, *blocks = (each for each in module.modules() if isinstance(each, FSDPModule))
+        self._units: list[Any] = [*blocks, root]
+        self._unsharded = {param for param in module.parameters() if not isinstance(param, DTensor)}
         self._synced = True  # whether the next backward gives every rank its shard of the gradients
+        for unit in self._units:  # an earlier engine may have left it otherwise
+            unit.set_requires_gradient_sync(True, recurse=False)
         self._held = False  # whether a backward has left unsharded gradients on this rank
         self._held_expected: list[tuple[int, int]] = []
         # torch averages; the factor makes a sum of it where one is asked for.

@@ -1,6 +1,6 @@
 """What is needed of FSDP2 and has no public API.
 
-In one place, since it may change between versions of torch. Source: `torch/distributed/fsdp/_fully_shard`, 2.6 to 2.13.
+In one place, since it may change between versions of torch. Source: `torch/distributed/fsdp/_fully_shard`, 2.9 to 2.13.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from redline.device import fields_of
 from redline.distributed.sharding import RunCollective
 from redline.errors import EngineError
 
-__all__ = ["copy_unsharded", "fill_held", "find_outputs", "gathered_params", "held_versions", "keep_class_name",
-           "load_unsharded", "observe_collectives", "patch_zero_grad", "policy_of", "reduce_held", "reduce_unused",
-           "replaced_params", "reset", "share_hooks", "sync_requires_grad", "unshard_in_methods"]  # fmt: skip
+__all__ = ["adapt", "fill_held", "gathered_params", "held_versions", "observe_collectives", "policy_of", "reduce_held",
+           "replaced_params", "reset", "share_hooks", "sync_requires_grad"]  # fmt: skip
 
 
 def _groups(units: Iterable[Any]) -> Iterator[Any]:
@@ -44,6 +43,36 @@ def _params(units: Iterable[Any]) -> Iterator[Any]:
 def _unsharded(param: Any) -> Any:
     """The unsharded parameter; there is none before its first forward."""
     return getattr(param, "_unsharded_param", None)
+
+
+def adapt(model: Any, blocks: Sequence[Any]) -> None:
+    """Let a model that was just sharded, and the blocks of it, do what scripts expect of plain modules."""
+    units = [*blocks, model]
+    for unit in units:
+        cls = type(unit)
+        cls.__name__ = _original_class(unit).__name__  # which scripts print and save; FSDP2 puts "FSDP" before it
+        cls.__deepcopy__ = _copy_unsharded
+        unit.register_forward_hook(_hook_outputs)
+    for param in _params(units):
+        # load_state_dict may fill parameters that are full for a while; FSDP2 expects them to be DTensors after it.
+        param._post_load_hook_handle.remove()
+        param._post_load_hook_handle = param._module_info.module.register_load_state_dict_post_hook(_resetter(param))
+    model.zero_grad = partial(_zero_all, units, model.zero_grad)
+    _reduce_unused(units)
+    _unshard_in_methods(model, blocks)
+
+
+def _original_class(unit: Any) -> type[nn.Module]:
+    cls: type[nn.Module] = type(unit).__mro__[type(unit)._orig_cls_mro_index]
+    return cls
+
+
+def _resetter(param: Any) -> Callable[..., None]:
+    def reset_shard(*args: Any) -> None:  # not a partial: a copy of the module would copy its arguments
+        if isinstance(param.sharded_param, DTensor):
+            param.reset_sharded_param()
+
+    return reset_shard
 
 
 # -- gradients that FSDP2 holds ----------------------------------------------------------------------------------------
@@ -87,17 +116,12 @@ def _drop_held(units: Iterable[Any]) -> None:
             each._unsharded_param.grad = None
 
 
-def patch_zero_grad(module: Any, units: Sequence[Any]) -> None:
-    """Let a model's zero_grad() also drop the gradients that FSDP2 holds outside of `.grad`."""
-    module.zero_grad = partial(_zero_all, units, module.zero_grad)
-
-
 def _zero_all(units: Sequence[Any], zero_grad: Callable[[bool], None], set_to_none: bool = True) -> None:
     zero_grad(set_to_none)
-    _drop_held(units)
+    _drop_held(units)  # they are outside of .grad
 
 
-def reduce_unused(units: Sequence[Any]) -> None:
+def _reduce_unused(units: Sequence[Any]) -> None:
     """Reduce zeros for parameters that this rank's backward did not reach: other ranks' may have reached them."""
     if hasattr(units[0], "set_reduce_scatter_unused_params"):  # newer versions
         for unit in units:
@@ -127,12 +151,6 @@ def sync_requires_grad(units: Iterable[Any]) -> None:
         for each in group.fsdp_params:
             if hasattr(each, "_unsharded_param"):  # otherwise FSDP2 does this at the next forward, which may not use it
                 each._unsharded_param.requires_grad_(each.sharded_param.requires_grad)
-
-
-def keep_class_name(unit: Any) -> None:
-    """Name a unit's class as the module's own, which scripts print and save; FSDP2 puts "FSDP" before it."""
-    cls = type(unit)
-    cls.__name__ = cls.__mro__[cls._orig_cls_mro_index].__name__
 
 
 def policy_of(unit: Any) -> Any:
@@ -200,7 +218,7 @@ def reset(model: Any, units: Iterable[Any], *, clear: bool) -> None:
     state._state_ctx.iter_forward_root = None
 
 
-def unshard_in_methods(model: Any, blocks: Iterable[nn.Module]) -> None:
+def _unshard_in_methods(model: Any, blocks: Iterable[nn.Module]) -> None:
     """Unshard the model in its other methods, too, as FSDP2 does in `forward`; changes this model in place.
 
     A method unshards when it is given a tensor; others, such as `get_input_embeddings()`, may be called on one rank.
@@ -248,20 +266,15 @@ def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) 
     return state._post_forward(model, args, output)
 
 
-def find_outputs(unit: Any) -> None:
-    """Let FSDP2 find the tensors that the forward of a `fully_shard` module returns in objects of any kind.
+def _hook_outputs(unit: Any, inputs: Any, outputs: Any) -> None:
+    """Let FSDP2 find the tensors that a unit's forward returns in objects of any kind.
 
-    FSDP2 begins a module's backward, with its all-gather, by hooks on the tensors that the forward returned
+    FSDP2 begins a unit's backward, with its all-gather, by hooks on the tensors that the forward returned
     (`FSDPState._register_pre_backward_hook`). It finds them in lists, tuples, dicts and, in newer versions,
     dataclasses. In any other object it finds none, and the backward reads parameters that have been freed, or gradients
     are never reduced.
     """
-    unit.register_forward_hook(_hook_outputs)
-
-
-def _hook_outputs(unit: Any, inputs: Any, outputs: Any) -> None:
-    # Hooks run in the order of their registration: FSDP2 has gone through the outputs already. To meet some of their
-    # tensors twice does no harm.
+    # FSDP2's own hook has run already. To meet some of its tensors twice does no harm.
     if type(outputs) is not Tensor and torch.is_grad_enabled():
         tensors = [tensor for tensor in _hidden_in(outputs, set()) if tensor.grad_fn is not None]
         if tensors:
@@ -289,40 +302,16 @@ def _hidden_in(value: Any, seen: set[int], *, hidden: bool = False) -> Iterator[
         yield from _hidden_in(item, seen, hidden=hidden)
 
 
-# -- weights that are loaded ------------------------------------------------------------------------------------------
-
-
-def load_unsharded(units: Iterable[Any]) -> None:
-    """Let `load_state_dict` fill parameters that are full for a while; FSDP2 expects them to be DTensors after it."""
-    for param in _params(units):
-        param._post_load_hook_handle.remove()
-        param._post_load_hook_handle = param._module_info.module.register_load_state_dict_post_hook(_resetter(param))
-
-
-def _resetter(param: Any) -> Callable[..., None]:
-    def reset_shard(*args: Any) -> None:
-        if isinstance(param.sharded_param, DTensor):
-            param.reset_sharded_param()
-
-    return reset_shard
-
-
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
-def copy_unsharded(units: Iterable[Any]) -> None:
-    """Let `copy.deepcopy` make plain modules with full parameters of these, as a collective; FSDP2 refuses it."""
-    for unit in units:
-        type(unit).__deepcopy__ = _copy_unsharded
-
-
 def _copy_unsharded(unit: Any, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` makes: plain modules with full parameters, as a collective; FSDP2 refuses it."""
     for param in unit.parameters():
         if isinstance(param, DTensor) and id(param) not in memo:
             memo[id(param)] = nn.Parameter(param.full_tensor().detach(), param.requires_grad)
-    original = type(unit).__mro__[type(unit)._orig_cls_mro_index]
-    copied: nn.Module = original.__new__(original)
-    memo[id(unit)] = copied
+    original = _original_class(unit)
+    memo[id(unit)] = copied = original.__new__(original)
     own = {
         name: value for name, value in vars(unit).items()
         if not _is_of_sharding(value) and not name.startswith("__composable_api")
@@ -351,8 +340,7 @@ def observe_collectives(units: Iterable[Any], run_collective: RunCollective) -> 
     """Let `run_collective` run every all-gather and reduce-scatter from here on."""
     for group in _groups(units):
         for op, name in (("all_gather", "_all_gather_comm"), ("reduce_scatter", "_reduce_scatter_comm")):
-            if hasattr(group, name):  # not in older versions
-                setattr(group, name, _ObservedCollective(getattr(group, name), op, run_collective))
+            setattr(group, name, _ObservedCollective(getattr(group, name), op, run_collective))
 
 
 class _ObservedCollective:
