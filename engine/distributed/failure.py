@@ -23,16 +23,17 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from redline.errors import EngineError
 
-__all__ = ["address_towards", "explain_failure", "explains_failures", "follow_steps", "has_agent_store", "join_peers",
-           "leave_peers", "name_ranks"]  # fmt: skip
+__all__ = ["address_towards", "call_within", "explain_failure", "explains_failures", "follow_steps", "has_agent_store",
+           "join_peers", "leave_peers", "name_ranks"]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,8 +53,9 @@ class _Peers:
         self.engine: Callable[[], Any] = lambda: None  # whose steps an error counts
         self._notes: dict[int, str] = {}  # what each rank wrote
         self._hosts: dict[int, str] = {}
-        self._ports: dict[int, tuple[str, int]] = {}
+        self._ports: dict[int, tuple[str, int]] = {}  # that a living rank's kernel answers for
         self._noted = False
+        self._closed: list[int] = []  # silent ranks whose port is closed
         self._lost: set[int] = set()
         # The script's own store may hold what the ranks of an earlier start have written.
         name = [""] if fresh else [uuid.uuid4().hex]
@@ -73,11 +75,10 @@ class _Peers:
     def explain(self, error: RuntimeError, call: str) -> EngineError:
         """An error that names the lost ranks; waits some seconds for the others."""
         self._note(f"{_HERE} in {call}" if call else _HERE)
-        closed: list[int] = []
-        complete = _within(_GRACE + 2, lambda: self._read_notes(closed))
+        store_answers = _talks_within(_GRACE + 2, self._wait_for_notes)
         engine = self.engine()
         where = "start" if engine is None else f"step {engine.global_steps}"
-        return EngineError(f"{where}: {self._name_lost(closed, complete, str(error), call)}")
+        return EngineError(f"{where}: {self._name_lost(str(error), call, store_answers)}")
 
     def leave(self) -> Callable[[], None] | None:
         """Write to the store why this rank exits; returns what keeps it open for the others, if this rank has to."""
@@ -88,86 +89,83 @@ class _Peers:
         self.listener.close()
         with suppress(*_STORE_ERRORS):
             if reason is not None and self.rank == 0 and not has_agent_store():
-                store = _store()
-                return lambda: self._keep_open(store)
+                return partial(self._keep_open, _store())
         return None
 
     def _keep_open(self, store: Any) -> None:
         """Wait until the others have read why; those without a connection to the lost rank notice it one by one."""
         deadline = time.monotonic() + _LAST_READ
         with suppress(*_STORE_ERRORS):
-            while time.monotonic() < deadline:
-                lines = [line.partition(" ") for line in store.get(self._key).decode().splitlines()]
-                noted = {int(rank) for rank, _, text in lines if not text.startswith("@")}
-                if noted | self._lost >= set(range(self.size)):
-                    break
+            while time.monotonic() < deadline and len(self._lost | self._notes.keys()) < self.size:
                 time.sleep(0.1)
+                self._read(store)
         time.sleep(2.0)  # the last one is reading
 
     def _note(self, text: str) -> None:
         """Write the state of this rank, once."""
         if not self._noted:
             self._noted = True
-            _within(_GRACE, lambda: self._write(" ".join(text.split())))
+            _talks_within(_GRACE, lambda: self._write(" ".join(text.split())))
 
     def _write(self, text: str) -> None:
         # The store is looked up each time: a reference to it would keep its port open after the group is destroyed.
         with suppress(*_STORE_ERRORS):
             _store().append(self._key, f"{self.rank} {text}\n")
 
-    def _read_notes(self, closed: list[int]) -> None:
+    def _read(self, store: Any) -> None:
+        for line in store.get(self._key).decode().splitlines():
+            rank, _, text = line.partition(" ")
+            if text.startswith("@"):
+                self._hosts[int(rank)], address, port = text[1:].split(" ")
+                if address:
+                    self._ports[int(rank)] = address, int(port)
+            else:
+                self._notes[int(rank)] = text
+
+    def _wait_for_notes(self) -> None:
         """Read until all ranks have written, a moment has passed since the cause was known, or the time is over."""
         store = _store()
         deadline, next_probe = time.monotonic() + _GRACE, time.monotonic() + 0.2
         while time.monotonic() < deadline and len(self._notes) < self.size:
-            for line in store.get(self._key).decode().splitlines():
-                rank, _, text = line.partition(" ")
-                if text.startswith("@"):
-                    self._hosts[int(rank)], address, port = text[1:].split(" ")
-                    if address:
-                        self._ports[int(rank)] = address, int(port)
-                else:
-                    self._notes[int(rank)] = text
+            self._read(store)
             if time.monotonic() > next_probe:  # rarely: probes stay in the backlog of their port
                 next_probe += 1
                 silent = [rank for rank in sorted(self._ports) if rank not in self._notes]
-                closed[:] = [rank for rank in silent if not _answers(*self._ports[rank])]
-            if closed or not all(map(_is_alive, self._notes.values())):
+                self._closed = [rank for rank in silent if not _answers(*self._ports[rank])]
+            if self._closed or not all(text.startswith(_HERE) for text in self._notes.values()):
                 deadline = min(deadline, time.monotonic() + 1)
             time.sleep(0.1)
 
-    def _name_lost(self, closed: list[int], complete: bool, error: str, call: str) -> str:
-        """The sentence that names the lost ranks; `complete`: the store answered until the end."""
-        reported = {rank: text for rank, text in self._notes.items() if not _is_alive(text) and rank != self.rank}
-        silent = [rank for rank in range(self.size) if rank not in self._notes and rank != self.rank]
+    def _name_lost(self, error: str, call: str, store_answers: bool) -> str:
+        """The sentence that names the lost ranks."""
+        notes = {rank: self._notes.get(rank, "") for rank in range(self.size) if rank != self.rank}
+        reported = {rank: text for rank, text in notes.items() if text and not text.startswith(_HERE)}
+        silent = [rank for rank, text in notes.items() if not text]
         waited = re.search(r"waiting (\d+)ms", error)
         how = f" after {int(waited[1]) / 1000:g} s of waiting (redline.distributed_timeout)" if waited else ""
         if reported:
-            reasons = "; ".join(f"{self._named([rank])} {text}" for rank, text in sorted(reported.items()))
+            reasons = "; ".join(f"{self._named([rank])} {text}" for rank, text in reported.items())
             ended = all(text.startswith("ended") for text in reported.values())
             return f"lost contact{how}: {reasons}; {_SAME_WORK if ended else _AGAIN}"
-        if not complete and 0 in silent and not has_agent_store():
-            fate = "it has died or exited, or is unreachable"
-            return f"lost {self._named([0])}{how}, and the store with it: {fate}; {_AGAIN}"
-        if not complete and not self._notes:
+        if not store_answers and 0 in silent and not has_agent_store():
+            with_it = f"{how}, and the store with it: it has died or exited, or is unreachable"
+            return f"lost {self._named([0])}{with_it}; {_AGAIN}"
+        if not store_answers and not self._notes:
             return f"lost contact{how} with the others and with the store: the network or the store's host is down"
         if silent:
-            lost = [rank for rank in silent if rank in closed] or silent
+            lost = [rank for rank in silent if rank in self._closed] or silent
             self._lost = set(lost)
             words = ("it has", "was", "is") if len(lost) == 1 else ("they have", "were", "are")
             fate = "no answer: {} died, {} stopped, or {} unreachable or busy".format(*words)
-            if call.endswith("_checkpoint") and not closed:  # these may train on, if it is an asynchronous save
+            if call.endswith("_checkpoint") and not self._closed:  # these may train on, if the save is asynchronous
                 fate += f"; or {call} was not called there"
             return f"lost {self._named(lost)}{how}: {fate}; {_AGAIN}"
-        return f"a collective failed{how}, though all ranks are alive{self._calls()}; {_SAME_WORK}"
-
-    def _calls(self) -> str:
-        """What the ranks have called, if that is not the same on all."""
         ranks: dict[str, list[int]] = {}
         for rank, text in sorted(self._notes.items()):
             ranks.setdefault(text.removeprefix(_HERE).removeprefix(" in "), []).append(rank)
-        named = (f"{name_ranks(those)} called {call}" for call, those in ranks.items() if call)
-        return f": {', '.join(named)}" if len(ranks) > 1 else ""
+        calls = ", ".join(f"{name_ranks(those)} called {each}" for each, those in ranks.items() if each)
+        calls = f": {calls}" if len(ranks) > 1 else ""
+        return f"a collective failed{how}, though all ranks are alive{calls}; {_SAME_WORK}"
 
     def _named(self, ranks: Sequence[int]) -> str:
         hosts = sorted({self._hosts[rank] for rank in ranks if rank in self._hosts})
@@ -269,10 +267,6 @@ def address_towards(host: str) -> str | None:
         return None
 
 
-def _is_alive(note: str) -> bool:
-    return note.startswith(_HERE)
-
-
 def _answers(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=0.5).close()
@@ -283,23 +277,32 @@ def _answers(address: str, port: int) -> bool:
     return True
 
 
-def _within(seconds: float, talk: Callable[[], Any]) -> bool:
-    """Access the store, which may be gone or hang; returns whether that finished in time."""
-    done = threading.Event()
+def call_within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Call a function that may hang; its result or exception, or a TimeoutError."""
+    outcome: Future[Any] = Future()
 
     def run() -> None:
-        with suppress(*_STORE_ERRORS):
-            talk()
-            done.set()
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
     try:
-        thread.start()
+        threading.Thread(target=run, daemon=True).start()
     except RuntimeError:  # at exit Python 3.12 starts no threads any more
         run()
-    else:
-        thread.join(seconds)
-    return done.is_set()
+    if not wait([outcome], seconds).done:
+        raise TimeoutError
+    return outcome.result()
+
+
+def _talks_within(seconds: float, talk: Callable[[], Any]) -> bool:
+    """Access the store, which may be gone or hang; returns whether that finished in time."""
+    try:
+        call_within(seconds, talk)
+    except _STORE_ERRORS:
+        return False
+    return True
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

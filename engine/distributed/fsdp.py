@@ -215,7 +215,7 @@ class FSDPStrategy(Strategy):
     def carry_optimizer_over(self, optimizer: Optimizer) -> None:
         """Replace the original parameters of an optimizer, and their state, by the sharded ones."""
 
-        def shard(value: Tensor, parameter: Any) -> Tensor:
+        def shard(parameter: Any, value: Tensor) -> Tensor:
             if not isinstance(parameter, DTensor):
                 return value
             return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import sys
-import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -24,7 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from redline.distributed.failure import address_towards, explains_failures, has_agent_store, join_peers, leave_peers
+from redline.distributed.failure import (
+    address_towards,
+    call_within,
+    explains_failures,
+    has_agent_store,
+    join_peers,
+    leave_peers,
+)
 from redline.errors import EngineError
 from redline.log import log
 
@@ -273,22 +279,13 @@ def _meet_in_store(rank: int, size: int, timeout: timedelta) -> Any:
 
 def _connect(rank: int, size: int, timeout: timedelta) -> Any:
     """torch's store at MASTER_ADDR and MASTER_PORT, which waits for ever for another program that answers nothing."""
-    found: list[Any] = []
-
-    def connect() -> None:
-        try:
-            found.append(next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))[0])  # type: ignore[attr-defined]
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + _GRACE)
-    if not found:
-        raise dist.DistStoreError("something accepts connections there and does not answer, as another program would")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    meet: Any = dist.rendezvous  # type: ignore[attr-defined]
+    try:
+        seconds = timeout.total_seconds() + _GRACE
+        return call_within(seconds, lambda: next(iter(meet("env://", rank, size, timeout=timeout)))[0])
+    except TimeoutError:
+        silent = "something accepts connections there and does not answer, as another program would"
+        raise dist.DistStoreError(silent) from None
 
 
 def _choose_interface(size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,20 +65,16 @@ def carry_over(given: Any, moved: Mapping[Tensor, Tensor]) -> Any:
 def replace_params(
     optimizer: Optimizer,
     moved: Mapping[Tensor, Tensor],
-    shard: Callable[[Tensor, Tensor], Tensor] = lambda value, param: value,
+    shard: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Give an optimizer new parameters for old ones, in place, and their state with them.
 
-    `shard` makes a full tensor one that is sharded as the new parameter is.
+    `shard` makes a full tensor, its second argument, one that is sharded as the new parameter is.
     """
     for group in optimizer.param_groups:
         group["params"] = carry_over(group["params"], moved)
     for old, new in moved.items():
-
-        def shard_as_new(value: Tensor, param: Tensor = new) -> Tensor:
-            return shard(value, param)
-
-        move_state(optimizer, old, new, shard=shard_as_new)
+        move_state(optimizer, old, new, shard=None if shard is None else partial(shard, new))
 
 
 def move_state(

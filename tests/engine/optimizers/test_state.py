@@ -40,7 +40,7 @@ def test_an_optimizer_keeps_its_groups_settings_and_its_state() -> None:
         parameter.grad = torch.ones(2)
     optimizer.step()
     momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in old]
-    replace_params(optimizer, dict(zip(old, new)), lambda value, param: value * 2)
+    replace_params(optimizer, dict(zip(old, new)), lambda param, value: value * 2)
     assert [group["params"] for group in optimizer.param_groups] == [new[:1], new[1:]]
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
     assert [torch.equal(optimizer.state[each]["momentum_buffer"], 2 * was) for each, was in zip(new, momenta)]
