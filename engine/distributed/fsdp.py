@@ -111,8 +111,7 @@ def _shard(
         part = [(f"{name}.{key}".strip("."), each) for key, each in unit.named_modules() if id(each) not in done]
         meta.fill(part)
         left: set[Any] = unsharded_params(unit, low=low)
-        _move_to_device([each for _, each in part], world, dtypes.stored, left)
-        _check_dtypes(name, [each for _, each in part], left)
+        _place(name, [each for _, each in part], world, dtypes.stored, left)
         fully_shard(
             unit,
             mesh=mesh,
@@ -138,27 +137,24 @@ def _shard(
     fsdp_state.adapt(model, list(blocks.values()))
 
 
-def _move_to_device(modules: Iterable[nn.Module], world: World, stored: torch.dtype | None, left: set[Tensor]) -> None:
-    """Move the modules' own parameters and buffers to the device, in their final dtype, with rank 0's values."""
+def _place(block: str, modules: Iterable[nn.Module], world: World, stored: torch.dtype | None, left: set[Any]) -> None:
+    """Move a block's own tensors to the device, in their final dtype, with rank 0's values."""
+    dtypes = set()
     for each in modules:
         for tensor in (*each.parameters(recurse=False), *each.buffers(recurse=False)):
             if isinstance(tensor, DTensor):  # shared with another module, and sharded there
                 continue
-            cast = stored is not None and isinstance(tensor, nn.Parameter) and tensor not in left
+            to_shard = isinstance(tensor, nn.Parameter) and tensor not in left
             # Contiguous: gloo ignores strides, and FSDP2 shards nothing else.
-            data = tensor.data.to(world.device, stored if cast else tensor.dtype).contiguous()
+            data = tensor.data.to(world.device, stored if stored and to_shard else tensor.dtype).contiguous()
             dist.broadcast(data, 0)
             tensor.data = data
-
-
-def _check_dtypes(block: str, modules: Iterable[nn.Module], left: set[Tensor]) -> None:
-    """Refuse parameters of several dtypes in one block, which FSDP2 gathers as one tensor."""
-    params = {param for each in modules for param in each.parameters(recurse=False)} - left
-    dtypes = sorted({str(param.dtype) for param in params if not isinstance(param, DTensor)})  # else of another block
+            if to_shard:
+                dtypes.add(str(data.dtype))
     if len(dtypes) > 1:
         raise EngineError(
-            f"zero_optimization.stage 3: {block or 'the model'} has parameters of {' and '.join(dtypes)}, and those "
-            "of a block are gathered as one tensor; give them one dtype, name blocks of one dtype each in "
+            f"zero_optimization.stage 3: {block or 'the model'} has parameters of {' and '.join(sorted(dtypes))}, and "
+            "those of a block are gathered as one tensor; give them one dtype, name blocks of one dtype each in "
             "redline.zero.blocks, or use stage 2"
         )
 

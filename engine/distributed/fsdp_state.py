@@ -45,46 +45,18 @@ def _unsharded(param: Any) -> Any:
     return getattr(param, "_unsharded_param", None)
 
 
-def adapt(model: Any, blocks: Sequence[Any]) -> None:
-    """Let a model that was just sharded, and the blocks of it, do what scripts expect of plain modules."""
-    units = [*blocks, model]
-    for unit in units:
-        cls = type(unit)
-        cls.__name__ = _original_class(unit).__name__  # which scripts print and save; FSDP2 puts "FSDP" before it
-        cls.__deepcopy__ = _copy_unsharded
-        unit.register_forward_hook(_hook_outputs)
-    for param in _params(units):
-        # load_state_dict may fill parameters that are full for a while; FSDP2 expects them to be DTensors after it.
-        param._post_load_hook_handle.remove()
-        param._post_load_hook_handle = param._module_info.module.register_load_state_dict_post_hook(_resetter(param))
-    model.zero_grad = partial(_zero_all, units, model.zero_grad)
-    _reduce_unused(units)
-    _unshard_in_methods(model, blocks)
+def policy_of(unit: Any) -> Any:
+    """The dtypes for which a unit was sharded."""
+    return unit._get_fsdp_state()._mp_policy
 
 
-def _original_class(unit: Any) -> type[nn.Module]:
-    cls: type[nn.Module] = type(unit).__mro__[type(unit)._orig_cls_mro_index]
-    return cls
-
-
-def _resetter(param: Any) -> Callable[..., None]:
-    def reset_shard(*args: Any) -> None:  # not a partial: a copy of the module would copy its arguments
-        if isinstance(param.sharded_param, DTensor):
-            param.reset_sharded_param()
-
-    return reset_shard
-
-
-# -- gradients that FSDP2 holds ----------------------------------------------------------------------------------------
+# -- gradients that FSDP2 holds outside of .grad ----------------------------------------------------------------------
 
 
 def reduce_held(model: Any) -> None:
-    """Reduce the gradients that backwards have left on this rank; a collective.
-
-    This is what FSDP2 calls at the end of a backward.
-    """
+    """Reduce the gradients that backwards have left on this rank; a collective."""
     model.set_requires_gradient_sync(True)
-    model._get_fsdp_state()._root_post_backward_final_callback()
+    model._get_fsdp_state()._root_post_backward_final_callback()  # what FSDP2 calls at the end of a backward
 
 
 def fill_held(units: Iterable[Any]) -> None:
@@ -116,11 +88,6 @@ def _drop_held(units: Iterable[Any]) -> None:
             each._unsharded_param.grad = None
 
 
-def _zero_all(units: Sequence[Any], zero_grad: Callable[[bool], None], set_to_none: bool = True) -> None:
-    zero_grad(set_to_none)
-    _drop_held(units)  # they are outside of .grad
-
-
 def _reduce_unused(units: Sequence[Any]) -> None:
     """Reduce zeros for parameters that this rank's backward did not reach: other ranks' may have reached them."""
     if hasattr(units[0], "set_reduce_scatter_unused_params"):  # newer versions
@@ -134,9 +101,7 @@ def _reduce_unused(units: Sequence[Any]) -> None:
 def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
     for each in group.fsdp_params if group.reduce_grads else ():
         param = _unsharded(each)
-        if param is None or not param.requires_grad or each.unsharded_accumulated_grad is not None:
-            continue
-        if param.grad is None:
+        if param is not None and param.requires_grad and each.unsharded_accumulated_grad is None and param.grad is None:
             param.grad = torch.zeros_like(param)
     post_backward(*unused)
 
@@ -151,11 +116,6 @@ def sync_requires_grad(units: Iterable[Any]) -> None:
         for each in group.fsdp_params:
             if hasattr(each, "_unsharded_param"):  # otherwise FSDP2 does this at the next forward, which may not use it
                 each._unsharded_param.requires_grad_(each.sharded_param.requires_grad)
-
-
-def policy_of(unit: Any) -> Any:
-    """The dtypes for which a unit was sharded."""
-    return unit._get_fsdp_state()._mp_policy
 
 
 def gathered_params(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -193,36 +153,48 @@ def share_hooks(units: Iterable[Any]) -> None:
             unsharded._backward_hooks = hooks
 
 
-# -- forwards ----------------------------------------------------------------------------------------------------------
+# -- what scripts expect of plain modules ------------------------------------------------------------------------------
 
 
-def reset(model: Any, units: Iterable[Any], *, clear: bool) -> None:
-    """Reset the blocks after a forward or backward that has raised; with `clear` drop held gradients, too."""
-    state = model._get_fsdp_state()
-    if clear and state._is_root and hasattr(state, "_reset_iter_state"):  # newer versions
-        state._reset_iter_state()
-    for each in state._state_ctx.all_states:  # else a block would take the next forward for recomputation
-        each._training_state = TrainingState.IDLE
-        getattr(each, "_modules_to_run_forward", set()).clear()
-    if clear:
-        _drop_held(units)
-        state._state_ctx.post_backward_final_callback_queued = False
-    for group in _groups(units):
-        if group._all_gather_result is not None:
-            group.wait_for_unshard()
-        if clear:
-            group._post_forward_indices.clear()
-            getattr(group.comm_ctx, "post_forward_order", []).clear()  # it is there from the first forward on
-        group._training_state = TrainingState.IDLE
-        group.reshard()
-    state._state_ctx.iter_forward_root = None
+def adapt(model: Any, blocks: Sequence[Any]) -> None:
+    """Let a model that was just sharded, and the blocks of it, do what scripts expect of plain modules."""
+    units = [*blocks, model]
+    for unit in units:
+        cls = type(unit)
+        cls.__name__ = _original_class(unit).__name__  # which scripts print and save; FSDP2 puts "FSDP" before it
+        cls.__deepcopy__ = _copy_unsharded
+        unit.register_forward_hook(_hook_outputs)
+    for param in _params(units):
+        # load_state_dict may fill parameters that are full for a while; FSDP2 expects them to be DTensors after it.
+        param._post_load_hook_handle.remove()
+        param._post_load_hook_handle = param._module_info.module.register_load_state_dict_post_hook(_resetter(param))
+    model.zero_grad = partial(_zero_all, units, model.zero_grad)
+    _reduce_unused(units)
+    _unshard_in_methods(model, blocks)
+
+
+def _original_class(unit: Any) -> type[nn.Module]:
+    cls: type[nn.Module] = type(unit).__mro__[type(unit)._orig_cls_mro_index]
+    return cls
+
+
+def _resetter(param: Any) -> Callable[..., None]:
+    def reset_shard(*args: Any) -> None:  # not a partial: a copy of the module would copy its arguments
+        if isinstance(param.sharded_param, DTensor):
+            param.reset_sharded_param()
+
+    return reset_shard
+
+
+def _zero_all(units: Sequence[Any], zero_grad: Callable[[bool], None], set_to_none: bool = True) -> None:
+    zero_grad(set_to_none)
+    _drop_held(units)
 
 
 def _unshard_in_methods(model: Any, blocks: Iterable[nn.Module]) -> None:
     """Unshard the model in its other methods, too, as FSDP2 does in `forward`; changes this model in place.
 
     A method unshards when it is given a tensor; others, such as `get_input_embeddings()`, may be called on one rank.
-    Weights, in an argument `state_dict`, do not count: Hugging Face calls `save_pretrained(state_dict=...)` on rank 0.
     Modules in no block, such as an embedding, unshard in their forward where a script calls a part of the model alone,
     as `generate` does of an encoder.
     """
@@ -244,11 +216,10 @@ def _computing(model: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not hasattr(model, "_get_fsdp_state"):  # a plain copy
+    state = model._get_fsdp_state() if hasattr(model, "_get_fsdp_state") else None
+    if state is None or state._training_state is not TrainingState.IDLE:  # a plain copy; called within a forward
         return method(*args, **kwargs)
-    state = model._get_fsdp_state()
-    if state._training_state is not TrainingState.IDLE:  # it is called within a forward
-        return method(*args, **kwargs)
+    # Hugging Face calls save_pretrained(state_dict=...) on rank 0: weights do not count.
     inputs = args, {name: value for name, value in kwargs.items() if name != "state_dict"}
     if not any(isinstance(each, Tensor) for each in tree_leaves(inputs)):
         return method(*args, **kwargs)
@@ -297,12 +268,8 @@ def _hidden_in(value: Any, seen: set[int], *, hidden: bool = False) -> Iterator[
     else:
         items = list(getattr(value, "__dict__", {}).values())
         items += [getattr(value, name) for name in fields_of(value) if hasattr(value, name)]  # those in slots, too
-    hidden = hidden or type(value) not in (list, tuple, dict)
     for item in items:
-        yield from _hidden_in(item, seen, hidden=hidden)
-
-
-# -- copies ------------------------------------------------------------------------------------------------------------
+        yield from _hidden_in(item, seen, hidden=hidden or type(value) not in (list, tuple, dict))
 
 
 def _copy_unsharded(unit: Any, memo: dict[int, Any]) -> nn.Module:
@@ -333,7 +300,29 @@ def _is_of_sharding(value: Any) -> bool:
     return value is _hook_outputs or isinstance(getattr(value, "__self__", None), FSDPState)
 
 
-# -- collectives -------------------------------------------------------------------------------------------------------
+# -- forwards and collectives ------------------------------------------------------------------------------------------
+
+
+def reset(model: Any, units: Iterable[Any], *, clear: bool) -> None:
+    """Reset the blocks after a forward or backward that has raised; with `clear` drop held gradients, too."""
+    state = model._get_fsdp_state()
+    if clear and state._is_root and hasattr(state, "_reset_iter_state"):  # newer versions
+        state._reset_iter_state()
+    for each in state._state_ctx.all_states:  # else a block would take the next forward for recomputation
+        each._training_state = TrainingState.IDLE
+        getattr(each, "_modules_to_run_forward", set()).clear()
+    if clear:
+        _drop_held(units)
+        state._state_ctx.post_backward_final_callback_queued = False
+    for group in _groups(units):
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        if clear:
+            group._post_forward_indices.clear()
+            getattr(group.comm_ctx, "post_forward_order", []).clear()  # it is there from the first forward on
+        group._training_state = TrainingState.IDLE
+        group.reshard()
+    state._state_ctx.iter_forward_root = None
 
 
 def observe_collectives(units: Iterable[Any], run_collective: RunCollective) -> None:

@@ -72,31 +72,34 @@ def describe_memory(
     """
     if elements is None or elements.trained == 0 or optimizer is None:
         return
-    zero, stage = config.zero_optimization, _stage(config)
-    room, accumulate = memory_of(world.device), config.redline.zero.accumulate
+    zero, stage, accumulate = config.zero_optimization, _stage(config), config.redline.zero.accumulate
+    room = memory_of(world.device)
     offloaded = zero is not None and zero.offloads and world.device.type == "cuda"
     state, guessed = state_of(optimizer)
     precision = Precision.of(config)
-    stored = precision.stored or precision.compute
-    numbers = Bytes(precision.compute.itemsize, stored.itemsize, precision.reduce.itemsize, state)
+    computed, updated = precision.compute.itemsize, (precision.stored or precision.compute).itemsize
     if precision.stored is None:  # as the model was brought, in whatever format
         every = list(module.parameters())
-        size = round(sum(each.numel() * each.element_size() for each in every) / sum(each.numel() for each in every))
-        numbers = numbers._replace(computed=size, updated=size)
+        size = sum(each.numel() * each.element_size() for each in every) / sum(each.numel() for each in every)
+        computed = updated = round(size)
     needs = estimate(
         elements,
-        numbers,
+        Bytes(computed, updated, precision.reduce.itemsize, state),
         world.size,
         group=0 if zero is None else max(zero.mics_shard_size, 0),
         second_copy=0 if zero is None else zero.zero_hpz_partition_size,
         micro_batches=config.gradient_accumulation_steps,
-        accumulate_unsharded=[
-            each for each in (1, 2, 3) if accumulates_unsharded(each, accumulate, elements.trained, room)
-        ],
+        accumulate_unsharded=[n for n in (1, 2, 3) if accumulates_unsharded(n, accumulate, elements.trained, room)],
         offloaded=offloaded,
     )
-    name = f"{type(optimizer).__name__}'s state"
-    text = _line(stage, needs, f"{name} (assumed to be {state:g} bytes a parameter)" if guessed else name)
+    guess = f" (assumed to be {state:g} bytes a parameter)" if guessed else ""
+    text = f"memory per rank for weights, gradients and {type(optimizer).__name__}'s state{guess}: "
+    if len(set(needs.values())) == 1:
+        text += shown(needs[0].most)
+    else:
+        names = {0: "0", 2: "1 and 2", 3: "3"} if needs[1] == needs[2] else {0: "0", 1: "1", 2: "2", 3: "3"}
+        others = (f"{shown(needs[each].most)} at {name}" for each, name in names.items() if str(stage) not in name)
+        text += f"{shown(needs[stage].most)} at stage {stage}; {', '.join(others)}"
     yield f"{text}; shards are in the CPU's memory, and not counted" if offloaded else text
     if world.size > 1 and not offloaded and (futile := verdict(stage, needs, room)):
         yield futile
@@ -104,18 +107,6 @@ def describe_memory(
 
 def _stage(config: EngineConfig) -> int:
     return 0 if config.zero_optimization is None else config.zero_optimization.stage
-
-
-def _line(stage: int, needs: Mapping[int, Held], state: str) -> str:
-    """The memory of the stages, the config's first."""
-    what = f"memory per rank for weights, gradients and {state}"
-    if len(set(needs.values())) == 1:
-        return f"{what}: {shown(needs[0].most)}"
-    names = {0: "0", 1: "1", 2: "2", 3: "3"}
-    if needs[1] == needs[2]:
-        names = {0: "0", 2: "1 and 2", 3: "3"}
-    others = ", ".join(f"{shown(needs[each].most)} at {name}" for each, name in names.items() if str(stage) not in name)
-    return f"{what}: {shown(needs[stage].most)} at stage {stage}; {others}"
 
 
 def verdict(stage: int, needs: Mapping[int, Held], room: int | None) -> str | None:
@@ -223,8 +214,7 @@ def accumulates_unsharded(stage: int, accumulate: str | None, trained: int, room
         stage: 1 to 3.
         accumulate: the config's redline.zero.accumulate.
         trained: elements of the parameters that are trained.
-        room: bytes of the device in all, and not what is free, so that a run that is resumed decides alike; None
-            where that is not known.
+        room: bytes of the device, or None; not what is free, so that a run that is resumed decides alike.
     """
     if accumulate is not None:
         return accumulate == "local"
@@ -234,7 +224,7 @@ def accumulates_unsharded(stage: int, accumulate: str | None, trained: int, room
 # Numbers of state for each weight. Matched by the class's name or a base's; Adam's is the guess for all others.
 _STATE = {
     "Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "SparseAdam": 2, "Lamb": 2, "Adadelta": 2, "Rprop": 2,
-    "Adagrad": 1, "ASGD": 1, "Lion": 1, "RMSprop": 1, "SGD": 0,
+    "Muon": 2, "Adagrad": 1, "ASGD": 1, "Lion": 1, "RMSprop": 1, "SGD": 0,
 }  # fmt: skip
 
 
@@ -244,17 +234,16 @@ def state_of(optimizer: Optimizer) -> tuple[float, bool]:
     known = next((_STATE[name] for name in names if name in _STATE), None)
     elements, total = 0, 0
     for group in optimizer.param_groups:
+        numbers = 2 if known is None else known
         if "Muon" in names:
-            numbers = 1 if group.get("use_muon", True) else 2
-        elif known is None:
-            numbers = 2
-        else:
+            numbers -= group.get("use_muon", True)
+        elif known is not None:
             momentum = "Adam" not in names and bool(group.get("momentum"))  # SGD's, RMSprop's
-            numbers = known + momentum + bool(group.get("amsgrad")) + bool(group.get("centered"))
+            numbers += momentum + bool(group.get("amsgrad")) + bool(group.get("centered"))
         for parameter in group["params"]:
             elements += parameter.numel()
             total += numbers * parameter.numel() * parameter.element_size()
-    return total / elements if elements else 0.0, known is None and "Muon" not in names
+    return total / elements if elements else 0.0, known is None
 
 
 def shown(count: int) -> str:

@@ -31,19 +31,13 @@ Reduced = tuple[list[Tensor], Tensor | None]
 
 
 class Strategy(ABC):
-    """One model on all ranks, seen from one of them.
+    """One model on all ranks, seen from one of them."""
 
-    Attributes:
-        module: the model.
-        reduction: how the gradients of all ranks become one.
-        params: what trains.
-        reduces_in_backward: whether every backward is a collective already.
-        always_reduces: whether gradients are to be reduced after every backward, and not at the boundary alone.
-    """
-
-    params: TrainedParams
-    reduces_in_backward = False
-    always_reduces = False
+    module: nn.Module  # the model
+    reduction: Reduction  # how the gradients of all ranks become one
+    params: TrainedParams  # what trains
+    reduces_in_backward = False  # whether every backward is a collective already
+    always_reduces = False  # whether gradients are to be reduced after every backward, and not at the boundary alone
 
     def __init__(self, module: nn.Module, reduction: Reduction, group: Any, expected: ExpectedGradients) -> None:
         self.module, self.reduction = module, reduction
@@ -82,10 +76,7 @@ class Strategy(ABC):
         return self._reached
 
     def gradient_of(self, param: Tensor) -> Tensor | None:
-        """A model parameter's gradient so far: of all ranks once it is reduced, else of this rank.
-
-        In the shards and the dtype that the optimizer gets, once it is reduced; with fp16's loss scale.
-        """
+        """A model parameter's gradient so far, with fp16's loss scale; once it is reduced, that of all ranks."""
         return param.grad
 
     @abstractmethod
@@ -150,17 +141,13 @@ class ExpectedGradients:
     A plain ``loss.backward()`` adds to a gradient in place, or creates one; `zero_grad` removes it, or writes zeros.
     Of DTensors, whose own version stays 0, the shards' versions are compared. Plain loops are used since they take a
     third of the time of `any` and `all` for a few tensors.
-
-    Attributes:
-        grads: the recorded gradient of each parameter; empty where none is expected.
-        complete: whether every parameter has one.
     """
 
     def __init__(self, *, sharded: bool = False) -> None:
+        self.grads: list[Any] = []  # the recorded gradient of each parameter; empty where none is expected
+        self.complete = False  # whether every parameter has one
         self._sharded = sharded
         self._params: list[Any] = []
-        self.grads: list[Any] = []
-        self.complete = False
         self._written: list[Any] = []  # the gradients, or their shards
         self._versions: list[int | None] = []
 
