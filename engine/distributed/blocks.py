@@ -43,7 +43,7 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None, smallest:
 
     Args:
         names: classes, or names in the model, with ``*`` and ``?``; an empty list for no blocks.
-        smallest: blocks with fewer elements than this are left to the model itself; not those that are named.
+        smallest: unnamed blocks with fewer elements than this are left to the model itself.
 
     Raises:
         EngineError: a name that nothing in the model has.
@@ -62,10 +62,13 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None, smallest:
                     f"redline.zero.blocks: {name!r} is neither a class nor the name of a module in the model; "
                     f"known are {', '.join(known[:12]) or 'none'}{', ...' if len(known) > 12 else ''}"
                 )
-    inside = {id(each) for block in found.values() for each in block.modules() if each is not block}
-    return {
-        name: block for name, block in found.items() if id(block) not in inside and not _shares_params(module, block)
-    }
+    inside = {each for block in found.values() for each in block.modules() if each is not block}
+
+    def shares_params(block: nn.Module) -> bool:
+        rest, own = set(module.modules()) - set(block.modules()), set(block.parameters())
+        return any(param in own for each in rest for param in each._parameters.values())
+
+    return {name: block for name, block in found.items() if block not in inside and not shares_params(block)}
 
 
 def _named(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -97,12 +100,6 @@ def _repeated(module: nn.Module, name: str = "") -> dict[str, nn.Module]:
     return found
 
 
-def _shares_params(module: nn.Module, block: nn.Module) -> bool:
-    """Whether a parameter of the block is also one of the rest of the model."""
-    within, own = set(block.modules()), set(block.parameters())
-    return any(param in own for each in module.modules() if each not in within for param in each._parameters.values())
-
-
 def unsharded_params(module: nn.Module, *, low: bool) -> set[Tensor]:
     """The parameters that FSDP2 cannot shard, and every rank keeps in full.
 
@@ -122,12 +119,7 @@ def unsharded_params(module: nn.Module, *, low: bool) -> set[Tensor]:
 
 
 class MetaModel:
-    """A model of which some or all tensors are on the meta device.
-
-    Args:
-        model: the full model, before any part of it is filled.
-        device: where to materialize it.
-    """
+    """A full model of which some or all tensors are on the meta device, and the device where to materialize it."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
@@ -156,8 +148,7 @@ class MetaModel:
         A module comes after its children, as when a model is built, so that its code may overwrite their values.
 
         Args:
-            part: names and modules, as `named_modules` orders them; their own tensors are filled, not those of
-                their children.
+            part: names and modules, as `named_modules` orders them, whose own tensors are filled.
 
         Returns:
             The new tensor for each one on the meta device. A tensor that several modules share stays shared.
@@ -257,7 +248,7 @@ def _allocate(tensor: Tensor, device: torch.device) -> Tensor:
     return parameter
 
 
-def _placeholder(dtype: torch.dtype) -> float | int | bool:
+def _placeholder(dtype: torch.dtype) -> float:
     if dtype.is_floating_point or dtype.is_complex:
         return torch.nan
     return True if dtype is torch.bool else torch.iinfo(dtype).max
@@ -273,8 +264,8 @@ def _is_filled(tensor: Tensor, version: int) -> bool:
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers."""
-    own = [*module._parameters.items(), *module._buffers.items()]
-    return {key: tensor for key, tensor in own if tensor is not None}
+    own = {**module._parameters, **module._buffers}
+    return {key: tensor for key, tensor in own.items() if tensor is not None}
 
 
 def _num_arguments(call: Callable[..., Any]) -> int | None:

@@ -35,7 +35,9 @@ def check_agreement(config: EngineConfig, world: World, model: nn.Module, traini
 
     if world.size == 1:
         return
-    mine = {"config": fingerprint(config), "model": _describe_tensors(model), "data": _length(training_data)}
+    tensors = (*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
+    described = {name: _describe(tensor) for name, tensor in tensors}
+    mine = {"config": fingerprint(config), "model": described, "data": {"samples": _length(training_data)}}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:
         return
@@ -55,24 +57,17 @@ def check_agreement(config: EngineConfig, world: World, model: nn.Module, traini
     raise EngineError(f"training_data: got {values}; expected one dataset on all ranks, which the loader divides")
 
 
-def _describe_tensors(model: nn.Module) -> dict[str, str]:
-    """A description of each parameter and buffer, by name."""
-
-    def text(tensor: Tensor, kind: str) -> str:
-        shape = "uninitialized" if is_lazy(tensor) else str(list(tensor.shape))
-        return f"{str(tensor.dtype).removeprefix('torch.')} {shape}{kind}"
-
-    texts = {name: text(tensor, " buffer") for name, tensor in model.named_buffers(remove_duplicate=False)}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        texts[name] = text(param, "" if param.requires_grad else " frozen")
-    return texts
+def _describe(tensor: Tensor) -> str:
+    shape = "uninitialized" if is_lazy(tensor) else str(list(tensor.shape))
+    kind = " buffer" if not isinstance(tensor, nn.Parameter) else "" if tensor.requires_grad else " frozen"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}{kind}"
 
 
-def _length(data: Any) -> dict[str, str]:
+def _length(data: Any) -> str:
     try:
-        return {"samples": "no data" if data is None else f"{len(data)} samples"}
+        return "no data" if data is None else f"{len(data)} samples"
     except TypeError:
-        return {"samples": "an unknown number of samples"}
+        return "an unknown number of samples"
 
 
 def _differences(everyone: list[dict[str, str]]) -> dict[str, str]:

@@ -24,8 +24,6 @@ class DDPStrategy(Strategy):
 
     Args:
         module: the model, on its device, with equal weights on all ranks.
-        reduction: how the gradients of all ranks become one.
-        params: what trains.
         accumulate: the dtype of gradient accumulation, where that is not the model's: gradients are then summed
             outside of the model's ``.grad``. None where ``.grad`` itself accumulates.
         counts_all: whether gradients of parameters that the optimizer does not have count in the norm and are clipped,

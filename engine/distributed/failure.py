@@ -80,7 +80,7 @@ class _Peers:
         where = "start" if engine is None else f"step {engine.global_steps}"
         return EngineError(f"{where}: {self._name_lost(str(error), call, store_answers)}")
 
-    def leave(self) -> Callable[[], None] | None:
+    def leave(self) -> Callable[[], None]:
         """Write to the store why this rank exits; returns what keeps it open for the others, if this rank has to."""
         reason, engine = getattr(sys, "last_value", None), self.engine()
         done = "" if engine is None else f" after {engine.global_steps} steps"
@@ -90,7 +90,7 @@ class _Peers:
         with suppress(*_STORE_ERRORS):
             if reason is not None and self.rank == 0 and not has_agent_store():
                 return partial(self._keep_open, _store())
-        return None
+        return _nothing
 
     def _keep_open(self, store: Any) -> None:
         """Wait until the others have read why; those without a connection to the lost rank notice it one by one."""
@@ -190,11 +190,14 @@ def follow_steps(engine: Any) -> None:
         _peers.engine = weakref.ref(engine)
 
 
-def leave_peers() -> Callable[[], None] | None:
+def leave_peers() -> Callable[[], None]:
     """Leave the group, and tell the others why; returns what to call once it is destroyed, as `_Peers.leave` does."""
     global _peers
     peers, _peers = _peers, None
-    return None if peers is None else peers.leave()
+    return _nothing if peers is None else peers.leave()
+
+
+def _nothing() -> None: ...
 
 
 def _close_in_child() -> None:
@@ -270,10 +273,8 @@ def address_towards(host: str) -> str | None:
 def _answers(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=0.5).close()
-    except TimeoutError:  # a full backlog, or a firewall: not known
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, TimeoutError)  # a full backlog, or a firewall: not known
     return True
 
 

@@ -171,12 +171,8 @@ def _agree_on_accumulation(model: nn.Module, world: World, config: EngineConfig)
 class FSDPStrategy(Strategy):
     """A model that is sharded itself.
 
-    Args:
-        module: the model, sharded in place.
-        reduction: how the gradients of all ranks become one.
-        group: the ranks that share one model.
-        moved: the sharded parameter for each original one.
-        local: whether gradients accumulate unsharded, on each rank, until the last micro-batch.
+    `group` are the ranks that share one model; `moved` has the sharded parameter for each original one; `local` says
+    whether gradients accumulate unsharded, on each rank, until the last micro-batch.
     """
 
     reduces_in_backward = True  # and FSDP2 always reduces

@@ -152,9 +152,6 @@ def estimate(
     the master params next to the full parameters; in the paper the former would, in fp32, be views of the latter.
 
     Args:
-        elements: what `count` returned.
-        numbers: bytes of the parameters, and the optimizer's state.
-        num_ranks: ranks.
         group: ranks that shard one model; 0 for all.
         second_copy: ranks among which stage 3 shards parameters after a forward; 0 or 1 for none.
         micro_batches: of an optimizer step.

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,19 +55,12 @@ _TORCHRUN = "`torchrun --nproc-per-node N script.py`"
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The ranks that train together, seen from one of them.
+    """The ranks that train together, seen from one of them."""
 
-    Attributes:
-        rank: this one, 0 to size - 1.
-        local_rank: this one among those of its host.
-        size: number of ranks.
-        device: where this rank computes.
-    """
-
-    rank: int
-    local_rank: int
-    size: int
-    device: torch.device
+    rank: int  # this one, 0 to size - 1
+    local_rank: int  # this one among those of its host
+    size: int  # number of ranks
+    device: torch.device  # where this rank computes
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all ranks, as a new tensor; a collective where size > 1."""
@@ -91,10 +85,8 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
     """Join the process group of the caller or the launcher; without one, return a world of one rank.
 
     Args:
-        device: where to compute; None takes CUDA's device of the local rank where there is one, else
-            the CPU.
-        timeout: seconds to wait for the other ranks, here and in every collective; a group that the caller made keeps
-            its own.
+        device: where to compute; None takes CUDA's device of the local rank where there is one, else the CPU.
+        timeout: seconds to wait for the other ranks, here and in every collective; not of a group that the caller made.
 
     Raises:
         EngineError: the environment is incomplete; there are fewer GPUs than ranks on the host; the other ranks do not
@@ -110,7 +102,7 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
             chosen = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
         torch.cuda.set_device(chosen)
     if size > 1:
-        leave = leave_peers  # the script's group, which the script ends
+        leave: Callable[[], Any] = leave_peers  # the script's group, which the script ends
         if not own_group:
             _make_group(_BACKENDS["cuda" if chosen.type == "cuda" else "cpu"], rank, size)
             leave = _leave
@@ -150,13 +142,11 @@ def launched_ranks() -> int | None:
 
 
 def _leave() -> None:
-    if not dist.is_initialized():
-        return
-    keep_open = leave_peers()
-    dist.destroy_process_group()
-    gc.collect()
-    if keep_open is not None:  # now that their connections are closed, the others read why
-        keep_open()
+    if dist.is_initialized():
+        keep_open = leave_peers()
+        dist.destroy_process_group()
+        gc.collect()
+        keep_open()  # now that their connections are closed, the others read why
 
 
 # -- which rank this is ------------------------------------------------------------------------------------------------
@@ -233,18 +223,16 @@ def _make_group(backends: str, rank: int, size: int) -> None:
         dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=_timeout)
     except RuntimeError as error:
         master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first, *_ = str(error).splitlines()
-        seconds = _timeout.total_seconds()
         raise EngineError(
             f"process group: rank {rank} of {size} did not meet the others at {master} (redline.distributed_timeout is "
-            f"{seconds:g} s): {first.rstrip('.')}; expected all {size} ranks to be started with one "
-            "MASTER_ADDR that they can reach, and with a MASTER_PORT that is open there and unused; where a host has "
-            "several networks, GLOO_SOCKET_IFNAME names the interface"
+            f"{_timeout.total_seconds():g} s): {str(error).splitlines()[0].rstrip('.')}; expected all {size} ranks to "
+            "be started with one MASTER_ADDR that they can reach, and with a MASTER_PORT that is open there and "
+            "unused; where a host has several networks, GLOO_SOCKET_IFNAME names the interface"
         ) from error
 
 
 def _meet_in_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """A store that nobody has written into before, once all ranks have come.
+    """A store at MASTER_ADDR and MASTER_PORT that nobody has written into before, once all ranks have come.
 
     torchrun's agent keeps one store for all its restarts. The addresses that ranks of an earlier start wrote there
     would be taken for those of living ones (pytorch/pytorch#135712), and the number of restarts is each host's own. So
@@ -253,7 +241,14 @@ def _meet_in_store(rank: int, size: int, timeout: timedelta) -> Any:
     Raises:
         RuntimeError: torch.distributed's; nobody answers in time, or not all have come.
     """
-    store = _connect(rank, size, timeout)
+    meet: Any = dist.rendezvous  # type: ignore[attr-defined]
+    try:
+        # torch waits for ever for another program that accepts the connection.
+        wait = timeout.total_seconds() + _GRACE
+        store = call_within(wait, lambda: next(iter(meet("env://", rank, size, timeout=timeout)))[0])
+    except TimeoutError:
+        silent = "something accepts connections there and does not answer, as another program would"
+        raise dist.DistStoreError(silent) from None
     store.set_timeout(timeout)
     if not has_agent_store():
         return store
@@ -275,17 +270,6 @@ def _meet_in_store(rank: int, size: int, timeout: timedelta) -> Any:
             raise dist.DistStoreError(f"{came + 1} of {size} processes came")
         time.sleep(0.01)
     return dist.PrefixStore(own, store)  # type: ignore[attr-defined]
-
-
-def _connect(rank: int, size: int, timeout: timedelta) -> Any:
-    """torch's store at MASTER_ADDR and MASTER_PORT, which waits for ever for another program that answers nothing."""
-    meet: Any = dist.rendezvous  # type: ignore[attr-defined]
-    try:
-        seconds = timeout.total_seconds() + _GRACE
-        return call_within(seconds, lambda: next(iter(meet("env://", rank, size, timeout=timeout)))[0])
-    except TimeoutError:
-        silent = "something accepts connections there and does not answer, as another program would"
-        raise dist.DistStoreError(silent) from None
 
 
 def _choose_interface(size: int) -> None:

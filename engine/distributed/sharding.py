@@ -56,17 +56,11 @@ def all_reduce(
 ) -> tuple[list[Tensor], Tensor]:
     """Reduce full gradients over the ranks, in buckets; a collective.
 
-    Gradients of this rank that are None count as zeros. The results have the memory layout of their parameters.
-
-    Args:
-        gradients: one for each of `params`.
-        params: whose gradients they are.
-        reduction: how the ranks' gradients become one.
-        status: numbers that are summed with them, shape (n,).
-        sparse_params: those whose gradients are sparse on every rank.
+    Gradients of this rank that are None count as zeros; those of `sparse_params` are sparse on every rank. `status` are
+    numbers that are summed with them, shape (n,).
 
     Returns:
-        The reduced gradients, in the dtype of the collective, and the sums of `status`.
+        The reduced gradients, in the dtype of the collective and the layout of their parameters; the sums of `status`.
     """
     reduced: list[Any] = [None] * len(params)
     dense = [index for index, param in enumerate(params) if not sparse_params or param not in sparse_params]
@@ -132,10 +126,8 @@ def make_mesh(device: torch.device, world_size: int, group: int) -> DeviceMesh:
 class Sharding:
     """Which rank owns which rows.
 
-    Args:
-        mesh: of all ranks; with two axes the second one shards and the first one replicates.
-        device: where master params and optimizer state are: the model's device, or the CPU's memory when offloaded.
-        pinned: whether offloaded memory is page-locked.
+    Of a mesh with two axes the second one shards and the first one replicates. Master params and optimizer state are on
+    `device`: the model's, or the CPU when they are offloaded, to page-locked memory if `pinned`.
     """
 
     def __init__(self, mesh: DeviceMesh, device: torch.device, *, pinned: bool = False) -> None:
@@ -155,9 +147,8 @@ class Sharding:
 
     def rows_of(self, param: Tensor) -> Tensor:
         """This rank's rows of a full tensor, as a view."""
-        chunk = self._num_rows(param)
-        start = min(self._rank * chunk, param.shape[0])
-        return param.detach()[start : min(start + chunk, param.shape[0])]
+        chunk = -(-param.shape[0] // self._size)
+        return param.detach()[self._rank * chunk : (self._rank + 1) * chunk]
 
     def shard_of(self, full: Tensor) -> Tensor:
         """A DTensor with a copy of this rank's rows."""
@@ -176,12 +167,9 @@ class Sharding:
         )
         return sharded
 
-    def _num_rows(self, tensor: Tensor) -> int:
-        """The rows of all ranks but the last ones."""
-        return -(-tensor.shape[0] // self._size)
-
     def _num_elements(self, tensor: Tensor) -> int:
-        return self._num_rows(tensor) * (tensor.numel() // tensor.shape[0])
+        """The elements of a rank's rows, but for the last ranks, which may have fewer."""
+        return -(-tensor.shape[0] // self._size) * (tensor.numel() // tensor.shape[0])
 
     def reduce_scatter(
         self,

@@ -40,7 +40,7 @@ def register(name: str, cls: type[Optimizer]) -> type[Optimizer]:
     Raises:
         ValueError: the name is torch's or DeepSpeed's, or registered for another class.
     """
-    if name in (*_torch_optimizers(), *_DEEPSPEEDS) or _registered.get(name, cls) is not cls:
+    if name in _DEEPSPEEDS or known().get(name, cls) is not cls:
         raise ValueError(f"{name}: the name is taken; register the optimizer under another one")
     _registered[name] = cls
     return cls
@@ -48,16 +48,12 @@ def register(name: str, cls: type[Optimizer]) -> type[Optimizer]:
 
 def known() -> dict[str, type[Optimizer]]:
     """Every name that `resolve` takes, with its class."""
-    return {**_registered, **_torch_optimizers()}
-
-
-def _torch_optimizers() -> dict[str, type[Optimizer]]:
-    every = vars(torch.optim).items()
-    return {
+    torch_own = {
         name: cls
-        for name, cls in every
+        for name, cls in vars(torch.optim).items()
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
     }
+    return {**_registered, **torch_own}
 
 
 def resolve(name: str) -> type[Optimizer]:
@@ -79,16 +75,11 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer over these parameters (tensors, or groups with rates of their own).
 
-    Args:
-        name: the config's ``optimizer.type``.
-        arguments: its ``params``, those that were given.
-        parameters: what torch's optimizers take.
-        names: of the model's parameters, by which Muon finds the hidden layers.
+    `arguments` are the config's ``optimizer.params``, those that were given. Muon finds the hidden layers by `names`.
 
     Raises:
         EngineError: the optimizer refuses its arguments or the parameters.
     """
-    cls: Any
     parameters = list(parameters)
     if name == "Muon":
         parameters = split(parameters, arguments, names or {})

@@ -82,12 +82,10 @@ def move_state(
 ) -> None:
     """Give the state of one parameter to the parameter that takes its place in the optimizer.
 
-    Tensors of the parameter's shape get the new one's dtype, device and memory layout. Of all others, those that had
-    the old parameter's device or floating-point dtype get the new one's. ``step`` follows torch's rule: float32 on the
-    parameter's device where the group is fused or capturable, on the CPU elsewhere.
-
-    The new parameter has the old one's shape, and any dtype, device and layout. `shard` makes a full tensor of that
-    shape one that is sharded as `new`; None where `new` is not.
+    Tensors of the parameter's shape get the new one's dtype, device and memory layout, after `shard` has sharded them
+    where the new one is. Of all others, those that had the old one's device or floating-point dtype get the new one's.
+    ``step`` follows torch's rule: float32 on the parameter's device where the group is fused or capturable, else on the
+    CPU.
     """
     state = optimizer.state.pop(old, None)
     if state is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -30,50 +31,46 @@ class Stack(nn.Module):
         self.head = nn.Linear(4, 7)
 
 
-def test_the_members_of_a_list_are_blocks() -> None:
-    assert list(find_blocks(Stack())) == ["blocks.0", "blocks.1", "blocks.2"]
+def shares() -> nn.Module:
+    model = Stack()
+    model.blocks[1].first.weight = model.blocks[0].first.weight
+    return model
 
 
-def test_what_is_there_once_is_no_block() -> None:
-    assert find_blocks(Stack(blocks=1)) == {}
+def split_by_name() -> nn.Module:
+    model = Stack()
+    model._no_split_modules = ["Embedding"]
+    return model
 
 
-def test_lists_of_lists_are_looked_through() -> None:
-    stages = nn.Sequential(nn.Sequential(Block(), Block()), nn.ReLU(), nn.Sequential(Block(), Block(), nn.ReLU()))
-    assert list(find_blocks(stages)) == ["0.0", "0.1", "2.0", "2.1"]
+SEQUENCE = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+NESTED = (nn.Sequential(Block(), Block()), nn.ReLU(), nn.Sequential(Block(), Block(), nn.ReLU()))
+SHARED = Block()
 
 
-def test_sequences_that_repeat_nothing_themselves_are_repeated() -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)), nn.Linear(4, 2))
-    assert list(find_blocks(model)) == ["0", "1", "2"]
-
-
-def test_a_block_within_a_block_belongs_to_it() -> None:
-    outer = nn.ModuleList([Stack(), Stack()])
-    assert list(find_blocks(outer)) == ["0", "1"]
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        pytest.param(Stack(), ["blocks.0", "blocks.1", "blocks.2"], id="members of a list"),
+        pytest.param(Stack(blocks=1), [], id="what is there once is none"),
+        pytest.param(nn.Sequential(*NESTED), ["0.0", "0.1", "2.0", "2.1"], id="lists of lists are looked through"),
+        pytest.param(
+            nn.Sequential(*(copy.deepcopy(SEQUENCE) for _ in range(3)), nn.Linear(4, 2)),
+            ["0", "1", "2"],
+            id="sequences that repeat nothing themselves",
+        ),
+        pytest.param(nn.ModuleList([Stack(), Stack()]), ["0", "1"], id="one within a block belongs to it"),
+        pytest.param(shares(), ["blocks.2"], id="not those that share a parameter with the rest"),
+        pytest.param(nn.ModuleList([SHARED, Block(), SHARED]), ["0", "1"], id="a module that is there twice is one"),
+        pytest.param(split_by_name(), ["embedding"], id="hugging face's word counts"),
+    ],
+)
+def test_blocks_are_what_a_model_repeats(model: nn.Module, found: list[str]) -> None:
+    assert list(find_blocks(model)) == found
 
 
 def test_small_blocks_are_left_to_the_model() -> None:
-    model = nn.ModuleList([Block(4), Block(4), Block(40)])
-    assert list(find_blocks(model, smallest=1000)) == ["2"]
-
-
-def test_a_block_that_shares_a_parameter_with_the_rest_is_left_to_the_model() -> None:
-    model = Stack()
-    model.blocks[1].first.weight = model.blocks[0].first.weight
-    assert list(find_blocks(model)) == ["blocks.2"]
-
-
-def test_a_module_that_is_there_twice_is_one_block() -> None:
-    shared = Block()
-    model = nn.ModuleList([shared, Block(), shared])
-    assert list(find_blocks(model)) == ["0", "1"]
-
-
-def test_hugging_faces_word_counts() -> None:
-    model = Stack()
-    model._no_split_modules = ["Embedding"]
-    assert list(find_blocks(model)) == ["embedding"]
+    assert list(find_blocks(nn.ModuleList([Block(4), Block(4), Block(40)]), smallest=1000)) == ["2"]
 
 
 @pytest.mark.parametrize(
