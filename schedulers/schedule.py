@@ -184,7 +184,7 @@ class NoOptimizer(Optimizer):
 
 
 def groups_of(*values: Any) -> int:
-    """The number of groups that a schedule's arguments are for: the length of the longest list, at least 1."""
+    """The number of groups that a schedule's arguments are for."""
     return max((len(value) for value in values if isinstance(value, Sequence)), default=1)
 
 
@@ -227,6 +227,7 @@ def _index(step: Any) -> int:
 # -- looking ahead --------------------------------------------------------------------------------------
 
 _LEAST, _MOST = 1_000, 10_000  # steps that are run
+_NEVER = 2**62
 _END = "end the training before that step, or change the schedule's arguments"
 _FALL = (
     'decay_mom_rate makes the momentum grow, as in DeepSpeed; "redline": {"schedules": "corrected"} lets it fall '
@@ -271,12 +272,11 @@ def find_violation(schedule: Any) -> Violation | None:
     if found is not None or not getattr(schedule, "cycle_momentum", False) or not isinstance(schedule, Schedule):
         return found
     # Beyond these steps its momentum can only reach 1 by growing without end.
-    beyond, name = range(steps.stop, 2**62), _momentum(stand_in.param_groups[0])[0]
-    late = []
+    name, late = _momentum(stand_in.param_groups[0])[0], []
     for group in range(len(stand_in.param_groups)):
-        at = bisect_left(beyond, True, key=lambda k: (schedule.momentum_at(k, group) or 0.0) >= 1)
-        if at < len(beyond):
-            late.append(Violation(beyond[at], group, name, schedule.momentum_at(beyond[at], group) or 0.0, _FALL))
+        step = bisect_left(range(_NEVER), True, steps.stop, key=lambda k: (schedule.momentum_at(k, group) or 0.0) >= 1)
+        if step < _NEVER:
+            late.append(Violation(step, group, name, schedule.momentum_at(step, group) or 0.0, _FALL))
     return min(late, default=None)
 
 
