@@ -21,7 +21,7 @@ from redline import initialize
 from redline.distributed.failure import explains_failures, name_ranks
 from tests.distributed import run_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 SCRIPT = '''
 import gc, json, os, random, signal, socket, sys, time
@@ -261,3 +261,12 @@ def test_an_error_that_is_not_torch_distributeds_stays_what_it_is() -> None:
 
 def test_ranks_are_named_in_runs() -> None:
     assert [name_ranks(ranks) for ranks in ([0], [1, 3, 4, 5], [0, 1])] == ["rank 0", "ranks 1, 3-5", "ranks 0-1"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_others_name_the_rank_that_is_lost_wherever_it_was(size: int) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / "blame.py"), "--part", "--ranks", str(size)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from redline import Engine, EngineError, initialize
 from redline.distributed import process_group
+from redline.distributed.ddp import DDPStrategy
 from redline.distributed.process_group import World, join_world
 from tests.distributed import run_ranks
 
@@ -305,6 +306,13 @@ def test_alone_the_mean_is_the_value_itself() -> None:
     value = torch.tensor(3.0)
     assert world.mean(value) is value
     assert world.sum(value).item() == 3.0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_alone_nothing_is_wrapped_and_every_stage_is_stage_0(stage: int) -> None:
+    engine = make_engine(4, zero_optimization={"stage": stage})
+    assert type(engine._strategy) is DDPStrategy
+    assert engine._strategy.prepare_forward(is_last=True, no_sync=False) is engine.module
 
 
 def test_more_processes_than_gpus_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
