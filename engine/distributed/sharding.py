@@ -111,7 +111,7 @@ def _dense_strides(param: Tensor) -> tuple[int, ...]:
 def sparse_zeros(param: Tensor) -> Tensor:
     """The gradient of an embedding that was not used: no rows."""
     rows = torch.empty(1, 0, dtype=torch.long), param.new_empty(0, *param.shape[1:])
-    return torch.sparse_coo_tensor(*rows, param.shape, device=param.device)
+    return torch.sparse_coo_tensor(*rows, param.shape, device=param.device, check_invariants=False)
 
 
 def make_mesh(device: torch.device, world_size: int, group: int) -> DeviceMesh:
