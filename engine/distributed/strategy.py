@@ -158,10 +158,14 @@ class ExpectedGradients:
         if self._sharded:
             written = [local_tensor(grad) for grad in written]
         self._written = written
-        self._versions = versions = [None if grad is None else grad._version for grad in written]
-        num_missing = versions.count(None)
-        self.complete = num_missing == 0 and bool(versions)
-        return num_missing < len(versions)
+        try:
+            self._versions = [grad._version for grad in written]
+            self.complete = bool(written)
+            return self.complete
+        except AttributeError:  # some are None
+            self._versions = [None if grad is None else grad._version for grad in written]
+            self.complete = False
+            return any(version is not None for version in self._versions)
 
     def record_none(self, params: list[Any]) -> None:
         """Expect no gradient on any of these parameters."""
