@@ -1,6 +1,6 @@
 """What is needed of FSDP2 and has no public API.
 
-In one place, since it may change between versions of torch. Source: `torch/distributed/fsdp/_fully_shard`, 2.9 to 2.13.
+In one place, since it may change between versions of torch. Source: `torch/distributed/fsdp/_fully_shard`, 2.9 to 2.15.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -50,7 +51,11 @@ def policy_of(unit: Any) -> Any:
     return unit._get_fsdp_state()._mp_policy
 
 
-# -- gradients that FSDP2 holds outside of .grad ----------------------------------------------------------------------
+# -- gradients that wait for their reduction --------------------------------------------------------------------------
+
+# Up to torch 2.14 FSDP2 moves them to `unsharded_accumulated_grad`, in the dtype of the reduction. From 2.15 on they stay
+# on the unsharded parameter, and this is a property that returns them.
+_MOVES_HELD = not isinstance(getattr(FSDPParam, "unsharded_accumulated_grad", None), property)
 
 
 def reduce_held(model: Any) -> None:
@@ -61,7 +66,7 @@ def reduce_held(model: Any) -> None:
 
 def fill_held(units: Iterable[Any]) -> None:
     """Give every parameter of a block a gradient to add to, where others of the block have one in another dtype."""
-    for group in _groups(units):
+    for group in _groups(units) if _MOVES_HELD else ():
         held = [each.unsharded_accumulated_grad for each in group.fsdp_params]
         like = next((grad for grad in held if grad is not None), None)
         for each, grad in zip(group.fsdp_params, held):
@@ -83,7 +88,8 @@ def held_versions(units: Iterable[Any]) -> list[tuple[int, int]]:
 
 def _drop_held(units: Iterable[Any]) -> None:
     for each in _params(units):
-        each.unsharded_accumulated_grad = None
+        if _MOVES_HELD:
+            each.unsharded_accumulated_grad = None
         if hasattr(each, "_unsharded_param"):
             each._unsharded_param.grad = None
 
