@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationInfo, WithJsonSchema, field_validator
 
+from redline.config.messages import nearest, shown
 from redline.config.section import (
     FROM_DATA,
     NOT_HERE,
@@ -30,11 +31,9 @@ from redline.config.section import (
     Section,
     Whole,
     key,
-    nearest,
     required,
-    shown,
     unread,
-)  # fmt: skip
+)
 
 __all__ = [
     "AUTO_PARAMS", "COMPONENTS", "Component", "OneCycleParams", "OptimizerConfig", "SchedulerConfig", "WarmupLRParams",

@@ -9,8 +9,9 @@ from functools import cache
 from typing import NamedTuple
 
 from redline.config.components import COMPONENTS
+from redline.config.messages import Schema, describe, nearest, options, shown
 from redline.config.schema import on_auto, schema_of, section_of, whole_schema
-from redline.config.section import HONOURED, REFUSED, Schema, describe, nearest, options, shown
+from redline.config.section import HONOURED, REFUSED
 from redline.config.zero import LETTERS, STAGES
 from redline.console import Paint, paint_nothing, rows_as_text
 from redline.errors import EngineError

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig
 from redline.config.document import Document, copy_document, format_route, read
-from redline.config.effective import Value, effective
 from redline.config.load import Reading, Source, in_order
+from redline.config.messages import shown
 from redline.config.root import BATCH_KEYS, EngineConfig
 from redline.config.schema import is_switched_off, whole_schema
-from redline.config.section import HONOURED, NO_EFFECT, REFUSED, shown
+from redline.config.section import HONOURED, NO_EFFECT, REFUSED
+from redline.config.values import Value, effective
 from redline.console import Paint, paint_nothing, rows_as_text
 from redline.errors import ConfigError, Problem
 

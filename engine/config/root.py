@@ -16,18 +16,8 @@ from pydantic import AfterValidator, Field, PrivateAttr, WithJsonSchema
 from redline.config import sections
 from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig, WarmupLRParams
 from redline.config.document import Document, Route, copy_document
-from redline.config.section import (
-    TO_DEFAULT,
-    Conflict,
-    Count,
-    NonNegative,
-    Positive,
-    Section,
-    either,
-    key,
-    section,
-    shown,
-)
+from redline.config.messages import either, shown
+from redline.config.section import TO_DEFAULT, Conflict, Count, NonNegative, Positive, Section, key, section
 from redline.config.zero import ZeroConfig
 
 __all__ = [

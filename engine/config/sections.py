@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from redline.config.messages import shown
 from redline.config.section import (
     AutoSection,
     Conflict,
@@ -23,9 +24,8 @@ from redline.config.section import (
     Whole,
     key,
     refused,
-    shown,
     unread,
-)  # fmt: skip
+)
 
 __all__ = [
     "SHORT", "BF16Config", "CheckpointConfig", "CometConfig", "CommsLoggerConfig", "CompileConfig", "CsvMonitorConfig",

@@ -31,10 +31,10 @@ def check_agreement(config: EngineConfig, world: World, model: nn.Module, traini
         ConfigError: the configs differ; raised on every rank, with the keys, the values and the ranks.
         EngineError: the models or the datasets differ; likewise.
     """
-    from redline.config import fingerprint  # see engine/__init__.py
-
     if world.size == 1:
         return
+    from redline.config import fingerprint  # see engine/__init__.py
+
     mine = {"config": fingerprint(config), "model": _describe_tensors(model), "data": _length(training_data)}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(world.gather(digest))) == 1:

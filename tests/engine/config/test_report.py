@@ -244,7 +244,7 @@ def test_a_policy_whose_patterns_take_for_ever_is_a_clear_error(monkeypatch: pyt
         ({"type": "objekt"}, "policy: 1 problem\n  type: no JSON Schema: 'objekt' is not valid under any of the given"),
         ({"$ref": "https://example.invalid/policy.json"}, "policy: 1 problem\n  cannot be applied: "),
         ({"propertyNames": {"pattern": "("}}, "policy: 1 problem\n  "),
-        ({"minimum": float("nan")}, "config: 1 problem\n  minimum: got nan; expected a finite number"),
+        ({"minimum": float("nan")}, "config: 1 problem\n  minimum: got NaN; expected a finite number"),
         ("no-such-policy.json", "no-such-policy.json: 1 problem\n  no such file"),
     ],
 )

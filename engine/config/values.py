@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from redline.config.document import Route, format_route
+from redline.config.messages import shown
 from redline.config.root import BATCH_KEYS, EngineConfig
 from redline.config.schema import whole_schema
-from redline.config.section import HONOURED, Section, shown
+from redline.config.section import HONOURED, Section
 
 __all__ = ["Value", "effective", "fingerprint", "origins"]
 
