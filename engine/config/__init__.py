@@ -22,13 +22,13 @@ from redline.config.root import EngineConfig
 
 if TYPE_CHECKING:
     from redline.config.editors import build_schema
-    from redline.config.report import Difference, KeyStatus, Report, differences, validate
-    from redline.config.values import Value, effective, fingerprint, origins
+    from redline.config.report import KeyStatus, Report, validate
+    from redline.config.values import Difference, Value, differences, effective, fingerprint, origins
 
 # What training does not need is imported when it is first asked for.
 _LATER = {
-    **dict.fromkeys(("Value", "effective", "fingerprint", "origins"), "values"),
-    **dict.fromkeys(("Difference", "KeyStatus", "Report", "differences", "validate"), "report"),
+    **dict.fromkeys(("Difference", "Value", "differences", "effective", "fingerprint", "origins"), "values"),
+    **dict.fromkeys(("KeyStatus", "Report", "validate"), "report"),
     "build_schema": "editors",
 }
 

@@ -1,4 +1,4 @@
-"""What a config comes to, for `redline validate` and `redline diff`.
+"""What a config comes to, for `redline validate`.
 
 Exit codes: 0 runs as written, 1 is not valid, 3 is valid DeepSpeed and asks for what is not built here.
 """
@@ -6,16 +6,15 @@ Exit codes: 0 runs as written, 1 is not valid, 3 is valid DeepSpeed and asks for
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig
 from redline.config.document import Document, copy_document, format_route, read
@@ -24,11 +23,11 @@ from redline.config.messages import shown
 from redline.config.root import BATCH_KEYS, EngineConfig
 from redline.config.schema import is_switched_off, whole_schema
 from redline.config.section import HONOURED, NO_EFFECT, REFUSED
-from redline.config.values import Value, effective
+from redline.config.values import effective
 from redline.console import Paint, paint_nothing, rows_as_text
 from redline.errors import ConfigError, Problem
 
-__all__ = ["Difference", "KeyStatus", "Report", "differences", "validate"]
+__all__ = ["KeyStatus", "Report", "validate"]
 
 POLICY_TIMEOUT = 10.0  # seconds
 
@@ -267,34 +266,3 @@ def _group(optimizer: OptimizerConfig | None) -> dict[str, Any]:
     if not isinstance(values.get("lr"), (float, int)):  # Muon's is null, and a required one has no default
         values["lr"] = 1e-3
     return {name: values[name] for name in ("lr", "betas", "momentum") if name in values}
-
-
-# -- two configs ------------------------------------------------------------------------------------------
-
-
-class Difference(NamedTuple):
-    """A path whose value differs in two configs; None where a config does not have it."""
-
-    path: str
-    first: Value | None
-    second: Value | None
-
-
-def differences(first: EngineConfig, second: EngineConfig) -> list[Difference]:
-    """Where two configs in force are not the same; where a value comes from does not count.
-
-    What only follows from another difference is left out: a value that is derived in both, and the defaults of a type
-    that one of them has.
-    """
-    one, other = effective(first), effective(second)
-    pairs = {path: (one.get(path), other.get(path)) for path in [*one, *other]}
-    return [
-        Difference(path, *pair)
-        for path, pair in pairs.items()
-        if len({value and json.dumps(value.value, sort_keys=True) for value in pair}) > 1 and not _follows(pair)
-    ]
-
-
-def _follows(pair: Sequence[Value | None]) -> bool:
-    origins = {value.origin for value in pair if value is not None}
-    return origins == {"derived"} or (None in pair and origins == {"default"})

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from redline.config.document import Route, format_route
+from redline.config.document import format_route
+from redline.config.explain import catalog
 from redline.config.messages import shown
 from redline.config.root import BATCH_KEYS, EngineConfig
-from redline.config.schema import whole_schema
-from redline.config.section import HONOURED, Section
+from redline.config.section import HONOURED
 
-__all__ = ["Value", "effective", "fingerprint", "origins"]
+__all__ = ["Difference", "Value", "differences", "effective", "fingerprint", "origins"]
 
 
 class Value(NamedTuple):
@@ -27,16 +27,33 @@ class Value(NamedTuple):
 
 def effective(config: EngineConfig) -> dict[str, Value]:
     """Every value of a config by its path: those in force, and those that were given and have no effect."""
-    written, properties = config.as_written().settings, whole_schema()["properties"]
-    values = {format_route(route): value for route, value in _in_force(config, config, (), HONOURED)}
+    statuses = {entry.key: entry.status for entry in catalog().values()}
+    given = {route for route, _ in _leaves(config.model_dump(exclude_unset=True))}
+    written, values = config.as_written().settings, {}
+    for route, value in _leaves(config.model_dump(mode="json")):
+        # A key has its section's status where it has none of its own.
+        known = next(route[:depth] for depth in range(len(route), 0, -1) if ".".join(route[:depth]) in statuses)
+        origin = "auto" if config.is_auto(route) else "given" if route in given else "default"
+        if statuses[".".join(known)] == HONOURED:
+            values[format_route(route)] = Value(value, origin)
+        elif origin != "default":  # nobody reads the default of a key without effect
+            values[format_route(route)] = Value(value, "unread")
     for name, value in written.items():
-        if properties.get(name, {}).get("status", HONOURED) != HONOURED:
-            values.update((format_route(route), Value(leaf, "unread")) for route, leaf in _leaves(value, (name,)))
+        if statuses.get(name, HONOURED) != HONOURED:
+            values |= {format_route(route): Value(leaf, "unread") for route, leaf in _leaves(value, (name,))}
     # A batch size that nothing tells yet has no value; one that was inferred is in the fields that are set.
     for name in BATCH_KEYS:
         origin = "auto" if config.is_auto((name,)) else "derived" if written.get(name) is None else "given"
         values[name] = Value(getattr(config, name) or None, origin)
     return values
+
+
+def _leaves(value: Any, route: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:  # an empty one is a value, such as zeropp_loco_param's
+        for key, item in value.items():
+            yield from _leaves(item, (*route, key))
+    else:
+        yield route, value
 
 
 def origins(config: EngineConfig) -> dict[str, str]:
@@ -50,28 +67,26 @@ def fingerprint(config: EngineConfig) -> dict[str, str]:
     return {path: json.dumps(value.value, sort_keys=True) for path, value in found if value.origin != "unread"}
 
 
-def _in_force(config: EngineConfig, section: Section, route: Route, status: str) -> Iterator[tuple[Route, Value]]:
-    """The values of a section; a key has its section's status where it has none of its own."""
-    fields = type(section).model_fields
-    for name, value in section:
-        place, extra = (*route, name), fields[name].json_schema_extra if name in fields else None
-        own = str(extra.get("status", status)) if isinstance(extra, dict) else status
-        if isinstance(value, Section) and list(value):
-            yield from _in_force(config, value, place, own)
-            continue
-        auto, given = config.is_auto(place), name in section.model_fields_set
-        origin = "auto" if auto else "given" if given else "default"
-        value = list(value) if isinstance(value, tuple) else {} if isinstance(value, Section) else value  # as JSON
-        for leaf, plain in _leaves(value, place):
-            if own == HONOURED:
-                yield leaf, Value(plain, origin)
-            elif origin != "default":  # within a section that has an effect; nobody reads its default
-                yield leaf, Value(plain, "unread")
+class Difference(NamedTuple):
+    """A path whose value differs in two configs; None where a config does not have it."""
+
+    path: str
+    first: Value | None
+    second: Value | None
 
 
-def _leaves(value: Any, route: Route) -> Iterator[tuple[Route, Any]]:
-    if isinstance(value, dict) and value:  # an empty one is a value, such as zeropp_loco_param's
-        for key, item in value.items():
-            yield from _leaves(item, (*route, key))
-    else:
-        yield route, value
+def differences(first: EngineConfig, second: EngineConfig) -> list[Difference]:
+    """Where two configs in force are not the same; where a value comes from does not count.
+
+    What only follows from another difference is left out: a value that is derived in both, and the defaults of a type
+    that one of them has.
+    """
+    one, other = effective(first), effective(second)
+    found = [Difference(path, one.get(path), other.get(path)) for path in {**one, **other}]
+    return [each for each in found if not _is_same(each.first, each.second)]
+
+
+def _is_same(first: Value | None, second: Value | None) -> bool:
+    if first is None or second is None:
+        return (first or second or Value(None, "default")).origin == "default"
+    return first.origin == second.origin == "derived" or json.dumps(first.value) == json.dumps(second.value)
