@@ -121,7 +121,8 @@ def _choose_hosts(options: argparse.Namespace) -> _Hosts:
         raise EngineError("run: got --include and --exclude; give one of them")
     hosts = _read_hosts(Path(options.hostfile)) if options.hostfile else {"localhost": list(range(_count_gpus() or 1))}
     included, excluded = _parse_slots(options.include, hosts), _parse_slots(options.exclude, hosts)
-    chosen = {name: included[name] or hosts[name] for name in hosts if name in included} if included else hosts
+    chosen = {name: included[name] or hosts[name] for name in hosts if name in included}
+    chosen = chosen if options.include else hosts
     for name, slots in excluded.items():
         chosen = {**chosen, name: [slot for slot in chosen[name] if slots and slot not in slots]}
     chosen = dict([(name, slots) for name, slots in chosen.items() if slots][: options.nnodes])

@@ -226,7 +226,7 @@ class Reading:
         return self._section(section, value, route, refusing)
 
     def _check(self, value: Any, schema: Schema, route: Route) -> None:
-        for error in self._validator.descend(value, schema):
+        for error in self._validator.evolve(schema=schema).iter_errors(value):
             for place, message in faults(error):
                 self._note_mistake((*route, *place), message)
 
