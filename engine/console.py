@@ -31,8 +31,8 @@ NOTEBOOK_WIDTH = 110  # columns
 def _notebook_display() -> Callable[..., Any] | None:
     """IPython's `display` in a notebook; None elsewhere."""
     ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return ipython.display.display if ipython is not None and hasattr(shell, "kernel") else None
+    in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    return ipython.display.display if ipython is not None and in_notebook else None
 
 
 def shows_bars() -> bool:
@@ -69,6 +69,7 @@ class ProgressBar:
         self._logged = 0  # of `done`, in log lines
         self._log_lines = log_lines and show is not False
         self._bar: Any = None
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._cell: Any = None  # the bar's place in a notebook
         if show or (show is None and shows_bars()):
             self._log_lines = False
@@ -162,48 +163,44 @@ class ProgressBar:
         from rich.console import Console
         from rich.progress import Progress
 
-        if display is not None:  # rich's own display there needs ipywidgets, and is lost when the notebook is saved
+        # Without rich's refresh thread, which a data loader would fork. In a notebook rich's own display needs
+        # ipywidgets, and is lost when the notebook is saved. What is printed to a file stays there.
+        options: dict[str, Any] = {"console": Console(stderr=True), "redirect_stdout": sys.stdout.isatty()}
+        if display is not None:
             console = Console(file=io.StringIO(), width=NOTEBOOK_WIDTH, no_color=True, force_jupyter=False)
-            self._bar, self._handlers = Progress(*_columns(unit), console=console, auto_refresh=False), []
-            self._task = self._bar.add_task("", total=self.total, values="")
+            options = {"console": console}
+        self._bar = Progress(*_columns(unit), auto_refresh=False, **options)
+        self._task = self._bar.add_task("", total=self.total, values="")
+        if display is not None:
             self._cell = display({"text/plain": ""}, raw=True, display_id=True)
             return
         self._handlers = [(handler, handler.stream) for handler in _console_handlers()]
-        stdout, stderr = sys.stdout, sys.stderr
-        # Without rich's refresh thread, which a data loader would fork. What is printed to a file stays there.
-        self._bar = Progress(
-            *_columns(unit), console=Console(stderr=True), auto_refresh=False, redirect_stdout=stdout.isatty()
-        )
-        self._task = self._bar.add_task("", total=self.total, values="")
+        stderr = sys.stderr
         self._bar.start()
         # rich has put streams in the place of these, whose lines appear above the bar; handlers hold the old ones.
         for handler, stream in self._handlers:
             handler.setStream(sys.stderr if stream is stderr else sys.stdout)
 
 
-def _columns(unit: str) -> Iterator[ProgressColumn]:
+def _columns(unit: str) -> list[ProgressColumn]:
     """Description, bar, count, time and values."""
     from rich import progress
 
-    yield progress.TextColumn("{task.description}", markup=False)
-    yield progress.BarColumn(bar_width=24)
+    counts: list[ProgressColumn] = [progress.MofNCompleteColumn(), progress.TextColumn(unit)]
     if unit == "B":
-        yield progress.DownloadColumn(binary_units=True)
-        yield progress.TransferSpeedColumn()
-    else:
-        yield progress.MofNCompleteColumn()
-        yield progress.TextColumn(unit)
-    yield progress.TimeElapsedColumn()
-    yield progress.TimeRemainingColumn()
-    yield progress.TextColumn("{task.fields[values]}", markup=False)
+        counts = [progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn()]
+    return [
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(bar_width=24), *counts,
+        progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[values]}", markup=False),
+    ]  # fmt: skip
 
 
-def _console_handlers() -> Iterator[logging.StreamHandler[Any]]:
+def _console_handlers() -> list[logging.StreamHandler[Any]]:
     """Handlers that print to the terminal, the application's or ours."""
-    for name in (None, "redline", "redline.schedulers"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
-                yield handler
+    handlers = [each for name in (None, "redline", "redline.schedulers") for each in logging.getLogger(name).handlers]
+    streams = (sys.stdout, sys.stderr)
+    return [each for each in handlers if isinstance(each, logging.StreamHandler) and each.stream in streams]
 
 
 # -- tables ----------------------------------------------------------------------------------------------
@@ -254,21 +251,12 @@ def rows_as_text(
     from rich.text import Text
 
     has_rule = width is not None and (sys.stdout.encoding or "").lower().startswith("utf")
-    table = Table(
-        box=box.SIMPLE_HEAD if has_rule else None,
-        show_header=width is not None or numbers,
-        header_style="",
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1 if has_rule else 2, 0, 0),  # the box adds a space
-    )
+    padding = (0, 1 if has_rule else 2, 0, 0)  # the box adds a space
+    table = Table(box=box.SIMPLE_HEAD if has_rule else None, show_header=width is not None or numbers,
+                  header_style="", show_edge=False, pad_edge=False, padding=padding)  # fmt: skip
     for index, head in enumerate(heads):
-        table.add_column(
-            Text.from_ansi(paint(head, "head")),
-            justify="right" if numbers and index else "left",
-            no_wrap=width is None,
-            overflow="fold",
-        )
+        table.add_column(Text.from_ansi(paint(head, "head")), justify="right" if numbers and index else "left",
+                         no_wrap=width is None, overflow="fold")  # fmt: skip
     for row in rows:
         table.add_row(*(Text.from_ansi(paint(cell, cell)) for cell in row))
     text = io.StringIO()

@@ -105,35 +105,30 @@ def _run(name: str, python: str, options: argparse.Namespace, words: list[str]) 
 
 
 def _compare(ours: _Losses, theirs: _Losses | None, options: argparse.Namespace) -> int:
+    """Print rank 0's losses of each step, and the verdict over all ranks; returns the exit code."""
     several = len({engine for _, engine, _ in ours}) > 1
     rows = []
     for (rank, engine, step), values in sorted(ours.items()):
-        if rank:
-            continue
         row = [f"{step} of engine {engine}" if several else str(step), _mean(values)]
         if theirs is not None:
             other = theirs.get((rank, engine, step), [])
             row += [_mean(other), f"{max(map(_distance, values, other), default=math.nan):.2g}"]
-        rows.append(row)
+        rows += [row] if rank == 0 else []
     heads = ["step", "redline", "deepspeed", "difference"][: len(rows[0])]
-    print("\n".join(rows_as_text(rows, heads, *terminal(), numbers=True)))
+    print("\n".join(rows_as_text(rows, heads, *terminal(), numbers=True)) + "\n")
     if theirs is None:
-        print(f"\nDeepSpeed is not installed for {options.deepspeed_python}: nothing is compared; "
-              "give --deepspeed-python")  # fmt: skip
+        python = options.deepspeed_python
+        print(f"DeepSpeed is not installed for {python}: nothing is compared; give --deepspeed-python")
         return 3
-    return _verdict(ours, theirs, options.tolerance)
-
-
-def _verdict(ours: _Losses, theirs: _Losses, tolerance: float) -> int:
     counts = [sum(map(len, losses.values())) for losses in (ours, theirs)]
     if {key: len(values) for key, values in ours.items()} != {key: len(values) for key, values in theirs.items()}:
-        print(f"\ndifferent: {counts[0]} micro-batches here, {counts[1]} in DeepSpeed")
+        print(f"different: {counts[0]} micro-batches here, {counts[1]} in DeepSpeed")
         return 1
-    worst, place = max((_distance(*pair), key) for key in ours for pair in zip(ours[key], theirs[key]))
-    rank, _, step = place
-    equal = all(_distance(a, b) <= tolerance * max(1.0, abs(b))
-                for key in ours for a, b in zip(ours[key], theirs[key]))  # fmt: skip
-    print(f"\n{'equal' if equal else 'different'}: {counts[0]} losses; the largest difference is {worst:.2g}, in step "
+    pairs = [(key, a, b) for key in ours for a, b in zip(ours[key], theirs[key])]
+    worst, (rank, _, step) = max((_distance(a, b), key) for key, a, b in pairs)
+    tolerance = options.tolerance
+    equal = all(_distance(a, b) <= tolerance * max(1.0, abs(b)) for _, a, b in pairs)
+    print(f"{'equal' if equal else 'different'}: {counts[0]} losses; the largest difference is {worst:.2g}, in step "
           f"{step} on rank {rank}; tolerance {tolerance:g}, times the loss above 1")  # fmt: skip
     first = min(ours)
     if not equal and _distance(ours[first][0], theirs[first][0]) > tolerance:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redline.cli.arguments import Argument, arg, command, kind, numbers, positive
+from redline.cli.arguments import Argument, aliased, arg, command, kind, numbers, positive
 from redline.errors import RangeTestError
 
 if TYPE_CHECKING:
@@ -47,24 +47,21 @@ def plot(options: argparse.Namespace) -> int:
 
 
 def _sweep_of(text: str) -> tuple[str, list[float]]:
-    name, equals, values = text.partition("=")
-    if not equals or name not in ("weight_decay", "momentum"):
+    name, _, values = text.partition("=")
+    if name not in ("weight_decay", "momentum"):
         raise ValueError
     return name, [float(value) for value in values.split(",")]
 
 
-def _batch_sizes_of(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-_batch_sizes = kind(_batch_sizes_of, "integers >= 1 with commas, such as 32,128", lambda sizes: min(sizes) >= 1)
+_batch_sizes = kind(
+    lambda text: [int(part) for part in text.split(",")], "integers >= 1 with commas, such as 32,128",
+    lambda sizes: min(sizes) >= 1,
+)  # fmt: skip
 _baseline = kind(lambda text: text != "none" and float(text), "a learning rate or none")
 _seed = kind(int, "an integer of at most 63 bits", lambda seed: -(2**63) <= seed < 2**63)  # as torch's generators
 _smoothing = kind(float, "a number from 0 to below 1", lambda beta: 0 <= beta < 1)
 _sweep = kind(_sweep_of, "weight_decay=... or momentum=..., such as weight_decay=0,1e-4,1e-2")
 _names = kind(lambda text: text.split(","), "names with commas, such as linear,cosine")
-_GROWTHS = ["linear", "exponential"]
-_SCHEDULES = "schedules to try: linear, onecycle, cosine, wsd (default: linear,onecycle)"
 
 
 def _task_arguments(out: str) -> tuple[Argument, ...]:
@@ -85,33 +82,19 @@ def _task_arguments(out: str) -> tuple[Argument, ...]:
 
 @command(
     *_task_arguments("range_test"),
-    arg(
-        "--step-rates",
-        dest="rates",
-        type=numbers,
-        metavar="R,R,...",
-        help="growth rates, one run each (default: 5,50,500)",
-    ),
-    arg("--rates", type=numbers, help=argparse.SUPPRESS),  # the former name
+    *aliased("--step-rates", "--rates", dest="rates", type=numbers, metavar="R,R,...",  # the latter is the former name
+             help="growth rates, one run each (default: 5,50,500)"),
     arg("--min-lr", type=float, metavar="LR", help="first learning rate (default: the config's, or 1e-4)"),
-    arg(
-        "--max-lr",
-        type=float,
-        metavar="LR",
-        help="one run from MIN_LR (1e-7) to this, exponentially, in place of rates",
-    ),
+    arg("--max-lr", type=float, metavar="LR",
+        help="one run from MIN_LR (1e-7) to this, exponentially, in place of rates"),
     arg("--step-size", type=positive, metavar="N", help="steps to grow by a rate (default: config's, or STEPS / 20)"),
-    arg("--growth", choices=_GROWTHS, metavar="GROWTH", help="linear or exponential (default: config's, or linear)"),
+    arg("--growth", choices=["linear", "exponential"], metavar="GROWTH",
+        help="linear or exponential (default: config's, or linear)"),
     arg("--steps", type=positive, default=200, metavar="N", help="optimizer steps of a run (default: %(default)s)"),
-    arg(
-        "--baseline",
-        type=_baseline,
-        default=True,
-        metavar="LR|none",
-        help="fixed rate to compare (default: the optimizer's)",
-    ),
+    arg("--baseline", type=_baseline, default=True, metavar="LR|none",
+        help="fixed rate to compare (default: the optimizer's)"),
     arg("--train-steps", type=positive, metavar="N", help="steps of the training you plan (default: 10 x STEPS)"),
-)
+)  # fmt: skip
 def range_test(options: argparse.Namespace) -> int:
     """Find the learning rate of a model with a range test.
 
@@ -145,19 +128,8 @@ def range_test(options: argparse.Namespace) -> int:
     task = load_task(options.task)
     engine = initialize(task.model, Path(options.config))
     Path(options.out).mkdir(parents=True, exist_ok=True)  # fails before the test where it cannot be made
-    same_names = (
-        "rates",
-        "min_lr",
-        "max_lr",
-        "step_size",
-        "growth",
-        "steps",
-        "baseline",
-        "seeds",
-        "batch_sizes",
-        "train_steps",
-    )
-    settings = {name: getattr(options, name) for name in same_names}
+    names = ("rates", "min_lr", "max_lr", "step_size", "growth", "steps", "baseline", "seeds", "batch_sizes")
+    settings = {name: getattr(options, name) for name in (*names, "train_steps")}
     settings |= {"sweep": dict(options.sweep), "progress": False if options.quiet else None}
     result = run_range_test(engine, task.data, task.loss, validation=task.validation, mode=task.mode, **settings)
     if engine.global_rank == 0:
@@ -168,18 +140,14 @@ def range_test(options: argparse.Namespace) -> int:
 @command(
     *_task_arguments("tune"),
     arg("--steps", type=positive, required=True, metavar="N", help="optimizer steps of the training you plan"),
-    arg(
-        "--budget",
-        type=float,
-        default=0.1,
-        metavar="B",
-        help="steps that it may take, in multiples of N (default: 0.1)",
-    ),
+    arg("--budget", type=float, default=0.1, metavar="B",
+        help="steps that it may take, in multiples of N (default: 0.1)"),
     arg("--max-updates", type=positive, metavar="N", help="the same in steps (default: 1000 for a budget below 0.5)"),
-    arg("--schedules", type=_names, default=["linear", "onecycle"], metavar="S,S,...", help=_SCHEDULES),
+    arg("--schedules", type=_names, default=["linear", "onecycle"], metavar="S,S,...",
+        help="schedules to try: linear, onecycle, cosine, wsd (default: linear,onecycle)"),
     arg("--target-batch", dest="target_batch_size", type=positive, metavar="B", help="the batch size to tune for"),
     arg("--target-processes", type=positive, metavar="P", help="the number of ranks to tune for"),
-)
+)  # fmt: skip
 def tune(options: argparse.Namespace) -> int:
     """Find the learning rate and the schedule, and test them by training.
 
@@ -208,9 +176,9 @@ def tune(options: argparse.Namespace) -> int:
     from redline.tuning.api import Engines, Interrupted, Stop, run_tuning
     from redline.tuning.budget import Request
 
-    same_names = ["steps", "budget", "max_updates", "seeds", "batch_sizes", "schedules"]
-    same_names += ["target_batch_size", "target_processes"]
-    request = Request(**{name: getattr(options, name) for name in same_names}, sweep=dict(options.sweep))
+    names = ("steps", "budget", "max_updates", "seeds", "batch_sizes", "schedules", "target_batch_size")
+    settings = {name: getattr(options, name) for name in (*names, "target_processes")}
+    request = Request(**settings, sweep=dict(options.sweep))
     config = Path(options.config)
     check_out(options.out, force=options.force)
     load_config(config)  # report its mistakes before the task is built
@@ -220,11 +188,9 @@ def tune(options: argparse.Namespace) -> int:
         task = load_task(options.task)
         return initialize(task.model, config), task
 
-    # Until the report is written: torchrun sends each signal twice.
-    with Stop() as stop:
+    engines, progress = Engines(build, per_seed=True), False if options.quiet else None
+    with Stop() as stop:  # until the report is written: torchrun sends each signal twice
         try:
-            progress = False if options.quiet else None
-            engines = Engines(build, per_seed=True)
             tuning, code = run_tuning(engines, request, stop, out=options.out, force=True, progress=progress), 0
         except Interrupted as interrupted:
             tuning, code = interrupted.tuning, 128 + interrupted.signal
@@ -275,7 +241,7 @@ def report(options: argparse.Namespace) -> int:
     from redline.reports.run import is_run, show_run
     from redline.tuning.result import is_tuning, load_tuning
 
-    source = Path(options.source)
+    source, train_steps = Path(options.source), options.train_steps
     if is_run(source):
         print(show_run(source, Path(options.out or source), beta=options.smoothing))
         return 0
@@ -283,16 +249,13 @@ def report(options: argparse.Namespace) -> int:
         check_out(options.out, force=options.force)
     if is_tuning(source):
         tuning = load_tuning(source)
-        if options.train_steps:
-            tuning = tuning.planned_for(options.train_steps)
+        tuning = tuning.planned_for(train_steps) if train_steps else tuning
         tuning = replace(tuning, test=tuning.test.smoothed_by(options.smoothing))
         _print_tuning(tuning, options.out or source, options.smoothing)
         return int(tuning.refusal is not None)
     columns = {"lr_column": options.lr_column, "loss_column": options.loss_column}
     result = load_result(source, **columns, train_batch_size=options.batch_size)
-    if options.train_steps:
-        result = result.planned_for(options.train_steps)
-    result = result.smoothed_by(options.smoothing)
+    result = (result.planned_for(train_steps) if train_steps else result).smoothed_by(options.smoothing)
     # The report on a table gets a folder of its own; a test's own folder is rewritten.
     out = options.out or (source if source.is_dir() else f"{source.stem}_report")
     print(show_report(result, out, beta=options.smoothing))

@@ -55,24 +55,24 @@ def run(options: argparse.Namespace) -> int:
       redline run --hostfile hosts --exclude host1:0 train.py
     """
     hosts = _choose_hosts(options)
-    here = _this_host(list(hosts)) if hosts else None
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FACE), environment.get("PYTHONPATH", "")]))
-    if here is None:
-        arguments = _torchrun(options, options.ranks or _count_gpus() or 1)
+    paths = filter(None, [str(FACE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if not hosts:
+        ranks = options.ranks or _count_gpus() or 1
     else:
+        here = _this_host(list(hosts))
         if len(hosts) > 1:
             options.nnodes, options.node_rank = len(hosts), list(hosts).index(here)
             options.master_addr = options.master_addr or next(iter(hosts))
         slots = hosts[here][: options.ranks]
-        if slots != list(range(len(slots))):
+        ranks = len(slots)
+        if slots != list(range(ranks)):
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-        for host in hosts:
-            if host != here:
-                print(f"on {host}: {_command_line(options)}", file=sys.stderr)
-        arguments = _torchrun(options, len(slots))
+        for host in [each for each in hosts if each != here]:
+            print(f"on {host}: {_command_line(options)}", file=sys.stderr)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments], environment)  # keeps signals
+    command = [sys.executable, "-m", "torch.distributed.run", *_torchrun(options, ranks)]
+    os.execve(sys.executable, command, environment)  # keeps signals
 
 
 def _torchrun(options: argparse.Namespace, ranks: int) -> list[str]:
@@ -96,12 +96,9 @@ def _torchrun(options: argparse.Namespace, ranks: int) -> list[str]:
 
 def _command_line(options: argparse.Namespace) -> str:
     """What to type on another host: the same, since each host finds itself in the host file."""
-    flags = [f"--hostfile={options.hostfile}"]
-    for name in ("include", "exclude", "master_addr", "master_port"):
-        if getattr(options, name):
-            flags.append(f"--{name}={getattr(options, name)}")
-    if options.ranks:
-        flags.append(f"--num_gpus={options.ranks}")
+    given = vars(options) | {"num_gpus": options.ranks}
+    names = ("hostfile", "include", "exclude", "master_addr", "master_port", "num_gpus")
+    flags = [f"--{name}={given[name]}" for name in names if given[name]]
     flags += ["--no_local_rank"] * options.no_local_rank + ["--module"] * options.module
     return shlex.join(["redline", "run", *flags, options.script, *options.arguments])
 
@@ -123,15 +120,12 @@ def _choose_hosts(options: argparse.Namespace) -> _Hosts:
     if options.include and options.exclude:
         raise EngineError("run: got --include and --exclude; give one of them")
     hosts = _read_hosts(Path(options.hostfile)) if options.hostfile else {"localhost": list(range(_count_gpus() or 1))}
-    chosen = hosts
-    if options.include:
-        chosen = {name: slots or hosts[name] for name, slots in _parse_slots(options.include, hosts).items()}
-        chosen = {name: chosen[name] for name in hosts if name in chosen}
-    for name, slots in _parse_slots(options.exclude, hosts).items():
+    included, excluded = _parse_slots(options.include, hosts), _parse_slots(options.exclude, hosts)
+    chosen = {name: included[name] or hosts[name] for name in hosts if name in included}
+    chosen = chosen if options.include else hosts
+    for name, slots in excluded.items():
         chosen = {**chosen, name: [slot for slot in chosen[name] if slots and slot not in slots]}
-    chosen = {name: slots for name, slots in chosen.items() if slots}
-    if options.nnodes:
-        chosen = dict(list(chosen.items())[: options.nnodes])
+    chosen = dict([(name, slots) for name, slots in chosen.items() if slots][: options.nnodes])
     if not chosen:
         raise EngineError("run: no slot is left; give --exclude fewer hosts or slots")
     return chosen
@@ -157,9 +151,8 @@ def _parse_slots(text: str, hosts: _Hosts) -> _Hosts:
         name, _, slots = part.partition(":")
         numbers = [slot.strip() for slot in slots.split(",") if slot.strip()]
         if name not in hosts or not all(number.isdigit() for number in numbers):
-            raise EngineError(
-                f'run: got "{part}"; expected a host of {", ".join(hosts)}, such as {next(iter(hosts))}:0,1'
-            )
+            known = f"{', '.join(hosts)}, such as {next(iter(hosts))}:0,1"
+            raise EngineError(f'run: got "{part}"; expected a host of {known}')
         chosen[name] = [int(number) for number in numbers]
     return chosen
 

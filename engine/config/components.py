@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationInfo, WithJsonSchema, field_validator
 
+from redline.config.messages import nearest, shown
 from redline.config.section import (
     FROM_DATA,
     NOT_HERE,
@@ -30,11 +31,9 @@ from redline.config.section import (
     Section,
     Whole,
     key,
-    nearest,
     required,
-    shown,
     unread,
-)  # fmt: skip
+)
 
 __all__ = [
     "AUTO_PARAMS", "COMPONENTS", "Component", "OneCycleParams", "OptimizerConfig", "SchedulerConfig", "WarmupLRParams",
@@ -255,19 +254,18 @@ class _ScheduleParams(Section):
 
     def _ordered(self, low: str, high: str, also: str = "") -> Iterator[Conflict]:
         """Of two keys with a number or one per group, the first must nowhere be above the second."""
-        least, most = getattr(self, low), getattr(self, high)
-        if least is None or most is None:
+        given = [getattr(self, name) for name in (low, high)]
+        if None in given:
             return
-        sizes = {len(value) for value in (least, most) if isinstance(value, tuple)}
+        sizes = {len(value) for value in given if isinstance(value, tuple)}
         if len(sizes) == 2:
-            message = f"got {len(most)} values; expected {len(least)}, one per parameter group, as in {low}"
+            message = f"got {len(given[1])} values; expected {len(given[0])}, one per parameter group, as in {low}"
             yield f"{high} {low}{also}", message
             return
         # A single number stands for all groups.
-        pairs = zip(
-            *(value if isinstance(value, tuple) else (value,) * max(sizes, default=1) for value in (least, most))
-        )
-        if any(first > second for first, second in pairs):
+        num_groups = max(sizes, default=1)
+        least, most = (value if isinstance(value, tuple) else (value,) * num_groups for value in given)
+        if any(first > second for first, second in zip(least, most)):
             message = f"got {self._shown(low)}; expected at most {high}, which is {self._shown(high)}"
             yield f"{low} {high}{also}", message
 

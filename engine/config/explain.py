@@ -9,8 +9,9 @@ from functools import cache
 from typing import NamedTuple
 
 from redline.config.components import COMPONENTS
+from redline.config.messages import Schema, describe, nearest, options, shown
 from redline.config.schema import on_auto, schema_of, section_of, whole_schema
-from redline.config.section import HONOURED, REFUSED, Schema, describe, nearest, options, shown
+from redline.config.section import HONOURED, REFUSED
 from redline.config.zero import LETTERS, STAGES
 from redline.console import Paint, paint_nothing, rows_as_text
 from redline.errors import EngineError
@@ -36,6 +37,11 @@ class Entry(NamedTuple):
     def key(self) -> str:
         """The path without the types that it is for."""
         return self.path.partition(" ")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.key.rpartition(".")[2]
 
 
 @cache
@@ -96,19 +102,22 @@ def explain(query: str = "", width: int | None = None, paint: Paint = paint_noth
     Raises:
         EngineError: there is no such key; the message has the nearest.
     """
-    entries = list(catalog().values())
+    entries, word = list(catalog().values()), query.lower()
     if not query:
         rows = [(entry.path, entry.status, entry.meaning) for entry in top_keys()]
         return "\n".join(rows_as_text(rows, ("key", "status", "meaning"), width, paint))
-    if any(mark in query for mark in "*?["):
-        found = [entry for entry in entries if fnmatch.fnmatchcase(entry.key, query)]
-        return _listed(_or_miss(found, query), width, paint)
     found = [entry for entry in entries if entry.key == query]
     if not found and "." not in query:
-        found = [entry for entry in entries if entry.key.rpartition(".")[2] == query]
-    if not found and (listed := [entry for entry in entries if _contains(entry, query.lower())]):
+        found = [entry for entry in entries if entry.name == query]
+    if not found:
+        listed = [entry for entry in entries if fnmatch.fnmatchcase(entry.key, query)]
+        if not listed and len(word) > 2:
+            names = [(entry, f"{entry.name} {entry.path.partition(' ')[2]}".lower()) for entry in entries]
+            listed = [entry for entry, text in names if word in text]
+        if not listed:
+            raise EngineError(f"{shown(query)}: unknown key; {_hint(query)}")
         return _listed(listed, width, paint)
-    texts = ["\n".join(_one(entry, paint)) for entry in _or_miss(found, query)]
+    texts = ["\n".join(_one(entry, paint)) for entry in found]
     if found[0].key == "zero_optimization.stage":
         texts.append("\n".join(_stages(width, paint)))
     if inside := [entry for entry in entries if entry.key.startswith(f"{query}.")]:
@@ -116,21 +125,12 @@ def explain(query: str = "", width: int | None = None, paint: Paint = paint_noth
     return "\n\n".join(texts)
 
 
-def _contains(entry: Entry, word: str) -> bool:
-    _, _, types = entry.path.partition(" ")
-    return len(word) > 2 and (word in entry.key.rpartition(".")[2].lower() or word in types.lower())
-
-
-def _or_miss(found: list[Entry], query: str) -> list[Entry]:
-    if found:
-        return found
-    paths = [entry.key for entry in catalog().values()]
-    guess = nearest(query, paths)
-    if guess is None:  # a misspelled last part, of any section
-        names = {path.rpartition(".")[2]: path for path in reversed(paths)}
-        guess = names.get(nearest(query.rpartition(".")[2], names) or "")
-    hint = f'did you mean "{guess}"?' if guess else "redline explain lists the keys at the top"
-    raise EngineError(f"{shown(query)}: unknown key; {hint}")
+def _hint(query: str) -> str:
+    paths = {entry.key: entry for entry in reversed(catalog().values())}
+    names = {entry.name: path for path, entry in paths.items()}
+    # Or a misspelled last part, of any section.
+    guess = nearest(query, paths) or names.get(nearest(query.rpartition(".")[2], names) or "")
+    return f'did you mean "{guess}"?' if guess else "redline explain lists the keys at the top"
 
 
 def _one(entry: Entry, paint: Paint) -> Iterator[str]:

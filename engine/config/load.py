@@ -1,8 +1,7 @@
 """The way in: a path, a dict or JSON text becomes an `EngineConfig`, or one error with everything wrong with it.
 
-A document is read in three steps. `Reading` walks it along the schema: spelling, unknown keys, "auto", what is
-refused. pydantic makes the config of what is left; only where it cannot, or where a key has no model, jsonschema tells
-everything that is wrong. Last come the rules between keys, on what is sound.
+`Reading` walks a document along the schema, key by key: spelling, unknown keys, "auto", what is refused, types and
+ranges. pydantic makes the config of what is sound. Last come the rules between keys.
 """
 
 from __future__ import annotations
@@ -14,21 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import ValidationError
-
+from redline.config import root
 from redline.config.components import COMPONENTS
 from redline.config.document import ENDLESS, Document, Route, copy_document, looks_like_json, parse, read
-from redline.config.root import (
-    BATCH_KEYS,
-    Batch,
-    EngineConfig,
-    World,
-    conflicts,
-    count_steps,
-    find_world,
-    resolve_batch,
-    unbuilt,
-)
+from redline.config.messages import Schema, describe, faults, is_slip, options, shown, unknown_key
+from redline.config.root import BATCH_KEYS, Batch, EngineConfig, World
 from redline.config.schema import (
     as_arguments,
     examples,
@@ -40,21 +29,7 @@ from redline.config.schema import (
     section_of,
     whole_schema,
 )
-from redline.config.section import (
-    FROM_DATA,
-    NOT_HERE,
-    REFUSED,
-    TO_NULL,
-    Conflict,
-    Schema,
-    Section,
-    faults,
-    is_slip,
-    objection,
-    options,
-    shown,
-    unknown_key,
-)
+from redline.config.section import FROM_DATA, NOT_HERE, REFUSED, TO_NULL, Conflict, Section
 from redline.errors import ConfigError, Problem
 
 __all__ = ["Reading", "Source", "UnsupportedConfigError", "in_order", "load_config"]
@@ -130,22 +105,31 @@ class Reading:
     """
 
     def __init__(self, source: Source, world_size: int | None, num_samples: int | None = None) -> None:
+        from jsonschema import Draft202012Validator  # type: ignore[import-untyped,unused-ignore]
+
         self.document = _open(source)
         # By route; routes have the keys' own spelling until `_problems`.
         self._wrong: dict[Route, str] = dict(self.document.mistakes)
         if self._wrong.get(("steps_per_print",)) == ENDLESS:
             del self._wrong["steps_per_print",]  # null stands there, which is never, too
         self._refused: dict[Route, str] = {}
-        self._unsound: set[Route] = set()  # taken out for a mistake; a rule that reads it does not count
+        self._unsound: set[Route] = set()  # what has a mistake, or no value; a rule that reads it does not count
         self._spelling: dict[Route, str] = {}  # how the document spells a key
         self._autos: set[Route] = set()
-        # The schema of the optimizer's and the schedule's parameters, with their values.
-        self._params: dict[str, tuple[Schema, dict[str, Any]]] = {}
+        self._validator = Draft202012Validator(whole_schema())
 
-        found = find_world(world_size)
+        found = root.find_world(world_size)
         world = found if isinstance(found, World) else None
-        self._num_steps = count_steps(self.document.settings, world, num_samples) if num_samples and world else None
-        config = self._find_everything(world)
+        settings = self.document.settings
+        self._num_steps = root.count_steps(settings, world, num_samples) if num_samples and world else None
+        values = self._section(whole_schema(), settings, ())
+        ours = {name: value for name, value in values.items() if name in EngineConfig.model_fields}
+        config = EngineConfig.model_validate(ours)
+        for keys, message in (*_within_sections(config), *root.conflicts(config, world)):
+            self._note_conflict(self._wrong, keys, message)
+        # After the mistakes: what contradicts another key is no request for a feature.
+        for keys, message in root.unbuilt(config):
+            self._note_conflict(self._refused, keys, message)
         batch = self._resolve_batch(config, world) if world else None
         self.mistakes = [*([] if world else [Problem("", str(found))]), *self._problems(self._wrong)]
         paths = {problem.path for problem in self.mistakes}
@@ -161,24 +145,10 @@ class Reading:
             problems.append(self.document.problem(tuple(written), message))
         return in_order(problems)
 
-    def _find_everything(self, world: World | None) -> EngineConfig:
-        """The config without what is wrong."""
-        values = self._section(whole_schema(), self.document.settings, ())
-        config = _modelled(values)
-        # Keys of refused.json have no model, nor have parameters that are checked against a signature.
-        unmodelled = any("title" not in schema for schema, _ in self._params.values())
-        unmodelled |= any(values[name] is not None for name in values.keys() - EngineConfig.model_fields.keys())
-        # jsonschema takes longer to import than all of this: most configs never need it.
-        if config is None or unmodelled:
-            self._check(values)
-        config = config or EngineConfig.model_validate(_ours(values))
-        # Rules read a config that is sound, with defaults in the place of what is not.
-        for keys, message in (*_within_sections(config), *conflicts(config, world)):
-            self._note_conflict(self._wrong, keys, message)
-        # After the mistakes: what contradicts another key is no request for a feature.
-        for keys, message in unbuilt(config):
-            self._note_conflict(self._refused, keys, message)
-        return config
+    def _note_mistake(self, route: Route, message: str) -> None:
+        self._wrong.setdefault(route, message)
+        # An item that is wrong takes its list with it: what is left of it means something else.
+        self._unsound.add(tuple(itertools.takewhile(lambda part: isinstance(part, str), route)))
 
     def _note_conflict(self, found: dict[Route, str], keys: str, message: str) -> None:
         reads: list[Route] = [tuple(key.split(".")) for key in keys.split()]
@@ -190,7 +160,7 @@ class Reading:
         if any(route[0] in BATCH_KEYS for route in self._wrong if route):
             return None
         given = {key: getattr(config, key) for key in BATCH_KEYS if key in config.model_fields_set}
-        found = resolve_batch(given, world)
+        found = root.resolve_batch(given, world)
         if isinstance(found, Batch):
             return found
         auto = next((key for key in BATCH_KEYS if (key,) in self._autos), None)
@@ -203,7 +173,7 @@ class Reading:
     # -- the walk along the schema
 
     def _section(self, schema: Schema, value: dict[str, Any], route: Route, refusing: bool = True) -> dict[str, Any]:
-        """A section as its model takes it: known keys under their own names, no "auto".
+        """A section as its model takes it: sound values under the keys' own names, no "auto".
 
         Args:
             refusing: whether what is not built is refused here; not in a section that is off or refused as a whole.
@@ -213,7 +183,7 @@ class Reading:
             name = schema.get("aliases", {}).get(key, key)
             place, found = (*route, name), schema["properties"].get(name)
             if name != key and (name in value or name in values):
-                self._wrong[(*route, key)] = f"given next to {name}, which is the same; remove it"
+                self._note_mistake((*route, key), f"given next to {name}, which is the same; remove it")
                 continue
             self._spelling[place] = key  # also where it is the same: a longer route may pass an alias
             if found is None and schema["additionalProperties"]:
@@ -229,99 +199,70 @@ class Reading:
                 elif outcome in (FROM_DATA, NOT_HERE):
                     self._refused[place] = f"{_FILLED_IN} {_NUM_STEPS if outcome == FROM_DATA else 'a number'}"
                     self._unsound.add(place)
-                    values[name] = found["examples"][0]
             elif item is not None or name not in BATCH_KEYS or route:
-                values[name] = self._value(found, item, place, refusing)
-        return values
+                typed = self._value(found, item, place, refusing)
+                values |= {} if place in self._unsound else {name: typed}
+        for name in schema.get("required", ()):
+            if name not in values and (*route, name) not in self._unsound:
+                self._note_mistake((*route, name), f"missing; expected {describe(schema['properties'][name])}")
+        if "if" in schema:
+            self._check({**value, **values}, {word: schema[word] for word in ("if", "then")}, route)
+        return {**examples(schema), **values}
 
     def _value(self, key: Schema, value: Any, route: Route, refusing: bool) -> Any:
         if refusing and refuses(key, value):
             self._refused[route] = key["note"] if isinstance(value, dict) else f"got {shown(value)}; {key['note']}"
         section = section_of(key)
+        value = _typed(key, value, is_section=section is not None)
         if section is None or not isinstance(value, dict):
-            return _plain(key, value, is_section=section is not None)
+            self._check(value, key, route)
+            return value
         if route[0] in COMPONENTS and len(route) == 1:
             return self._component(section, value, route)
         refusing = refusing and key.get("status") != REFUSED and not is_switched_off(key, value)
-        if not any("additionalProperties" in option for option in options(key)):
-            return self._section(section, value, route, refusing)
-        named = {name: item for name, item in value.items() if isinstance(item, dict)}  # sections by names of their own
-        return value | {name: self._section(section, item, (*route, name), refusing) for name, item in named.items()}
+        for option in options(key):
+            if isinstance(named := option.get("additionalProperties"), dict):  # sections by names of their own
+                return {name: self._value(named, item, (*route, name), refusing) for name, item in value.items()}
+        return self._section(section, value, route, refusing)
+
+    def _check(self, value: Any, schema: Schema, route: Route) -> None:
+        for error in self._validator.evolve(schema=schema).iter_errors(value):
+            for place, message in faults(error):
+                self._note_mistake((*route, *place), message)
 
     def _component(self, section: Schema, value: dict[str, Any], route: Route) -> dict[str, Any] | None:
         """The optimizer or the scheduler; None if its type cannot be used: what it takes is not known then."""
         component = COMPONENTS[str(route[0])]
         values = self._section(section, {key: item for key, item in value.items() if key != "params"}, route)
-        name, params = values.get("type"), value.get("params")
-        if not isinstance(name, str):
-            return values
-        values["type"] = name = component.canonical(name)
+        if (*route, "type") in self._unsound:
+            return None
+        values["type"] = name = component.canonical(values["type"])
         if found := component.objection_to(name):
             message, refused = found
             (self._refused if refused else self._wrong)[(*route, "type")] = message
-            self._unsound.add(route)
             return None
-        schema = params_schema(component, name)
-        if params is None or isinstance(params, dict):
-            params = self._section(schema, params or {}, (*route, "params"))
-            self._params[component.kind] = (schema, params)
-        else:
-            self._wrong[(*route, "params")] = objection(params, schema)
-            self._unsound.add((*route, "params"))
-            params = examples(schema)
+        schema, given, place = params_schema(component, name), value.get("params"), (*route, "params")
+        self._check(given, section["properties"]["params"], place)
+        params = examples(schema) if place in self._unsound else self._section(schema, given or {}, place)
         values["params"] = params if name in component.models else as_arguments(schema, params)
         return values
 
     def _note_unknown(self, section: Schema, key: str, route: Route) -> None:
         if len(self._wrong) + len(self._refused) > _SEARCHED:
-            self._wrong.setdefault((*route, key), "unknown key")
+            self._note_mistake((*route, key), "unknown key")
             return
         known = [*section["properties"], *([] if route else section["aliases"])]
         reason, home = section.get("retired", {}).get(key), home_of(key, route)
         # DeepSpeed ignores it in a loose section: only what looks like a typing error is a mistake there. The rest may
         # be meant for other readers of the file.
-        foreign = section.get("loose") and (home or not is_slip(key, known))
-        found = self._refused if reason or foreign else self._wrong
-        found.setdefault((*route, key), reason or unknown_key(key, known, home))
-
-    # -- types, ranges and what is missing
-
-    def _check(self, values: dict[str, Any]) -> None:
-        """Note everything that the schema does not allow, and take it out."""
-        from jsonschema import Draft202012Validator  # type: ignore[import-untyped,unused-ignore]
-
-        checks: list[tuple[Schema, Any, Route]] = [(whole_schema(), values, ())]
-        checks += [(schema, params, (kind, "params")) for kind, (schema, params) in self._params.items()]
-        for schema, value, prefix in checks:
-            for error in list(Draft202012Validator(schema).iter_errors(value)):
-                for route, message in faults(error):
-                    self._wrong.setdefault((*prefix, *route), message)
-                    # An item that is wrong takes its list with it: what is left of it means something else.
-                    place = tuple(itertools.takewhile(lambda part: isinstance(part, str), route))
-                    if not prefix and place[1:] == ("type",) and place[0] in COMPONENTS:
-                        place = place[:1]  # what it would take is not known without its type
-                    self._unsound.add((*prefix, *place))
-                    holder = value
-                    for part in place[:-1]:
-                        holder = holder.get(part, {})
-                    holder.pop(place[-1], None)
-            value.update({**examples(schema), **value})
+        if reason or (section.get("loose") and (home or not is_slip(key, known))):
+            self._refused.setdefault((*route, key), reason or unknown_key(key, known, home))
+        else:
+            self._note_mistake((*route, key), unknown_key(key, known, home))
 
 
-def _ours(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in EngineConfig.model_fields}
-
-
-def _modelled(values: dict[str, Any]) -> EngineConfig | None:
-    """The config of these values; None if they are not valid."""
-    try:
-        return EngineConfig.model_validate(_ours(values))
-    except ValidationError:
-        return None
-
-
-def _plain(key: Schema, value: Any, is_section: bool) -> Any:
-    """A value that is no object as a model takes it: a section's other spellings, 2e3 for an integer, 1 for true."""
+def _typed(key: Schema, value: Any, is_section: bool) -> Any:
+    """A value in the type that is meant: a section's other spellings, 2e3 for an integer, 1 for true."""
     kinds = {option.get("type") for option in options(key)}
     if is_section and isinstance(value, bool):
         allowed = [word for option in options(key) for word in option.get("enum", [option.get("const")])]

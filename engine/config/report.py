@@ -1,4 +1,4 @@
-"""What a config comes to, for `redline validate` and `redline diff`.
+"""What a config comes to, for `redline validate`.
 
 Exit codes: 0 runs as written, 1 is not valid, 3 is valid DeepSpeed and asks for what is not built here.
 """
@@ -6,28 +6,28 @@ Exit codes: 0 runs as written, 1 is not valid, 3 is valid DeepSpeed and asks for
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig
+from redline.config.components import OneCycleParams, SchedulerConfig
 from redline.config.document import Document, copy_document, format_route, read
-from redline.config.effective import Value, effective
 from redline.config.load import Reading, Source, in_order
+from redline.config.messages import shown
 from redline.config.root import BATCH_KEYS, EngineConfig
 from redline.config.schema import is_switched_off, whole_schema
-from redline.config.section import HONOURED, NO_EFFECT, REFUSED, shown
+from redline.config.section import HONOURED, NO_EFFECT, REFUSED
+from redline.config.values import effective
 from redline.console import Paint, paint_nothing, rows_as_text
 from redline.errors import ConfigError, Problem
 
-__all__ = ["Difference", "KeyStatus", "Report", "differences", "validate"]
+__all__ = ["KeyStatus", "Report", "validate"]
 
 POLICY_TIMEOUT = 10.0  # seconds
 
@@ -141,14 +141,13 @@ def validate(
         reading = Reading(source, world_size)
     except ConfigError as error:
         return Report(error.source, list(error.problems))
-    document, errors, config = reading.document, reading.mistakes, reading.config
+    document, errors = reading.document, reading.mistakes
     if rules is not None:
-        errors = in_order(
-            [*errors, *_breaches(document, rules, "policy" if isinstance(policy, dict) else rules.source)]
-        )
-        config = None if errors else config
-    foreseen = None if config is None else _foresee(config)
-    warnings = [] if foreseen is None else [document.problem(("scheduler", "params"), foreseen)]
+        name = "policy" if isinstance(policy, dict) else rules.source
+        errors = in_order([*errors, *_breaches(document, rules, name)])
+    config = None if errors else reading.config
+    foreseen = _foresee(config) if config else None
+    warnings = [document.problem(("scheduler", "params"), foreseen)] if foreseen else []
     return Report(document.source, errors, reading.refusals, _keys(reading), config, warnings)
 
 
@@ -175,7 +174,7 @@ def _keys(reading: Reading) -> list[KeyStatus]:
     return found
 
 
-def _breaches(document: Document, policy: Document, name: str) -> Iterator[Problem]:
+def _breaches(document: Document, policy: Document, name: str) -> list[Problem]:
     """What in a document a policy does not allow."""
     # Here, not above: only a policy needs it. Its types are in a package of their own, which may be missing.
     from jsonschema import Draft202012Validator, SchemaError, validators  # type: ignore[import-untyped,unused-ignore]
@@ -191,18 +190,16 @@ def _breaches(document: Document, policy: Document, name: str) -> Iterator[Probl
         with _time_limit(POLICY_TIMEOUT):
             errors = list(checker(policy.value, registry=registry).iter_errors(document.settings))
     except TimeoutError:
-        reason = (
-            f"its patterns take longer than {POLICY_TIMEOUT:g} s on this config; a repeat within a repeat, such as "
-            '"(a+)+", takes exponential time: write it without one'
-        )
-        raise ConfigError([Problem("", reason)], name) from None
+        slow = f"its patterns take longer than {POLICY_TIMEOUT:g} s on this config"
+        cause = 'a repeat within a repeat, such as "(a+)+", takes exponential time: write it without one'
+        problem = Problem("", f"{slow}; {cause}")
     except SchemaError as error:
-        where = format_route(tuple(error.absolute_path))
-        raise ConfigError([Problem(where, f"no JSON Schema: {error.message}")], name) from None
+        problem = Problem(format_route(tuple(error.absolute_path)), f"no JSON Schema: {error.message}")
     except (Unresolvable, re.error, RecursionError) as error:
-        raise ConfigError([Problem("", f"cannot be applied: {error}")], name) from None
-    for breach in errors:
-        yield document.problem(tuple(breach.absolute_path), f"{shown(breach.message)[1:-1]} ({name})")
+        problem = Problem("", f"cannot be applied: {error}")
+    else:
+        return [document.problem(tuple(each.absolute_path), f"{shown(each.message)[1:-1]} ({name})") for each in errors]
+    raise ConfigError([problem], name)
 
 
 @contextmanager
@@ -230,7 +227,7 @@ def _foresee(config: EngineConfig) -> str | None:
     Of DeepSpeed's five schedules only OneCycle's momentum can; so most configs are checked without torch. A registered
     class is not looked at, and a schedule that refuses its arguments is reported by `initialize`.
     """
-    scheduler = config.scheduler
+    scheduler, optimizer = config.scheduler, config.optimizer
     if scheduler is None:
         return None
     params = scheduler.params
@@ -240,60 +237,22 @@ def _foresee(config: EngineConfig) -> str | None:
     from redline.schedulers import Schedule, resolve  # here, not above: they import torch
     from redline.schedulers.schedule import NoOptimizer, find_violation
 
+    # What a schedule reads of a parameter group; Adam's without an optimizer.
+    group: dict[str, Any] = {"betas": (0.9, 0.999)} if optimizer is None else dict(optimizer.params)
+    if optimizer is not None and optimizer.type not in optimizer.models:
+        parameters = inspect.signature(optimizer.classes()[optimizer.type]).parameters
+        group = {name: parameter.default for name, parameter in parameters.items()} | group
+    if not isinstance(group.get("lr"), (float, int)):  # Muon's is null, and a required one has no default
+        group["lr"] = 1e-3
+    group = {name: group[name] for name in ("lr", "betas", "momentum") if name in group}
     arguments = scheduler.arguments()
     # A list has a value for each parameter group, a single value is that of all.
     num_groups = max((len(value) for value in arguments.values() if isinstance(value, (list, tuple))), default=1)
-    optimizer = NoOptimizer([_group(config.optimizer)] * num_groups)
     cls: Any = resolve(scheduler.type)
     if issubclass(cls, Schedule):
         arguments["corrected"] = config.redline.schedules == "corrected"
     try:
-        schedule = cls(optimizer, **arguments)
+        violation = find_violation(cls(NoOptimizer([dict(group) for _ in range(num_groups)]), **arguments))
     except (TypeError, ValueError):
         return None
-    violation = find_violation(schedule)
     return None if violation is None else str(violation)
-
-
-def _group(optimizer: OptimizerConfig | None) -> dict[str, Any]:
-    """What a schedule reads of a parameter group: learning rate and momentum; Adam's without an optimizer."""
-    if optimizer is None:
-        return {"lr": 1e-3, "betas": (0.9, 0.999)}
-    values = dict(optimizer.params)
-    if optimizer.type not in optimizer.models:
-        parameters = inspect.signature(optimizer.classes()[optimizer.type]).parameters
-        values = {name: parameter.default for name, parameter in parameters.items()} | values
-    if not isinstance(values.get("lr"), (float, int)):  # Muon's is null, and a required one has no default
-        values["lr"] = 1e-3
-    return {name: values[name] for name in ("lr", "betas", "momentum") if name in values}
-
-
-# -- two configs ------------------------------------------------------------------------------------------
-
-
-class Difference(NamedTuple):
-    """A path whose value differs in two configs; None where a config does not have it."""
-
-    path: str
-    first: Value | None
-    second: Value | None
-
-
-def differences(first: EngineConfig, second: EngineConfig) -> list[Difference]:
-    """Where two configs in force are not the same; where a value comes from does not count.
-
-    What only follows from another difference is left out: a value that is derived in both, and the defaults of a type
-    that one of them has.
-    """
-    one, other = effective(first), effective(second)
-    pairs = {path: (one.get(path), other.get(path)) for path in [*one, *other]}
-    return [
-        Difference(path, *pair)
-        for path, pair in pairs.items()
-        if len({value and json.dumps(value.value, sort_keys=True) for value in pair}) > 1 and not _follows(pair)
-    ]
-
-
-def _follows(pair: Sequence[Value | None]) -> bool:
-    origins = {value.origin for value in pair if value is not None}
-    return origins == {"derived"} or (None in pair and origins == {"default"})

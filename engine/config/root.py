@@ -16,18 +16,8 @@ from pydantic import AfterValidator, Field, PrivateAttr, WithJsonSchema
 from redline.config import sections
 from redline.config.components import OneCycleParams, OptimizerConfig, SchedulerConfig, WarmupLRParams
 from redline.config.document import Document, Route, copy_document
-from redline.config.section import (
-    TO_DEFAULT,
-    Conflict,
-    Count,
-    NonNegative,
-    Positive,
-    Section,
-    either,
-    key,
-    section,
-    shown,
-)
+from redline.config.messages import either, shown
+from redline.config.section import TO_DEFAULT, Conflict, Count, NonNegative, Positive, Section, key, section
 from redline.config.zero import ZeroConfig
 
 __all__ = [
@@ -215,12 +205,7 @@ def count_steps(settings: Mapping[str, Any], world: World, num_samples: int) -> 
 
 
 def conflicts(config: EngineConfig, world: World | None) -> Iterator[Conflict]:
-    """What cannot be obeyed together although each part is sound.
-
-    Args:
-        config: what is honoured.
-        world: how many ranks train; None where that is not known.
-    """
+    """What cannot be obeyed together although each part is sound; `world` is None where that is not known."""
     yield from _schedule_conflicts(config)
     yield from _precision_conflicts(config)
     yield from _zero_conflicts(config)
@@ -239,16 +224,17 @@ def _schedule_conflicts(config: EngineConfig) -> Iterator[Conflict]:
         if asked and not (optimizer.takes("betas") or optimizer.takes("momentum")):
             message = f"{optimizer.type} has no momentum to cycle; set cycle_momentum to false and leave its bounds out"
             yield f"{prefix}{asked[0]} {types}", message
-    if isinstance(params, WarmupLRParams) and params.warmup_max_lr is None:
-        peak, start = getattr(optimizer.params, "lr", None), params.warmup_min_lr
-        if isinstance(peak, float) and max(start if isinstance(start, tuple) else (start,)) > peak:
+    peak = getattr(optimizer.params, "lr", None)
+    if isinstance(params, WarmupLRParams) and params.warmup_max_lr is None and isinstance(peak, float):
+        start = params.warmup_min_lr
+        if max(start if isinstance(start, tuple) else (start,)) > peak:
             keys = f"{prefix}warmup_min_lr {prefix}warmup_max_lr optimizer.params.lr {types}"
             limit = f"optimizer.params.lr, which is {peak:g}: warmup_max_lr is null"
             yield keys, f"got {shown(start)}; expected at most {limit}"
 
 
 def _precision_conflicts(config: EngineConfig) -> Iterator[Conflict]:
-    on = _precisions(config)
+    on, fp16, zero = _precisions(config), config.fp16, config.zero_optimization
     if "fp16" in on and "bf16" in on:
         message = "got true with fp16.enabled: true; a run has one precision; set one of the two to false"
         yield "bf16.enabled fp16.enabled", message
@@ -259,14 +245,13 @@ def _precision_conflicts(config: EngineConfig) -> Iterator[Conflict]:
     if on == ["bf16", "torch_autocast"] and autocast and sections.SHORT[autocast] != "bf16":
         message = f'got {shown(autocast)} with bf16.enabled: true; expected "bfloat16" or null with it'
         yield "torch_autocast.dtype torch_autocast.enabled bf16.enabled", message
-    zero, fp16 = config.zero_optimization, config.fp16
     if fp16 is not None and fp16.fp16_master_weights_and_grads and not (zero and zero.stage):
         keys = "fp16.fp16_master_weights_and_grads zero_optimization.stage"
         yield keys, "got true; expected false, or zero_optimization.stage 1, 2 or 3"
 
 
 def _zero_conflicts(config: EngineConfig) -> Iterator[Conflict]:
-    zero = config.zero_optimization
+    zero, compile = config.zero_optimization, config.compile
     if zero is not None and zero.stage in (2, 3) and zero.reduce_scatter:
         keys = "zero_optimization.stage zero_optimization.reduce_scatter"
         instead = f'with zero_optimization.stage {zero.stage}, or "reduce_scatter": false there'
@@ -277,18 +262,14 @@ def _zero_conflicts(config: EngineConfig) -> Iterator[Conflict]:
     if zero is not None and not zero.compute_grad_norm and (limit := config.gradient_clipping):
         message = f'got false; expected true, or "gradient_clipping": 0 with it; gradient_clipping is {limit:g}'
         yield "zero_optimization.compute_grad_norm gradient_clipping", message
-    if config.gradient_allreduce_op == "sum":
-        asked = {
-            "zero_optimization.stage": ("ZeRO stage 3", zero is not None and zero.stage == 3),
-            "zero_optimization.zenflow": ("ZenFlow", zero is not None and zero.zenflow is not None),
-            "compile.deepcompile": ("DeepCompile", config.compile is not None and config.compile.deepcompile),
-        }
-        for route, (name, on) in asked.items():
-            if on:
-                yield (
-                    f"gradient_allreduce_op {route}",
-                    f'got "sum", which is not supported with {name}; expected "mean"',
-                )
+    asked = {
+        "zero_optimization.stage": zero is not None and zero.stage == 3 and "ZeRO stage 3",
+        "zero_optimization.zenflow": zero is not None and zero.zenflow is not None and "ZenFlow",
+        "compile.deepcompile": compile is not None and compile.deepcompile and "DeepCompile",
+    }
+    for route, name in asked.items():
+        if config.gradient_allreduce_op == "sum" and name:
+            yield f"gradient_allreduce_op {route}", f'got "sum", which is not supported with {name}; expected "mean"'
 
 
 def _shard_group_conflicts(config: EngineConfig, world: World) -> Iterator[Conflict]:
@@ -298,11 +279,8 @@ def _shard_group_conflicts(config: EngineConfig, world: World) -> Iterator[Confl
         return
     divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
     # DeepSpeed takes a second copy's larger group for all ranks, and so does this.
-    groups = {
-        "mics_shard_size": zero.mics_shard_size,
-        "zero_hpz_partition_size": min(zero.zero_hpz_partition_size, ranks),
-    }
-    for name, size in groups.items():
+    second_copy = min(zero.zero_hpz_partition_size, ranks)
+    for name, size in (("mics_shard_size", zero.mics_shard_size), ("zero_hpz_partition_size", second_copy)):
         if size > 0 and size not in divisors:
             expected = f"a divisor of {ranks} (world size, {world.origin}): {either(map(str, divisors))}"
             yield f"zero_optimization.{name} zero_optimization.stage", f"got {size}; expected {expected}"
@@ -337,10 +315,8 @@ def _unwritten(config: EngineConfig) -> Iterator[Conflict]:
     low = [name for name in _precisions(config) if name != "torch_autocast"]
     if low and (zero is None or zero.stage == 0):
         reason = f"at stage 0 DeepSpeed's files of {low[0]} depend on its kernels"
-        yield (
-            f"{key} {low[0]}.enabled zero_optimization.stage",
-            (f'got "deepspeed"; {reason}; expected zero_optimization.stage 1, 2 or 3 with it, or "redline"'),
-        )
+        message = f'got "deepspeed"; {reason}; expected zero_optimization.stage 1, 2 or 3 with it, or "redline"'
+        yield f"{key} {low[0]}.enabled zero_optimization.stage", message
     for name in ("round_robin_gradients", "parameter_alignment", "mics_shard_size"):
         if zero is not None and getattr(zero, name) > 0:
             yield f"{key} zero_optimization.{name}", f'got "deepspeed"; expected "redline", or no {name}'

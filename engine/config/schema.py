@@ -1,51 +1,36 @@
 """The schema of the config: all that is known of every key, from the models and `refused.json`.
 
-`whole_schema` is JSON Schema (draft 2020-12) with words of our own: `status`, `note`, `allowed`, `switch` and `on` for
-a key, `aliases`, `auto`, `loose` and `retired` for a section; see `section`. `build_schema` makes of it the schema for
-editors. That one accepts what `load_config` accepts, aside from what no schema can tell: rules across keys, duplicate
-keys, and the parameters of classes that have no model here. A refused key may have the values that ask for nothing.
+It is JSON Schema (draft 2020-12) with words of our own: `status`, `note`, `allowed`, `switch` and `on` for a key,
+`aliases`, `auto`, `loose` and `retired` for a section; see `section`. Documents are read along it; `explain`, the docs
+and the schema for editors are made from it.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-from collections.abc import Iterable
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
 from redline.config.components import AUTO_PARAMS, COMPONENTS, Component
+from redline.config.messages import Schema, options
 from redline.config.root import EngineConfig
-from redline.config.section import FROM_DATA, HONOURED, NO_EFFECT, NOT_HERE, REFUSED, Schema, Section, options
+from redline.config.section import REFUSED, Section
 
 __all__ = [
-    "as_arguments", "build_schema", "examples", "home_of", "is_switched_off", "on_auto", "params_schema", "refuses",
-    "schema_of", "section_of", "whole_schema",
+    "OFF", "as_arguments", "examples", "home_of", "is_section", "is_switched_off", "on_auto", "params_schema",
+    "refuses", "restricted", "schema_of", "section_of", "values_off", "whole_schema",
 ]  # fmt: skip
 
-# The groups of keys in `refused.json`: status, how the note starts, and what else holds for all of them.
-_GROUPS: dict[str, tuple[str, str, Schema]] = {
-    "no effect": (NO_EFFECT, "", {}),
-    "not built yet": (REFUSED, "not built yet; ", {"switch": "enabled"}),
-    "not planned": (REFUSED, "", {}),
-    "removed by DeepSpeed": (
-        REFUSED,
-        "DeepSpeed has removed it, and refuses a config that has it; ",
-        {"switch": "enabled", "on": True},
-    ),
-}
-_OFF = [False, None, "auto", "none"]  # and 0, which equals False: what a switch says when it is off
+OFF = [False, None, "auto", "none"]  # and 0, which equals False: what a switch says when it is off
 
 
 @cache
 def whole_schema() -> Schema:
     """The schema of all keys, except for the parameters of optimizers and schedules: see `params_schema`."""
-    # The walk over a document, `explain` and the schema for editors all start from this one.
     schema = EngineConfig.model_json_schema(schema_generator=_Untitled)
     data = json.loads(Path(__file__).with_name("refused.json").read_text(encoding="utf-8"))
     sections = data["sections"]
@@ -61,17 +46,17 @@ def whole_schema() -> Schema:
     def described(kind: str | list[Any], default: Any, meaning: str) -> Schema:
         return {**values(kind), "default": default, "description": meaning}
 
-    for name, (status, note, common) in _GROUPS.items():
-        for key, row in data[name].items():
+    for group in data["groups"]:
+        status, prefix, keys = (group.pop(word) for word in ("status", "note", "keys"))
+        for key, row in keys.items():
             if isinstance(row, list):
                 *row, why = row
                 found = described(*row)
             else:
                 why, inner = row.pop("note"), row.pop("section", "object")
-                meaning = sections.get(inner, row)["description"]
-                found = {"anyOf": [values(inner), {"enum": [False, None]}], "default": None, **common, **row}
-                found["description"] = meaning
-            schema["properties"][key] = {"status": status, "note": note + why, **found}
+                value = {"anyOf": [values(inner), {"enum": [False, None]}], "default": None}
+                found = {**value, **group, **row, "description": sections.get(inner, row)["description"]}
+            schema["properties"][key] = {"status": status, "note": prefix + why, **found}
     for name, section in sections.items():
         if "retired" in section:
             section["retired"] = dict.fromkeys(*section["retired"])
@@ -87,8 +72,12 @@ class _Untitled(GenerateJsonSchema):
         return False
 
 
+# -- the parameters of a class ---------------------------------------------------------------------------
+
+
 @cache
 def schema_of(model: type[Section]) -> Schema:
+    """The schema of the parameters that have a model."""
     return model.model_json_schema(schema_generator=_Untitled)
 
 
@@ -131,14 +120,16 @@ def examples(schema: Schema) -> dict[str, Any]:
 
 def as_arguments(schema: Schema, params: dict[str, Any]) -> dict[str, Any]:
     """Parameters that no model converts: 1 is 1.0 where a float is expected, betas are a tuple."""
-    values = dict(params)
-    for name, key in schema["properties"].items():
-        value = values.get(name)
+
+    def converted(key: Schema, value: Any) -> Any:
         if type(value) is int and any(option.get("type") == "number" for option in options(key)):
-            values[name] = float(value)
-        elif "prefixItems" in key and isinstance(value, list):
-            values[name] = tuple(value)
-    return values
+            return float(value)
+        return tuple(value) if "prefixItems" in key and isinstance(value, list) else value
+
+    return {name: converted(schema["properties"].get(name, {}), value) for name, value in params.items()}
+
+
+# -- what is known of a key ------------------------------------------------------------------------------
 
 
 def home_of(name: str, route: tuple[str | int, ...]) -> str | None:
@@ -176,158 +167,27 @@ def on_auto(section: Schema, name: str) -> str | None:
 
 def refuses(key: Schema, value: Any) -> bool:
     """Whether a value of the right type asks for what is not built."""
-    return _has_refused_values(key) and value not in _values_off(key) and not is_switched_off(key, value)
+    return restricted(key) and value not in values_off(key) and not is_switched_off(key, value)
 
 
 def is_switched_off(key: Schema, value: Any) -> bool:
     """Whether the value of a key with a switch inside asks for nothing: the section is off, or not there."""
     if isinstance(value, dict) and "switch" in key:
-        return not value or value.get(key["switch"], key.get("on", False)) in _OFF
-    return "switch" in key and value in _values_off(key)
+        return not value or value.get(key["switch"], key.get("on", False)) in OFF
+    return "switch" in key and value in values_off(key)
 
 
-def _has_refused_values(key: Schema) -> bool:
+def restricted(key: Schema) -> bool:
+    """Whether some values of a key are refused."""
     return key.get("status") == REFUSED or "allowed" in key
 
 
-def _values_off(key: Schema) -> list[Any]:
-    values = [None, key.get("default"), *key.get("allowed", []), *([False] if _is_section(key) else [])]
+def values_off(key: Schema) -> list[Any]:
+    """The values of a key that ask for nothing."""
+    values = [None, key.get("default"), *key.get("allowed", []), *([False] if is_section(key) else [])]
     return [value for index, value in enumerate(values) if value not in values[:index]]
 
 
-def _written_off(key: Schema) -> Schema:
-    """The same for editors: with 0 and 1 for false and true, which differ in JSON Schema; no section is 0."""
-    values = _values_off(key)
-    return {"enum": [*values, *(int(value) for value in values if isinstance(value, bool) and not _is_section(key))]}
-
-
-def _is_section(key: Schema) -> bool:
+def is_section(key: Schema) -> bool:
+    """Whether a key may be an object."""
     return any("$ref" in option or option.get("type") == "object" for option in options(key))
-
-
-# -- the schema for editors ------------------------------------------------------------------------------
-
-
-def build_schema() -> Schema:
-    """The JSON Schema of a config, for editors."""
-    whole = copy.deepcopy(whole_schema())
-    definitions = whole.pop("$defs")
-    for component in COMPONENTS.values():
-        for model in component.models.values():
-            definition = definitions[model.__name__] = copy.deepcopy(schema_of(model))
-            if limits := _limits(definition):
-                definition["allOf"] = limits
-        _choose_params(component, definitions)
-    whole["properties"] = {name: _limited(key) for name, key in whole["properties"].items()}
-    # Last, since what is refused is told by words of our own, which are taken out here.
-    for section in (whole, *definitions.values()):
-        _publish(section)
-    whole["properties"] = {"$schema": {"description": "The schema of this file, for editors."}, **whole["properties"]}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **whole,
-        "title": "Redline config",
-        "description": "A training run in DeepSpeed's JSON, as Redline reads it.",
-        "$defs": dict(sorted(definitions.items())),
-    }
-
-
-def _choose_params(component: type[Component], definitions: Schema) -> None:
-    """Tie a section's ``params`` to its ``type``."""
-    section = definitions[component.__name__]
-    # Names are offered, not imposed: torch has more, and so may the script that registers its own.
-    section["properties"]["type"] |= {
-        "anyOf": [{"enum": list(component.models)}, {"type": "string"}],
-        "not": {"pattern": _any_case(component.not_built)},
-    }
-    section["allOf"] = []
-    for name, model in component.models.items():
-        named = {"pattern": _any_case([name])} if name in component.any_case else {"const": name}
-        reference = {"$ref": f"#/$defs/{model.__name__}"}
-        then: Schema = {"properties": {"params": {"anyOf": [reference, {"type": "null"}]}}}
-        if "required" in definitions[model.__name__]:
-            then = {"properties": {"params": reference}, "required": ["params"]}
-        section["allOf"].append({"if": {"properties": {"type": named}, "required": ["type"]}, "then": then})
-
-
-def _any_case(names: Iterable[str]) -> str:
-    """A pattern for names in upper or lower case; JSON Schema's patterns have no flag for it."""
-    letters = (
-        "".join(f"[{each.upper()}{each}]" if each.isalpha() else each for each in name.lower()) for name in names
-    )
-    return f"^({'|'.join(letters)})$"
-
-
-def _limited(key: Schema) -> Schema:
-    """A key at the top without the values that are refused."""
-    if key.get("status") == REFUSED and not _is_section(key):
-        words = {word: item for word, item in key.items() if word not in ("anyOf", "type")}
-        return {**_written_off(key), **words}
-    if key.get("status") == REFUSED:
-        section, *_ = key["anyOf"]
-        return {**key, "anyOf": [{"enum": _values_off(key)}, {"allOf": [section, _switched_off(key)]}]}
-    section = section_of(key)
-    limits = _limits(section) if section else []
-    if limits and "switch" in key:
-        limits = [{"anyOf": [_switched_off(key), {"allOf": limits}]}]
-    return {**key, "allOf": limits} if limits else key
-
-
-def _switched_off(key: Schema) -> Schema:
-    """`is_switched_off` of an object, as a schema."""
-    off: Schema = {"properties": {key["switch"]: {"enum": [*_OFF, 0]}}}
-    if key.get("on"):
-        empty = {"properties": {}, "additionalProperties": False, **_COMMENTS}
-        return {"anyOf": [empty, {**off, "required": [key["switch"]]}]}
-    return off
-
-
-def _limits(section: Schema) -> list[Schema]:
-    """The values that refused keys within a section may have."""
-    limits = []
-    for name, key in section["properties"].items():
-        inner = section_of(key)
-        found = [_written_off(key)] if _has_refused_values(key) else _limits(inner) if inner else []
-        limits += [{"properties": {name: limit}} for limit in found]
-    return limits
-
-
-_COMMENTS = {"patternProperties": {"^(_|//)": {"description": "A comment; not read."}}}
-_TEXT = ("description", "default", "examples")
-_OURS = ("status", "note", "allowed", "switch", "on")
-
-
-def _with_digits(key: Schema) -> Schema:
-    """A key that may be true or false, as `load` takes it: 1 and 0, too, unless it may be another number."""
-    kinds = [option.get("type") for option in options(key)]
-    if "boolean" not in kinds or "number" in kinds or "integer" in kinds or _is_section(key):
-        return key
-    if "anyOf" in key:
-        return {**key, "anyOf": [_with_digits(option) for option in key["anyOf"]]}
-    return {"enum": [True, False, 1, 0], **{word: item for word, item in key.items() if word != "type"}}
-
-
-def _publish(section: Schema) -> None:
-    """Make a section plain JSON Schema: with "auto", comments and other spellings where they are accepted."""
-    properties = section["properties"]
-    autos = [name for name in properties if on_auto(section, name) not in (None, NOT_HERE, FROM_DATA)]
-    for name, key in properties.items():
-        plain = _with_digits({word: item for word, item in key.items() if word not in _OURS})
-        if key.get("status", HONOURED) != HONOURED:
-            meaning = f"{key['description']} " if "description" in key else ""
-            plain["description"] = f"{meaning}{key['status'].capitalize()}: {key['note']}."
-        # Around the values alone: editors show the text of the property itself.
-        if name in autos:
-            text = {word: plain.pop(word) for word in _TEXT if word in plain}
-            plain = {"anyOf": [plain, {"const": "auto"}], **text}
-        properties[name] = plain
-    spellings: dict[str, list[str]] = {}
-    for alias, name in section.pop("aliases", {}).items():
-        properties[alias] = {**properties[name], "description": f"Another spelling of {name}."}
-        spellings.setdefault(name, [name]).append(alias)
-    if spellings:  # of one key only one may be given
-        pairs = [list(pair) for names in spellings.values() for pair in combinations(names, 2)]
-        section["not"] = {"anyOf": [{"required": pair} for pair in pairs]}
-    section.update(_COMMENTS)
-    for trait in ("auto", "loose", "retired"):
-        section.pop(trait, None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from redline.config.messages import shown
 from redline.config.section import (
     AutoSection,
     Conflict,
@@ -23,9 +24,8 @@ from redline.config.section import (
     Whole,
     key,
     refused,
-    shown,
     unread,
-)  # fmt: skip
+)
 
 __all__ = [
     "SHORT", "BF16Config", "CheckpointConfig", "CometConfig", "CommsLoggerConfig", "CompileConfig", "CsvMonitorConfig",
@@ -140,10 +140,8 @@ class CompileConfig(AutoSection):
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.enabled is not None and self.enabled == self.disable:
-            yield (
-                "disable enabled",
-                f"got {shown(self.disable)} with enabled: {shown(self.enabled)}; give one of the two",
-            )
+            given = f"got {shown(self.disable)} with enabled: {shown(self.enabled)}"
+            yield "disable enabled", f"{given}; give one of the two"
         for name in ("offload_activation", "offload_opt_states"):
             if self.offload_parameters and getattr(self, name):
                 yield f"{name} offload_parameters", "got true with offload_parameters: true; take one of the two"

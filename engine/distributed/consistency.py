@@ -31,10 +31,10 @@ def check_agreement(config: EngineConfig, world: World, model: nn.Module, traini
         ConfigError: the configs differ; raised on every rank, with the keys, the values and the ranks.
         EngineError: the models or the datasets differ; likewise.
     """
-    from redline.config import fingerprint  # see engine/__init__.py
-
     if world.size == 1:
         return
+    from redline.config import fingerprint  # see engine/__init__.py
+
     tensors = (*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
     described = {name: _describe(tensor) for name, tensor in tensors}
     mine = {"config": fingerprint(config), "model": described, "data": {"samples": _length(training_data)}}

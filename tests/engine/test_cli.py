@@ -24,18 +24,9 @@ from tests.terminal import on_terminal
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "validate",
-    "explain",
-    "diff",
-    "schema",
-    "plot",
-    "range-test",
-    "tune",
-    "report",
-    "consolidate",
-    "run",
+    "validate", "explain", "diff", "schema", "plot", "range-test", "tune", "report", "consolidate", "run",
     "compare-run",
-)
+)  # fmt: skip
 GOOD = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.3, "cycle_first_step_size": 2}
 CONFIGS = {

@@ -36,8 +36,8 @@ def test_every_key_has_a_line_and_a_column_and_what_is_missing_that_of_its_objec
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("  # nothing\n", "1:1: empty; expected an object: { ... }"),
-        (" [1]", "1:2: got [1]; expected an object: { ... }"),
+        ("  # nothing\n", "2:1: got the end of the file; expected an object: { ... }"),
+        (" [1]", "1:2: got [; expected an object: { ... }"),
         ('{"a": 1', "1:8: got the end of the file; expected ',' or '}'"),
         ('{"a": 1}\n}', "2:1: got }; expected the end of the file"),
         ('{"a" 1}', "1:6: got 1; expected ':' after the key \"a\""),
@@ -51,7 +51,6 @@ def test_every_key_has_a_line_and_a_column_and_what_is_missing_that_of_its_objec
         ('{"a": /* b', f"1:7: got an unclosed comment; expected {A_VALUE}"),
         ('{"a": \u201cb\u201d}', f"1:7: got U+201C; expected {A_VALUE}"),
         (r'{"a": "\x"}', rf'1:7: got "\x"; expected {ESCAPES}'),
-        (r'{"a": "\ud800"}', rf'1:7: got "\ud800"; expected {ESCAPES}'),
         ('{"a":' * 101 + "1" + "}" * 101, "1:501: nested deeper than 100 levels"),
     ],
 )
@@ -62,11 +61,12 @@ def test_what_is_not_json_is_an_error_with_its_place_and_what_was_expected(text:
 
 
 def test_a_key_given_twice_and_an_infinite_number_are_mistakes_and_the_rest_is_read() -> None:
-    document = parse('{\n"a": 1,\n"b": NaN,\n"a": 2,\n"c": 1e999}')
+    document = parse('{\n"a": 1,\n"b": NaN,\n"a": 2,\n"c": 1e999, "d": "\\ud800"}')
     assert document.mistakes == {
         ("b",): "got NaN; expected a finite number",
         ("a",): "given twice, on line 2 and on line 4; remove one",
-        ("c",): "got 1e999; expected a finite number",
+        ("c",): "got Infinity; expected a finite number",
+        ("d",): "got half of a surrogate pair; expected an object, a list, a string, a number, true, false or null",
     }
     assert document.locate(("a",)) == (4, 1)
     with pytest.raises(ConfigError) as caught:  # with a syntax error after them
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest
     Path("latin").write_bytes('{\n "é": "\xe9"}'.encode("latin-1"))
     assert error("latin") == "latin: 1 problem\n  2:3: got the byte 0xe9; expected UTF-8; save the file as UTF-8"
     Path("wide").write_bytes("{}".encode("utf-16"))
-    assert error("wide") == "wide: 1 problem\n  1:1: got UTF-16; expected UTF-8; save the file as UTF-8"
+    assert error("wide") == "wide: 1 problem\n  1:1: got the byte 0xff; expected UTF-8; save the file as UTF-8"
 
 
 HJSON = """
@@ -170,7 +170,7 @@ def test_a_dict_is_copied_and_what_json_cannot_say_is_a_mistake_in_it() -> None:
     assert {route: message.partition(";")[0] for route, message in copy_document(wrong).mistakes.items()} == {
         (): "got the key 1 (int)",
         ("a",): "got a Python object",
-        ("b",): "got nan",
+        ("b",): "got NaN",
         ("c",): "got a huge integer",
         ("d",): "nested deeper than 100 levels, or inside itself",
         ("e", "f"): "got half of a surrogate pair",
