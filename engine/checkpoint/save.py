@@ -103,7 +103,10 @@ class Save:
         saved = [name for name in weights if name not in left_out]
         tensors = {f"model.{name}": weights[name] for name in saved}
         self._shared = {
-            **plain_copy(progress_of(run), "the run"),
+            **{
+                key: plain_copy(value, "training_dataloader.state_dict()" if key == "data" else key)
+                for key, value in progress_of(run).items()
+            },
             "weights": saved,
             "frozen": frozen,
             "left_out": left_out,
