@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["capture_generator", "is_generator", "random_state", "reseed", "seed_generators", "set_random_state"]
 
@@ -25,11 +26,15 @@ def random_state() -> dict[str, Any]:
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "python": random.getstate(),
-        "numpy": None if numpy is None else _to_tensors(numpy.random.get_state(legacy=False)),
+        "numpy": numpy and tree_map_only(numpy.ndarray, _to_tensor, numpy.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if cuda else None,
         "cuda_device": torch.cuda.current_device() if cuda else None,
     }
+
+
+def _to_tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array.copy())
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -42,7 +47,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if state["numpy"] is not None:
         import numpy  # not at the top: optional, and imported where the state was saved
 
-        numpy.random.set_state(_to_arrays(state["numpy"]))
+        numpy.random.set_state(tree_map_only(Tensor, Tensor.numpy, state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
@@ -85,15 +90,3 @@ def capture_generator(generator: Any) -> Callable[[], Any]:
     else:
         state, set_state = generator.bit_generator.state, partial(setattr, generator.bit_generator, "state")
     return lambda: set_state(copy.deepcopy(state))
-
-
-def _to_tensors(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value.copy()) if hasattr(value, "dtype") and value.ndim else value
-
-
-def _to_arrays(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_arrays(item) for key, item in value.items()}
-    return value.numpy() if isinstance(value, Tensor) else value

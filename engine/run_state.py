@@ -276,11 +276,11 @@ def capture_module(module: nn.Module) -> Callable[[], None]:
 
 def capture_generators(owner: Any) -> Callable[[], None]:
     """Capture the random number generators among an object's attributes; returns what restores them."""
-    content = _content_of({k: v for k, v in getattr(owner, "__dict__", {}).items() if is_generator(v)})
+    restores = [capture_generator(value) for value in getattr(owner, "__dict__", {}).values() if is_generator(value)]
 
     def restore() -> None:
-        for item in content.values():
-            _restored(*item)
+        for restore_generator in restores:
+            restore_generator()
 
     return restore
 

@@ -53,7 +53,14 @@ def save_on_sigterm(engine: Engine) -> None:
         )
     path = Path(directory).absolute()  # the script may change its working directory
     callback = SaveOnSigterm(engine.world, path)
-    _take_directory(path)
+    if _callbacks:
+        gc.collect()  # the engine of a notebook's cell that was run before
+    for other in [other for other, each in _callbacks.items() if each.directory == path]:
+        del _callbacks[other]  # one of the two checkpoints would replace the other
+        log.warning(
+            "redline.checkpoint.save_on_sigterm: two engines of this process have %s; SIGTERM saves the newer one "
+            "only; give each a directory of its own", path,
+        )  # fmt: skip
     _callbacks[engine] = callback
     engine.callbacks.append(callback)
     _handle_sigterm()
@@ -62,19 +69,6 @@ def save_on_sigterm(engine: Engine) -> None:
 # Of this process, by engine. All are saved together, since the process exits for all.
 _callbacks: weakref.WeakKeyDictionary[Engine, SaveOnSigterm] = weakref.WeakKeyDictionary()
 _handler: Any = None  # the last one installed
-
-
-def _take_directory(directory: Path) -> None:
-    """An engine that saves into this directory no longer does: one of the two checkpoints would replace the other."""
-    if any(each.directory == directory for each in _callbacks.values()):
-        gc.collect()  # the engine of a notebook's cell that was run before
-    for engine, callback in list(_callbacks.items()):
-        if callback.directory == directory:
-            del _callbacks[engine]
-            log.warning(
-                "redline.checkpoint.save_on_sigterm: two engines of this process have %s; SIGTERM saves the newer one "
-                "only; give each a directory of its own", directory,
-            )  # fmt: skip
 
 
 def _handle_sigterm() -> None:

@@ -9,11 +9,18 @@ are first needed, here and nowhere else.
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redline.checkpoint.ranks import AsyncWriter
+import torch
+from torch import Tensor
+
+from redline.distributed.process_group import make_side_group
+from redline.errors import EngineError
 from redline.log import log
 
 if TYPE_CHECKING:
@@ -23,12 +30,22 @@ __all__ = ["Checkpointer"]
 
 
 class Checkpointer:
-    """What the engine is given to save and load itself, by the config's options."""
+    """What the engine is given to save and load itself, by the config's options.
+
+    With `async_save` a thread writes one checkpoint at a time. Its error is raised by the next call, or logged when the
+    interpreter exits, which waits for the thread. Several ranks communicate in a group of their own, so that the
+    thread's collectives and the training's do not mix.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._writer: AsyncWriter | None = None
+        self._config, self._is_async = config, config.redline.checkpoint.async_save
         self._loaded: str | None = None  # the tag of a checkpoint that was loaded; keep_last does not remove it
+        self._group: Any = None
+        self._saving: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        if self._is_async:
+            # A weak reference: the exit function must not keep the buffers alive.
+            atexit.register(_log_error, weakref.ref(self))
 
     def save(
         self,
@@ -45,19 +62,36 @@ class Checkpointer:
 
         for callback in run.callbacks:
             callback.on_save(run)
-        if self._config.redline.checkpoint.async_save and self._writer is None:
-            self._writer = AsyncWriter(run.world_size)
-        writer = self._writer
+        if self._is_async and self._group is None and run.world_size > 1:
+            self._group = make_side_group()
         self.wait()
-        group = None if writer is None else writer.group
-        save = Save(run, self._config, group, save_dir, tag, latest=save_latest, protected=self._loaded)
-        save.capture(run, client_state, exclude_frozen=exclude_frozen)
-        if writer is None or save.error is not None:
-            save.write()
+        save = Save(
+            run, self._config, self._group, save_dir, tag, client_state,
+            latest=save_latest, exclude_frozen=exclude_frozen, protected=self._loaded,
+        )  # fmt: skip
+        if self._is_async and save.error is None:
+            save.values = self._copy(save.values)
+            pool = ThreadPoolExecutor(1, "save_checkpoint")
+            self._saving = pool.submit(save.write)
+            pool.shutdown(wait=False)  # the thread ends after this one
         else:
-            save.values = writer.copy(save.values)
-            writer.start(save.write)
+            save.write()
         return True
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to CPU memory, which is kept for the next time: new memory costs as much as the copying."""
+        before, self._buffers = self._buffers, {}
+        for key, tensor in tensors.items():
+            buffer = before.get(key)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        # One launch for all tensors, and one wait for the device at the end.
+        torch._foreach_copy_(list(self._buffers.values()), list(tensors.values()), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return self._buffers
 
     def load(
         self, run: Any, load_dir: str | Path, tag: str | None, **options: Any
@@ -89,11 +123,20 @@ class Checkpointer:
         return True
 
     def check(self) -> None:
-        """Raise the error of an asynchronous save that has ended."""
-        if self._writer is not None:
-            self._writer.check()
+        """Raise the error of an asynchronous save that has ended; once."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the asynchronous save that is being written, and raise its error."""
-        if self._writer is not None:
-            self._writer.wait()
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.exception()) is not None:
+            raise EngineError(f"{error} (while training continued: async_save)") from error
+
+
+def _log_error(reference: weakref.ref[Checkpointer]) -> None:
+    if (checkpointer := reference()) is not None:
+        try:
+            checkpointer.wait()
+        except EngineError as error:
+            log.error("the last checkpoint was not written: %s", error)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from redline.checkpoint.storage import MANIFEST
-from redline.checkpoint.tensors import PART, StoredTensor
+from redline.checkpoint.storage import MANIFEST, CorruptCheckpoint
+from redline.checkpoint.tensors import PART, StoredTensor, load_plain
 from redline.compiled import plain_names
 from redline.errors import EngineError
 
@@ -30,6 +31,7 @@ _UNSUPPORTED = {  # what else DeepSpeed writes
     "layer_*_model_states.pt": "the layers of a PipelineModule or the experts of an MoE model",
     "expp_rank_*_optim_states.pt": "the experts of an MoE model",
     "expert_*_model_states.pt": "the experts of an MoE model",
+    "*mp_rank_0[1-9]_model_states.pt": "a model that was split by tensor parallelism",
     "zero": "a model in DeepSpeed's universal format",
     "offloaded_tensors": "tensors that were offloaded to NVMe",
 }
@@ -37,7 +39,7 @@ _UNSUPPORTED = {  # what else DeepSpeed writes
 _NAMED = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments")
 
 
-# -- reading without running code -----------------------------------------------------------------------
+# -- DeepSpeed's classes --------------------------------------------------------------------------------
 
 
 class _Inert:
@@ -56,7 +58,7 @@ def _zero_stage(kind: Any, name: Any) -> Any:
     """In place of ``getattr(kind, name)``, as which Debian 12's Python 3.11.2 pickles an enum."""
     stages = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
     if getattr(kind, "__qualname__", None) != "ZeroStageEnum" or name not in stages:
-        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr, of {kind!r} and {name!r}")
+        raise pickle.UnpicklingError(f"weights_only: GLOBAL getattr, of {kind!r} and {name!r}")
     return kind(stages[name])
 
 
@@ -68,22 +70,6 @@ _STAND_INS: list[Any] = [
     _stand_in("utils.tensor_fragment", "fragment_address"),
     _zero_stage,
 ]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        asked = f"it asks for {match[1]}" if match else "it contains more than tensors and plain types"
-        raise EngineError(
-            f"{path}: refused: {asked}, which DeepSpeed does not write and which could run anything; nothing of it was "
-            "run. If it is in the client_state of your script, save again without it"
-        ) from None
-    except Exception as error:  # torch.load fails in many ways
-        raise EngineError(f"{path}: it is broken, or not DeepSpeed's: {str(error).partition(chr(10))[0]}") from error
-    return {key: plain_names(value) if key in _NAMED else value for key, value in dict(content).items()}
 
 
 # -- files ----------------------------------------------------------------------------------------------
@@ -123,19 +109,29 @@ class MappedFiles:
     def content(self, path: Path) -> dict[str, Any]:
         """What was saved in a file."""
         if path not in self._contents:
-            self._contents[path] = _load(path)
+            content = load_plain(path, classes=_STAND_INS, mmap=True)
+            self._contents[path] = {
+                key: plain_names(value) if key in _NAMED else value for key, value in content.items()
+            }
         return self._contents[path]
 
-    def vector(self, path: Path, keys: Sequence[Any]) -> Tensor:
-        """A tensor in a file, by the keys that lead to it, taken as a flat vector."""
+    def find(self, path: Path, keys: Sequence[Any]) -> Any:
+        """What is in a file, by the keys that lead to it; None if there is nothing."""
         value: Any = self.content(path)
         try:
             for key in keys:
                 value = value[key]
         except (KeyError, IndexError, TypeError):
-            value = None
+            return None
+        return value
+
+    def vector(self, path: Path, keys: Sequence[Any]) -> Tensor:
+        """A tensor in a file, taken as a flat vector."""
+        value = self.find(path, keys)
         if not isinstance(value, Tensor):
-            raise EngineError(f"{path}: no tensor at {'.'.join(map(str, keys))}; it is not as DeepSpeed writes it")
+            raise CorruptCheckpoint(
+                f"{path}: no tensor at {'.'.join(map(str, keys))}; it is not as DeepSpeed writes it"
+            )
         return value.detach().reshape(-1)
 
     def count(self, num_bytes: int) -> None:
@@ -147,16 +143,8 @@ class MappedFiles:
 
 
 def _by_rank(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
-    found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()):
-        if match := pattern.fullmatch(path.name):
-            if int(match["mp"]) != 0:
-                raise EngineError(
-                    f"{path}: it is of a model that was split by tensor parallelism, which is not supported; merge it "
-                    "with DeepSpeed first"
-                )
-            found[int(match["rank"] or 0)] = path
-    missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+    found = {int(match["rank"] or 0): path for path in directory.iterdir() if (match := pattern.fullmatch(path.name))}
+    missing = [rank for rank in range(max(found, default=0)) if rank not in found]
     if missing:
         name = found[max(found)].name.replace(f"rank_{max(found)}_", f"rank_{missing[0]}_")
         raise EngineError(f"{directory}: {name} is missing, and with it the part of rank {missing[0]}")
@@ -179,8 +167,8 @@ class FlatTensor(StoredTensor):
         self, files: MappedFiles, paths: Sequence[Path], keys: tuple[Any, ...], shape: torch.Size, start: int = 0,
         *, sharded: bool = False,
     ) -> None:  # fmt: skip
-        self.shape, self._files, self._keys = shape, files, keys
-        self._pieces: list[tuple[Path, int, int]] = []
+        self._files, self._keys = files, keys
+        self._pieces: list[tuple[Path, int, int]] = []  # file, first element, and how many
         shard, before, found = math.ceil(shape.numel() / len(paths)), 0, 0
         for path in paths:
             vector = files.vector(path, keys)
@@ -190,12 +178,19 @@ class FlatTensor(StoredTensor):
                 self._pieces.append((path, first, count))
                 found += count
             before += vector.numel()
-        self.dtype = vector.dtype
+        super().__init__(shape, vector.dtype, [ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)])
         if found != shape.numel():
             raise EngineError(
                 f"{path}: {'.'.join(map(str, keys))} has {found} elements for a parameter of {shape.numel()}; give "
                 "initialize the same parameters in the same order"
             )
+
+    def read_block(self, index: int = 0) -> Tensor:
+        block, start = torch.empty(self.shape.numel(), dtype=self.dtype), 0
+        for part in self.parts():
+            block[start : start + part.numel()] = part
+            start += part.numel()
+        return block.view(self.shape)
 
     def parts(self) -> Iterator[Tensor]:
         for path, first, length in self._pieces:

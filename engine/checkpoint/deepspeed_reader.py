@@ -11,9 +11,9 @@ shards of all parameters, one flat vector per subgroup. After `_get_zero_param_s
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 from redline.checkpoint.deepspeed_files import FlatTensor, MappedFiles
 from redline.checkpoint.optimizer_state import UNKNOWN, plain_settings
 from redline.checkpoint.state import plain_copy
+from redline.checkpoint.storage import CorruptCheckpoint
 from redline.checkpoint.tensors import StoredTensor
+from redline.config import load_config
 from redline.errors import ConfigError, EngineError
 from redline.log import log
 
@@ -49,33 +51,27 @@ _STATE = {
     "Lion": ("exp_avg",), "Adagrad": ("sum",), "SGD": ("momentum_buffer",),
 }  # fmt: skip
 _COUNTING = ("Adam", "AdamW", "Lamb", "Adagrad")
+# What of the loss scaler changes in training, by Redline's names; its rules are the config's.
+_SCALER = {
+    "value": "cur_scale", "_patience": "cur_hysteresis", "_updates": "cur_iter", "_last_overflow": "last_overflow_iter"
+}  # fmt: skip
 
-Order = Sequence[Sequence[tuple[str, torch.Size]]]  # names and shapes of the parameters in each group
+Keys = tuple[Any, ...]  # that lead to a value in a file
+Shapes = Mapping[str, torch.Size]  # of parameters, by name
 
 
 class Slot(NamedTuple):
-    """One parameter in DeepSpeed's optimizer."""
+    """A parameter in DeepSpeed's optimizer."""
 
     name: str
     weight: StoredTensor | None  # in fp32; None where the optimizer updates the model's own
     moments: Mapping[str, StoredTensor]  # by DeepSpeed's names, which are torch's
     step: float | None  # optimizer steps that the moments have seen; None where the optimizer does not count
-
-
-class Group(NamedTuple):
-    """One parameter group."""
-
-    slots: list[Slot]
-    settings: Mapping[str, Any]  # such as lr and betas
+    settings: Mapping[str, Any]  # of its group, such as lr and betas
 
 
 class DeepSpeedCheckpoint:
-    """The directory of one tag; has the attributes of :class:`redline.checkpoint.state.Checkpoint`, and these.
-
-    Attributes:
-        stage: the ZeRO stage.
-        world_size: number of ranks that wrote it.
-        source: whose checkpoint it is: ``DeepSpeed's, of ZeRO stage 2 on 4 ranks``.
+    """The directory of one tag; has the attributes of :class:`redline.checkpoint.state.Checkpoint`, and `stage`.
 
     Raises:
         EngineError: it cannot be read; names the file and the reason.
@@ -88,7 +84,7 @@ class DeepSpeedCheckpoint:
         try:
             self._read()
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"{directory}: it is not as DeepSpeed 0.19 writes it: {error!r}") from error
+            raise CorruptCheckpoint(f"{directory}: it is not as DeepSpeed 0.19 writes it: {error!r}") from error
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         self.source = f"DeepSpeed's, of ZeRO stage {self.stage} on {ranks}"
         self.description = (
@@ -105,26 +101,28 @@ class DeepSpeedCheckpoint:
         self._shapes = [
             {name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"] or ()
         ]
-        sharded = bool(files.optimizer) or state["param_shapes"] is not None
-        optimizer = self._optimizer_states if sharded else {}
-        stage = optimizer.get("zero_stage", 1 if sharded else 0)  # BF16_Optimizer writes no stage; it is stage 1
-        self.stage = int(getattr(stage, "arguments", [stage])[0])
-        per_rank = files.model[0].name.startswith("zero_pp_rank_")
-        for paths, what in ((sharded and files.optimizer, "optimizer states"), (per_rank and files.model, "the model")):
-            if paths is not False and len(paths) != self.world_size:
+        is_zero = bool(files.optimizer) or state["param_shapes"] is not None
+        has_shards = files.model[0].name.startswith("zero_pp_rank_")
+        for paths, what in ((files.optimizer if is_zero else None, "optimizer states"),
+                            (files.model if has_shards else None, "the model")):  # fmt: skip
+            if paths is not None and len(paths) != self.world_size:
                 raise EngineError(
                     f"{self.directory}: it was written by {self.world_size} ranks, and there are {len(paths)} files of "
                     f"{what}; copy those of all hosts into the directory"
                 )
-        if per_rank != (self.stage == 3):
-            raise EngineError(f"{self.directory}: files of a model at stage 3 and of another stage are mixed")
+        optimizer = self._optimizer_states if is_zero else {}
+        stage = optimizer.get("zero_stage", 1 if is_zero else 0)  # BF16_Optimizer writes no stage; it is stage 1
+        self.stage = int(getattr(stage, "arguments", [stage])[0])
         if state.get("num_experts") or "ds_zero_partition_groups" in optimizer:
             raise EngineError(f"{self.directory}: it is of an MoE model with sharded experts, which is not supported")
         module = {name: value for name, value in content["module"].items() if isinstance(value, Tensor)}
         self.aliases = self._find_aliases(state.get("shared_params"), module)
-        self._groups = self._groups_at_3() if self.stage == 3 else self._groups_at_1() if self.stage else []
         self.entries = self._model(module, state.get("frozen_param_shapes"))
         self.shared = self._plain_state(state)
+
+    def is_unchanged(self) -> bool:
+        """True: its files have no checksums."""
+        return True
 
     # -- the model -------------------------------------------------------------------------------
 
@@ -139,10 +137,10 @@ class DeepSpeedCheckpoint:
                 aliases[name] = first[place]
         return aliases
 
-    def _model(self, module: Mapping[str, Tensor], frozen: Mapping[str, Any] | None) -> dict[str, StoredTensor]:
+    def _model(self, module: Mapping[str, Tensor], frozen: Shapes | None) -> dict[str, StoredTensor]:
         """The model's tensors by key, fp32 weights where the optimizer has them; `optimizer_state` adds its own."""
         files = self._files
-        weights = {slot.name: slot.weight for group in self._groups for slot in group.slots if slot.weight is not None}
+        weights = {slot.name: slot.weight for slot in self.slots() if slot.weight is not None}
         if self.stage == 3:  # no optimizer has these, and each rank has a shard of them
             for name, shape in (frozen or {}).items():
                 keys = ("frozen_param_fragments", name)
@@ -159,145 +157,134 @@ class DeepSpeedCheckpoint:
         files.release_bytes = max([files.release_bytes, *sizes])
         return {f"model.{name}": stored for name, stored in tensors.items()}
 
-    def is_unchanged(self) -> bool:
-        """True: its files have no checksums."""
-        return True
-
     # -- the optimizer ---------------------------------------------------------------------------
 
-    def groups(self, order: Order = ()) -> list[Group]:
-        """The parameter groups; `order` has names and shapes in those of the optimizer, which stage 0 does not save."""
-        return self._groups if self.stage else self._groups_at_0(order)
+    def slots(self, order: Sequence[Shapes] = ()) -> list[Slot]:
+        """The optimizer's parameters; `order` has those of this run's groups, which stage 0 does not save by name."""
+        if self.stage == 3:
+            return list(self._slots_at_3())
+        return list(self._slots_at_1() if self.stage else self._slots_at_0(order))
 
     @property
     def _optimizer_states(self) -> dict[str, Any]:
         states: dict[str, Any] = self._files.content(self._files.optimizer[0])[_OPTIMIZER]
         return states
 
-    def _slot(
-        self, name: str, shape: torch.Size, step: float | None, places: Mapping[str, Any], start: int, sharded: bool
-    ) -> Slot:
-        """A parameter of which weight and moments are at the same place in each vector."""
-        files = self._files
-        paths = files.optimizer if self.stage else files.model
-        stored: dict[str, StoredTensor] = {
-            key: FlatTensor(files, paths, keys, shape, start, sharded=sharded) for key, keys in places.items()
-        }
-        return Slot(name, stored.pop("weight", None), stored, step)
-
-    def _groups_at_1(self) -> list[Group]:
-        state = self._optimizer_states
-        base = state["base_optimizer_state"]
-        paddings = state.get("param_alignment_paddings") or [[0] * len(names) for names in self._shapes]
-        counted = {"step": state["base_optimizer_state_step"]} if "base_optimizer_state_step" in state else {}
-        groups = []
+    def _slots_at_1(self) -> Iterator[Slot]:
+        states = self._optimizer_states
+        base = states["base_optimizer_state"]
+        is_elastic = isinstance(base, list)  # one state per group, and no settings
+        paddings = states.get("param_alignment_paddings") or [[0] * len(shapes) for shapes in self._shapes]
+        counts = [{"step": states[key]} for key in ("base_optimizer_state_step",) if key in states]
         for index, shapes in enumerate(self._shapes):
-            keys: tuple[Any, ...] = ("state", index)
-            if isinstance(base, list):  # elastic: one state per group, and no settings
-                found, keys, settings = base[index], (index,), {}
-            else:
-                found, settings = base["state"].get(index, {}), base["param_groups"][index]
-            places: dict[str, Any] = {"weight": (_OPTIMIZER, "single_partition_of_fp32_groups", index)}
-            places |= {key: (_OPTIMIZER, "base_optimizer_state", *keys, key) for key in _MOMENTS if key in found}
-            step = _step([found, settings, counted])
-            slots, start = [], 0
-            for (name, shape), padding in zip(shapes.items(), paddings[index]):
-                slots.append(self._slot(name, shape, step, places, start, sharded=False))
-                start += shape.numel() + padding
-            groups.append(Group(slots, settings))
-        return groups
+            weight = (_OPTIMIZER, "single_partition_of_fp32_groups", index)
+            state = (_OPTIMIZER, "base_optimizer_state", *(() if is_elastic else ("state",)), index)
+            settings = {} if is_elastic else base["param_groups"][index]
+            sizes = [shape.numel() + padding for shape, padding in zip(shapes.values(), paddings[index])]
+            yield from self._slots(shapes, sizes, weight, state, settings, counts)
 
-    def _groups_at_3(self) -> list[Group]:
-        inner = self._optimizer_states[_OPTIMIZER]
-        subgroups = itertools.count()
-        groups = []
-        for settings in inner["param_groups"]:
-            slots = []
-            for _, subgroup in zip(settings["params"], subgroups):
-                found = inner["state"].get(subgroup, {})
-                places: dict[str, Any] = {"weight": (_OPTIMIZER, "fp32_flat_groups", subgroup)}
-                places |= {key: (_OPTIMIZER, _OPTIMIZER, "state", subgroup, key) for key in _MOMENTS if key in found}
-                step, start = _step([found, settings]), 0
-                for name, shape in self._shapes[subgroup].items():
-                    slots.append(self._slot(name, shape, step, places, start, sharded=True))
-                    start += math.ceil(shape.numel() / self.world_size)
-            groups.append(Group(slots, settings))
-        return groups
+    def _slots_at_3(self) -> Iterator[Slot]:
+        for settings in self._optimizer_states[_OPTIMIZER]["param_groups"]:
+            for subgroup in settings["params"]:
+                shapes = self._shapes[subgroup]
+                sizes = [math.ceil(shape.numel() / self.world_size) for shape in shapes.values()]
+                weight = (_OPTIMIZER, "fp32_flat_groups", subgroup)
+                yield from self._slots(shapes, sizes, weight, (_OPTIMIZER, _OPTIMIZER, "state", subgroup), settings)
 
-    def _groups_at_0(self, order: Order) -> list[Group]:
+    def _slots_at_0(self, order: Sequence[Shapes]) -> Iterator[Slot]:
         """The model's file has the state dict of torch's optimizer (fp32) or of DeepSpeed's wrapper (fp16, bf16)."""
         path = self._files.model[0]
         outer = self._files.content(path).get("optimizer") or {}
+        keys: Keys = ("optimizer", _OPTIMIZER) if _OPTIMIZER in outer else ("optimizer",)
         inner = outer.get(_OPTIMIZER, outer)
-        if not inner:
-            return []
-        keys: tuple[Any, ...] = ("optimizer", _OPTIMIZER) if _OPTIMIZER in outer else ("optimizer",)
+        if not inner or not order:
+            return
         sizes = [len(group["params"]) for group in inner["param_groups"]]
-        flat = "fp32_groups_flat" in outer  # one vector per group
-        if len(order) != len(sizes) or (not flat and [len(group) for group in order] != sizes):
+        is_flat = "fp32_groups_flat" in outer  # one vector per group
+        if len(order) != len(sizes) or (not is_flat and [len(group) for group in order] != sizes):
             raise EngineError(
-                f"{path}: its optimizer has parameter groups of {'flat vectors' if flat else sizes}, this one of "
+                f"{path}: its optimizer has parameter groups of {'flat vectors' if is_flat else sizes}, this one of "
                 f"{[len(group) for group in order]}; give initialize the same parameters in the same order"
             )
-        groups, first = [], 0
-        for number, (names, settings) in enumerate(zip(order, inner["param_groups"])):
-            step = _step([*(inner["state"].get(first + place, {}) for place in range(sizes[number])), settings])
-            slots, start = [], 0
-            for place, (name, shape) in enumerate(names):
-                index = first if flat else first + place
-                found = inner["state"].get(index, {})
-                places = {key: (*keys, "state", index, key) for key in _MOMENTS if key in found}
-                if flat:
-                    places["weight"] = ("optimizer", "fp32_groups_flat", number)
-                elif "fp32_groups" in outer:
-                    places["weight"] = ("optimizer", "fp32_groups", number, place)
-                own = found.get("step")
-                count = float(own) if isinstance(own, Tensor) else step
-                slots.append(self._slot(name, shape, count, places, start * flat, sharded=False))
-                start += shape.numel()
-            groups.append(Group(slots, settings))
-            first += sizes[number]
-        return groups
+        for group, (shapes, settings) in enumerate(zip(order, inner["param_groups"])):
+            # DeepSpeed's fused optimizers count in the state of the last parameter only.
+            counts = [inner["state"].get(index, {}) for index in settings["params"]]
+            if is_flat:
+                weight, state = ("optimizer", "fp32_groups_flat", group), (*keys, "state", settings["params"][0])
+                lengths = [shape.numel() for shape in shapes.values()]
+                yield from self._slots(shapes, lengths, weight, state, settings, counts)
+                continue
+            for place, (index, (name, shape)) in enumerate(zip(settings["params"], shapes.items())):
+                own = ("optimizer", "fp32_groups", group, place) if "fp32_groups" in outer else None
+                yield from self._slots({name: shape}, [0], own, (*keys, "state", index), settings, counts)
+
+    def _slots(
+        self, shapes: Shapes, sizes: Iterable[int], weight: Keys | None, state: Keys, settings: Mapping[str, Any],
+        counts: Iterable[Mapping[str, Any]] = (),
+    ) -> Iterator[Slot]:  # fmt: skip
+        """Parameters one after the other in a vector of weights and in one of each moment; `sizes` count the padding.
+
+        `weight` and `state` are the keys of the weights and of the optimizer's state; `counts` may count its steps.
+        """
+        files = self._files
+        paths = files.optimizer if self.stage else files.model
+        found = files.find(paths[0], state) or {}
+        places = {key: (*state, key) for key in _MOMENTS if key in found}
+        if weight is not None:
+            places["weight"] = weight
+        steps = [float(each["step"]) for each in (found, settings, *counts) if "step" in each]
+        step = float(found["step"]) if isinstance(found.get("step"), Tensor) else max(steps, default=None)
+        for (name, shape), start in zip(shapes.items(), accumulate(sizes, initial=0)):
+            stored: dict[str, StoredTensor] = {
+                key: FlatTensor(files, paths, keys, shape, start, sharded=self.stage == 3)
+                for key, keys in places.items()
+            }
+            yield Slot(name, stored.pop("weight", None), stored, step, settings)
 
     def optimizer_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> Any:
         """DeepSpeed's state for an optimizer, converted to what Redline saves; adds its tensors to `entries`."""
         names = {id(weight): name for name, weight in weights.items()}
         own = [[names[id(weight)] for weight in group["params"]] for group in optimizer.param_groups]
-        groups = self.groups([[(name, weights[name].shape) for name in group] for group in own])
-        slots = {slot.name: (slot, group.settings) for group in groups for slot in group.slots}
+        slots = {slot.name: slot for slot in self.slots([{name: weights[name].shape for name in each} for each in own])}
         if self.stage == 0:  # only the optimizer has fp32 weights, and no names
-            self._take_weights([slot for slot, _ in slots.values()])
+            self._take_weights(slots.values())
         kind = next((each.__name__ for each in type(optimizer).__mro__ if each.__name__ in _STATE), None)
         if kind is None:
             raise EngineError(
                 f"optimizer {type(optimizer).__name__}: it is not known how its state corresponds to DeepSpeed's; "
                 f"{_WITHOUT}"
             )
-        saved: dict[str, Any] = {"type": type(optimizer).__name__, "defaults": {}, "on_cpu": [], "groups": []}
+        groups: list[dict[str, Any]] = []
         states: dict[str, Any] = {}
         missing = []
         for group, members in zip(optimizer.param_groups, own):
             settings: Mapping[str, Any] = {}
             for name in members:
-                slot, theirs = slots.get(name) or slots.get(self.aliases.get(name, "")) or (None, {})
-                settings = settings or theirs
+                slot = slots.get(name) or slots.get(self.aliases.get(name, ""))
                 if slot is None:
                     missing.append(name)
-                elif slot.moments:
-                    states[name] = self._state_of(slot, kind, group, weights[name].device)
+                    continue
+                settings = settings or slot.settings
+                if slot.moments:
+                    states[name] = self._count_of(slot, kind, group, weights[name].device)
                     for key, stored in slot.moments.items():
                         self.entries[f"optimizer.{name}.{key}"] = stored
                         states[name][key] = {"$tensor": f"optimizer.{name}.{key}"}
-            known = {key: value for key, value in settings.items() if key in group and key not in ("params", "step")}
-            known = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
-            saved["groups"].append({"weights": members, "settings": plain_settings(known)})
+            known = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in settings.items()
+                if key in group and key not in ("params", "step")
+            }
+            groups.append({"weights": members, "settings": plain_settings(known)})
         if missing:
             log.warning(
                 "load_checkpoint: %s has no optimizer state for %s; it starts anew", self.directory, ", ".join(missing)
             )
-        return {**saved, "state": states}
+        return {
+            "type": type(optimizer).__name__, "defaults": {}, "on_cpu": [], "groups": groups, "state": states,
+        }  # fmt: skip
 
-    def _take_weights(self, slots: Sequence[Slot]) -> None:
+    def _take_weights(self, slots: Iterable[Slot]) -> None:
         for slot in slots:
             if slot.weight is None:
                 continue
@@ -309,7 +296,7 @@ class DeepSpeedCheckpoint:
                 )
             self.entries[f"model.{slot.name}"] = slot.weight
 
-    def _state_of(self, slot: Slot, kind: str, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    def _count_of(self, slot: Slot, kind: str, group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """What an optimizer keeps besides moments, which have to be those that it needs: the count of steps."""
         needed = set() if kind == "SGD" and not group["momentum"] else set(_STATE[kind])
         if group.get("amsgrad"):
@@ -335,6 +322,11 @@ class DeepSpeedCheckpoint:
         config = config if isinstance(config, Mapping) else {}
         steps = int(state["global_steps"])
         samples = state.get("global_samples", steps * int(config.get("train_batch_size") or 0))
+        if self.stage:
+            scaler = getattr(self._optimizer_states.get("loss_scaler"), "__dict__", {})
+        else:
+            scaler = self._files.content(self._files.model[0]).get("optimizer") or {}
+        moving = {name: scaler[theirs] for name, theirs in _SCALER.items() if scaler.get(theirs) is not None}
         return {
             "counters": {
                 "global_steps": steps, "global_samples": int(samples), "micro_steps": 0,
@@ -342,27 +334,12 @@ class DeepSpeedCheckpoint:
             },
             "gradient_accumulation_steps": None,  # micro_steps follow from global_steps
             "schedule": _schedule(state.get("lr_scheduler"), config.get("scheduler")),
-            "loss_scale": self._loss_scale(),
+            "loss_scale": moving if "_updates" in moving else None,
             "data": None,
             "extra_state": {},
             # Copied: a tensor in it is mapped from the file.
             "client_state": copy.deepcopy({key: value for key, value in state.items() if key not in _OWN}),
         }  # fmt: skip
-
-    def _loss_scale(self) -> dict[str, Any] | None:
-        """What of DeepSpeed's loss scaler changes in training; its rules are the config's."""
-        if self.stage:
-            scaler = getattr(
-                self._files.content(self._files.optimizer[0])[_OPTIMIZER].get("loss_scaler"), "__dict__", {}
-            )
-        else:
-            scaler = self._files.content(self._files.model[0]).get("optimizer") or {}
-        names = {
-            "value": "cur_scale", "_patience": "cur_hysteresis", "_updates": "cur_iter",
-            "_last_overflow": "last_overflow_iter",
-        }  # fmt: skip
-        moving = {name: scaler[theirs] for name, theirs in names.items() if scaler.get(theirs) is not None}
-        return moving if "_updates" in moving else None
 
 
 def _schedule(state: Any, section: Any) -> dict[str, Any] | None:
@@ -371,8 +348,6 @@ def _schedule(state: Any, section: Any) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"type": UNKNOWN, "told_by": "nothing", "parameters": {}}
     if isinstance(section, Mapping) and section.get("type"):
-        from redline.config import load_config  # not at the top: pydantic takes long to import
-
         try:
             scheduler = load_config({"train_micro_batch_size_per_gpu": 1, "scheduler": section}).scheduler
         except ConfigError:  # what this engine refuses is compared as it is
@@ -381,11 +356,3 @@ def _schedule(state: Any, section: Any) -> dict[str, Any] | None:
         parameters["redline.schedules"] = "deepspeed"
         found = {"type": section["type"], "told_by": "config", "parameters": parameters}
     return {**found, "state": plain_copy(dict(state), "lr_scheduler")}
-
-
-def _step(states: Sequence[Mapping[str, Any]]) -> float | None:
-    """The optimizer steps of a group.
-
-    DeepSpeed's fused optimizers count in the state of the last parameter only, older ones in the group.
-    """
-    return max((float(each["step"]) for each in states if "step" in each), default=None)

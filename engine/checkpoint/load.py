@@ -7,7 +7,8 @@ is loaded instead. A checkpoint of DeepSpeed's goes the same way, but has no che
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from torch.optim import Optimizer
 from redline.checkpoint import storage
 from redline.checkpoint.deepspeed_files import is_deepspeed
 from redline.checkpoint.deepspeed_reader import DeepSpeedCheckpoint
-from redline.checkpoint.optimizer_state import OptimizerLoad, listed, plan_schedule
+from redline.checkpoint.optimizer_state import plan_optimizer, plan_schedule
 from redline.checkpoint.ranks import RankGroup
-from redline.checkpoint.state import Checkpoint
+from redline.checkpoint.state import Checkpoint, listed
 from redline.checkpoint.storage import CorruptCheckpoint, Manifest
 from redline.checkpoint.tensors import is_sharded
 from redline.errors import EngineError
@@ -41,10 +42,13 @@ from redline.schedulers.schedule import is_built_in
 if TYPE_CHECKING:
     from redline.config import EngineConfig
 
-__all__ = ["LoadOptions", "load_checkpoint", "open_checkpoint"]
+__all__ = ["AnyCheckpoint", "LoadOptions", "load_checkpoint", "open_checkpoint"]
 
-_LOOKS = 20  # at a directory in which another process saves so often that checkpoints are removed while they are read
-_SHOWN = 4  # files of one checkpoint that are not intact
+AnyCheckpoint = Checkpoint | DeepSpeedCheckpoint
+Look = tuple[list[tuple[str, float]], list[str]]  # tags to try, with the time of each, and what is wrong already
+
+# Checkpoints that are tried. Next to a process that saves and removes, each that is gone makes place for a newer one.
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,7 @@ class LoadOptions:
     optimizer: bool = True
     schedule: bool = True
     module_only: bool = False
-    custom_load: Callable[..., Any] | None = None
-
-    def __str__(self) -> str:
-        values = {**vars(self), "custom_load": self.custom_load is not None}  # a function has another address per rank
-        return ", ".join(f"{name}={value}" for name, value in values.items())
+    custom_load: Callable[..., Any] | None = field(default=None, repr=False)  # its address differs between ranks
 
 
 def load_checkpoint(
@@ -68,71 +68,59 @@ def load_checkpoint(
     """See :meth:`redline.Engine.load_checkpoint`."""
     ranks = RankGroup("load_checkpoint", run.global_rank, run.world_size)
     parent, tag = Path(load_dir), None if tag is None else str(tag)
-    look = _look_together(ranks, parent, tag, options)
-    for _ in range(_LOOKS):
-        before, problems = look, list(look.problems)
-        for candidate in before.candidates:
-            checkpoint, found = _open(ranks, parent, candidate)
-            if checkpoint is not None and not found:
-                load = _Load(run, config, checkpoint, options)
-                found = _unique(ranks.run(load.read))
-                if not found:
-                    if problems:
-                        log.warning(
-                            "load_checkpoint: %s; %s, the newest that is whole, is loaded instead",
-                            "; ".join(problems), candidate,
-                        )  # fmt: skip
-                    load.apply(ranks)
-                    return str(parent / candidate), checkpoint.shared["client_state"]
-            problems += found
-            # Another process may save here, and remove what was about to be read: then there is a newer one.
-            look = _look_together(ranks, parent, tag, options)
-            if look != before:
-                break
-        if look == before:
+    failed: dict[tuple[str, float], str] = {}
+    for _ in range(_TRIES):
+        # Again after each failure: another process may save here, and remove what was about to be read.
+        candidates, problems = _look_together(ranks, parent, tag, options)
+        problems += [failed[each] for each in candidates if each in failed]
+        candidate = next((each for each in candidates if each not in failed), None)
+        if candidate is None:
             break
+        checkpoint, problem = _open_together(ranks, parent, candidate[0])
+        if checkpoint is not None and not problem:
+            load = _Load(run, config, checkpoint, options)
+            problem = _joined(ranks.run(load.read))
+            if not problem:
+                if problems:
+                    text = "load_checkpoint: %s; %s, the newest that is whole, is loaded instead"
+                    log.warning(text, "; ".join(problems), candidate[0])
+                load.apply(ranks)
+                return str(parent / candidate[0]), checkpoint.shared["client_state"]
+        failed[candidate] = problem
+    found = ""
+    with suppress(OSError):
+        found = ", ".join(sorted(storage.manifests(parent)))
     if problems:
-        others = f"; the tags in {parent} are {', '.join(storage.tags(parent)) or 'none'}" if tag is not None else ""
+        others = f"; the tags in {parent} are {found or 'none'}" if tag is not None else ""
         raise EngineError(f"load_checkpoint: {'; '.join(problems)}{others}")
+    hint = f"; tags that were saved with save_latest=False have to be named: {found}" if found else ""
+    log.warning("load_checkpoint: no checkpoint in %s: nothing is loaded%s", parent, hint)
     return None, None
 
 
 # -- finding an intact checkpoint -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What there is to load: the tags to try, best first, when each was saved, and what is wrong already."""
-
-    candidates: list[str]
-    times: dict[str, float]
-    problems: list[str]
-
-
-def _look_together(ranks: RankGroup, parent: Path, tag: str | None, options: LoadOptions) -> _Look:
+def _look_together(ranks: RankGroup, parent: Path, tag: str | None, options: LoadOptions) -> Look:
     """What rank 0 sees; EngineError if the ranks were called with different arguments."""
-    seen = ranks.run(lambda: (tag, str(options), _look(parent, tag)))
-    first = seen[0]
-    for rank, (other, text, _) in enumerate(seen):
-        if (other, text) != first[:2]:
+    seen = ranks.run(lambda: ((tag, str(options)), _look(parent, tag)))
+    first, look = seen[0]
+    for rank, (other, _) in enumerate(seen):
+        if other != first:
             raise EngineError(
-                f"load_checkpoint: called with tag {first[0]!r} and {first[1]} on rank 0, with tag {other!r} and "
-                f"{text} on rank {rank}; expected the same on all ranks"
+                f"load_checkpoint: called with tag {first[0]!r} and {first[1]} on rank 0, with tag {other[0]!r} and "
+                f"{other[1]} on rank {rank}; expected the same on all ranks"
             )
-    look = first[2]
-    if not look.candidates and not look.problems:
-        found = storage.tags(parent)
-        hint = f"; tags that were saved with save_latest=False have to be named: {', '.join(found)}" if found else ""
-        log.warning("load_checkpoint: no checkpoint in %s: nothing is loaded%s", parent, hint)
     return look
 
 
-def _look(parent: Path, tag: str | None) -> _Look:
+def _look(parent: Path, tag: str | None) -> Look:
+    """What there is to load, best first."""
     if tag is not None:
         try:
-            return _Look([tag], {tag: storage.find(parent, tag)[1].time}, [])
+            return [(tag, storage.find(parent, tag)[1].time)], []
         except CorruptCheckpoint:
-            return _Look([tag], {}, [])
+            return [(tag, 0.0)], []
     problems, latest = [], None
     try:
         latest = storage.read_latest(parent)
@@ -143,18 +131,18 @@ def _look(parent: Path, tag: str | None) -> _Look:
     # were to be the latest.
     any_tag = latest is not None or bool(problems)
     valid = {tag: each for tag, each in found.items() if each is not None and (any_tag or each.latest)}
-    others = sorted(valid, key=lambda tag: (valid[tag].time, valid[tag].step), reverse=True)
-    if others and not any_tag:
+    tags = sorted(valid, key=lambda tag: (valid[tag].time, valid[tag].step), reverse=True)
+    if tags and not any_tag:
         problems = [f"{parent / storage.LATEST} is not there"]
-    if others or any_tag:
-        others += [tag for tag, each in found.items() if each is None]  # to be named, if nothing else is intact
-    candidates = list(dict.fromkeys([*([latest] if latest else []), *others]))
-    return _Look(candidates, {tag: each.time for tag, each in valid.items()}, problems)
+    if tags or any_tag:
+        tags += [tag for tag, each in found.items() if each is None]  # to be named, if nothing else is intact
+    tags = list(dict.fromkeys([*([latest] if latest else []), *tags]))
+    return [(tag, valid[tag].time if tag in valid else 0.0) for tag in tags], problems
 
 
 def open_checkpoint(
     parent: Path, tag: str, *, rank: int = 0, world_size: int = 1
-) -> tuple[Checkpoint | DeepSpeedCheckpoint, Manifest | None]:
+) -> tuple[AnyCheckpoint, Manifest | None]:
     """A checkpoint, verified as far as that is possible, of which each rank verifies a part of the files.
 
     Raises:
@@ -165,14 +153,13 @@ def open_checkpoint(
         return DeepSpeedCheckpoint(parent / tag), None
     directory, manifest = storage.find(parent, tag)
     if problems := storage.verify_files(directory, manifest, rank=rank, world_size=world_size):
-        more = f"; {len(problems) - _SHOWN} more such files" if len(problems) > _SHOWN else ""
-        raise CorruptCheckpoint("; ".join(problems[:_SHOWN]) + more)
+        raise CorruptCheckpoint(listed(problems, separator="; "))
     return Checkpoint(directory, manifest, rank), manifest
 
 
-def _open(ranks: RankGroup, parent: Path, tag: str) -> tuple[Checkpoint | DeepSpeedCheckpoint | None, list[str]]:
+def _open_together(ranks: RankGroup, parent: Path, tag: str) -> tuple[AnyCheckpoint | None, str]:
     """A checkpoint, if it is intact on all ranks, and what is wrong."""
-    opened: list[Checkpoint | DeepSpeedCheckpoint] = []
+    opened: list[AnyCheckpoint] = []
 
     def open_on_rank() -> tuple[Manifest | None, str]:
         try:
@@ -183,14 +170,15 @@ def _open(ranks: RankGroup, parent: Path, tag: str) -> tuple[Checkpoint | DeepSp
         return manifest, ""
 
     results = ranks.run(open_on_rank)
-    problems = _unique(problem for _, problem in results)
-    if not problems and any(manifest != results[0][0] for manifest, _ in results):
-        problems = [f"{parent / tag} is not the same on all ranks; load_dir has to be one directory for all"]
-    return (opened[0] if opened else None), problems
+    problem = _joined(text for _, text in results)
+    if not problem and any(manifest != results[0][0] for manifest, _ in results):
+        problem = f"{parent / tag} is not the same on all ranks; load_dir has to be one directory for all"
+    return (opened[0] if opened else None), problem
 
 
-def _unique(problems: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(problem for problem in problems if problem))
+def _joined(problems: Iterable[str]) -> str:
+    """The problems of all ranks, each once."""
+    return "; ".join(dict.fromkeys(problem for problem in problems if problem))
 
 
 # -- checking, reading, applying ------------------------------------------------------------------------
@@ -205,33 +193,34 @@ def match_names(
         The name in the checkpoint, for each name of the model that it has; names of the model that the checkpoint
         lacks; names of the checkpoint that the model lacks.
     """
-    model, saved = list(model), list(saved)
-    stored = {name: name for name in saved}
-    stored = {alias: name for alias, name in saved_aliases.items() if name in stored} | stored
-    names = {name: name for name in model} | dict(model_aliases)
-    sources = {name: stored[name] for name in model if name in stored}
+    saved = list(saved)
+    names = {name: [name] for name in model}
     for alias, name in model_aliases.items():
-        if name in names and alias in stored:
-            sources.setdefault(name, stored[alias])
-    known = {*names, *sources.values()}
-    missing = [name for name in model if name not in sources]
-    return sources, missing, [name for name in saved if name not in known]
+        names.get(name, []).append(alias)
+    stored = {alias: name for alias, name in saved_aliases.items() if name in saved} | {name: name for name in saved}
+    sources = {name: stored[each] for name in names for each in reversed(names[name]) if each in stored}
+    known = {*sources.values(), *(each for tied in names.values() for each in tied)}
+    return sources, [name for name in names if name not in sources], [name for name in saved if name not in known]
 
 
 class _Load:
     """One checkpoint on its way into one run: `read`, and `apply`, which alone changes the run."""
 
-    def __init__(
-        self, run: Run, config: EngineConfig, checkpoint: Checkpoint | DeepSpeedCheckpoint, options: LoadOptions
-    ) -> None:
+    def __init__(self, run: Run, config: EngineConfig, checkpoint: AnyCheckpoint, options: LoadOptions) -> None:
         self._run, self._config, self._checkpoint, self._options = run, config, checkpoint, options
         self._shared, self._entries = checkpoint.shared, checkpoint.entries
         self._saved = [key.removeprefix("model.") for key in checkpoint.entries if key.startswith("model.")]
-        self._sources: dict[str, str] = {}
-        self._targets: dict[str, Tensor] = {}
-        self._optimizer: OptimizerLoad | None = None
+        self._sources: dict[str, str] = {}  # the name in the checkpoint, for each of the model's
         self._own_buffers: dict[str, Tensor] = {}  # values that only this rank had
-        self._place_schedule: Callable[[], None] = lambda: None
+        self._targets: dict[str, Tensor] = {}  # what is read, by key
+        self._steps: list[Callable[[], None]] = []  # what then changes the run
+        schedule, optimizer = run.lr_scheduler, run.optimizer
+        self._calls_script = (
+            options.custom_load is not None
+            or any(extra_state_modules(run.module))
+            or (schedule is not None and not is_built_in(schedule))
+            or (optimizer is not None and type(optimizer).state_dict is not Optimizer.state_dict)
+        )
 
     def read(self) -> str:
         """Check it against the run, and read all tensors into new memory; what is wrong with the files, if anything.
@@ -241,23 +230,22 @@ class _Load:
         """
         checkpoint = self._checkpoint
         try:
-            self._check()
+            self._plan()
             for key, target in self._targets.items():
                 self._entries[key].read_into(target)
-            if not checkpoint.is_unchanged():
-                return f"{checkpoint.directory}: it was replaced while it was read"
+            return "" if checkpoint.is_unchanged() else f"{checkpoint.directory}: it was replaced while it was read"
         except CorruptCheckpoint as error:
             return str(error)
         except (LookupError, TypeError, AttributeError) as error:
             return f"{checkpoint.directory}: it does not contain what a checkpoint does: {error!r}"
-        return ""
 
-    def _check(self) -> None:
-        """Find out whether it matches the run; EngineError if it does not."""
-        run, options, shared = self._run, self._options, self._shared
+    def _plan(self) -> None:
+        """Find out whether it matches the run, what to read, and what to do then."""
+        run, options, shared, checkpoint = self._run, self._options, self._shared, self._checkpoint
         run.reshard()
+        self._steps = [self._load_extra_state, run.drop_update]
         if options.custom_load is None:
-            self._check_model()
+            self._plan_model()
         elif any(map(is_sharded, run.module.parameters())):
             raise EngineError(
                 "custom_load_fn: it gets full tensors, and the model's parameters are sharded over ranks; load without "
@@ -266,29 +254,33 @@ class _Load:
         else:
             for key in (f"model.{name}" for name in self._saved):
                 self._targets[key] = torch.empty(self._entries[key].shape, dtype=self._entries[key].dtype)
-        checkpoint, buffers = self._checkpoint, named_buffers(run.module)
+            self._steps.append(self._load_custom)
         if checkpoint.has_own_state and checkpoint.world_size == run.world_size:
-            own = checkpoint.rank_state.get("buffers", {}).items()
+            own, buffers = checkpoint.rank_state.get("buffers", {}).items(), named_buffers(run.module)
             self._own_buffers = {key: each for key, each in own if key in buffers and each.shape == buffers[key].shape}
+        if self._calls_script:
+            self._steps.append(self._copy_model)
         if options.module_only:
             return
+        has_settings = False
         if options.optimizer and run.optimizer is not None:
             weights = named_weights(run)
-            saved = self._checkpoint.optimizer_state(run.optimizer, weights)
-            scheduled = run.lr_scheduler is not None or shared["schedule"] is not None
-            if saved is None:
+            if (saved := checkpoint.optimizer_state(run.optimizer, weights)) is None:
                 log.warning("load_checkpoint: the checkpoint has no optimizer state; the optimizer starts anew")
             else:
-                self._optimizer = OptimizerLoad(
-                    run.optimizer, weights, saved, strict=options.strict, scheduled=scheduled
+                scheduled = run.lr_scheduler is not None or shared["schedule"] is not None
+                targets, load_optimizer = plan_optimizer(
+                    run.optimizer, weights, saved, self._entries, strict=options.strict, scheduled=scheduled
                 )
-                self._targets |= self._optimizer.targets(self._entries)
-        settings = self._optimizer is not None and self._optimizer.has_settings
-        self._place_schedule = plan_schedule(run, self._config, shared, states=options.schedule, settings=settings)
+                self._targets |= targets
+                self._steps.append(load_optimizer)
+                has_settings = any(group["settings"] for group in saved["groups"])
+        self._steps += plan_schedule(run, self._config, shared, states=options.schedule, settings=has_settings)
         if checkpoint.rank_state:  # DeepSpeed saves no position in the data either
             self._check_data(run.training_dataloader, shared["data"])
+        self._steps += [lambda: load_progress(run, shared), self._load_random_state]
 
-    def _check_model(self) -> None:
+    def _plan_model(self) -> None:
         checkpoint, tensors = self._checkpoint, named_tensors(self._run)
         aliases = aliases_of(self._run.module)
         self._sources, missing, unexpected = match_names(tensors, self._saved, aliases, checkpoint.aliases)
@@ -335,57 +327,47 @@ class _Load:
 
     def apply(self, ranks: RankGroup) -> None:
         """Change the run on all ranks, or on none: code of the script may fail on one."""
-        run, schedule, optimizer = self._run, self._run.lr_scheduler, self._run.optimizer
-        calls_script = (
-            self._options.custom_load is not None
-            or any(extra_state_modules(run.module))
-            or (schedule is not None and not is_built_in(schedule))
-            or (optimizer is not None and type(optimizer).state_dict is not Optimizer.state_dict)
-        )
-        before = RunState(run, data=[run.training_dataloader], model=calls_script)
+        run, directory = self._run, self._checkpoint.directory
+        before = RunState(run, data=[run.training_dataloader], model=self._calls_script)
         try:
-            ranks.run(lambda: self._apply(tensors=calls_script))
+            ranks.run(self._apply)
         except EngineError as error:
             before.restore()
-            raise EngineError(
-                f"{error}; {self._checkpoint.directory} is not loaded, the engine is as it was"
-            ) from error
-        if not calls_script:  # last, and nothing can fail any more: so no copy of the old tensors is needed
-            self._copy_tensors()
+            raise EngineError(f"{error}; {directory} is not loaded, the engine is as it was") from error
+        if not self._calls_script:  # last, and nothing can fail any more: so no copy of the old tensors is needed
+            self._copy_model()
         self._targets.clear()
         run.copy_master_to_model()  # may be a collective
-        log.info("load_checkpoint: %s, %s", self._checkpoint.directory, self._checkpoint.description)
+        log.info("load_checkpoint: %s, %s", directory, self._checkpoint.description)
 
     @torch.no_grad()
-    def _copy_tensors(self) -> None:
+    def _apply(self) -> None:
+        for step in self._steps:
+            step()
+
+    @torch.no_grad()
+    def _copy_model(self) -> None:
         tensors = named_tensors(self._run)
         for name, source in self._sources.items():
             tensors[name].copy_(self._targets[f"model.{source}"])
         for name, value in self._own_buffers.items():
             tensors[name].copy_(value)
 
-    @torch.no_grad()
-    def _apply(self, *, tensors: bool) -> None:
-        run, checkpoint = self._run, self._checkpoint
-        for name, module in extra_state_modules(run.module):
+    def _load_extra_state(self) -> None:
+        for name, module in extra_state_modules(self._run.module):
             if name in self._shared["extra_state"]:
                 module.set_extra_state(self._shared["extra_state"][name])
-        run.drop_update()
-        if self._options.custom_load is not None:
-            source = {name: self._targets.pop(f"model.{name}") for name in self._saved}
-            source |= {alias: source[name] for alias, name in checkpoint.aliases.items() if name in source}
-            self._options.custom_load(src=source, dst=run.module)
-            if run.master_params is not None:
-                run.master_params.copy_from_model()
-        if tensors:
-            self._copy_tensors()
-        if self._options.module_only:
-            return
-        if self._optimizer is not None:
-            self._optimizer.apply(self._targets)
-        self._place_schedule()
-        load_progress(run, self._shared)
-        if checkpoint.has_own_state:
-            set_random_state(checkpoint.rank_state["random"])
-        elif checkpoint.rank_state:
-            reseed(checkpoint.rank_state["random"], run.global_rank)
+
+    def _load_custom(self) -> None:
+        source = {name: self._targets.pop(f"model.{name}") for name in self._saved}
+        source |= {alias: source[name] for alias, name in self._checkpoint.aliases.items() if name in source}
+        assert self._options.custom_load is not None
+        self._options.custom_load(src=source, dst=self._run.module)
+        if self._run.master_params is not None:
+            self._run.master_params.copy_from_model()
+
+    def _load_random_state(self) -> None:
+        if self._checkpoint.has_own_state:
+            set_random_state(self._checkpoint.rank_state["random"])
+        elif self._checkpoint.rank_state:
+            reseed(self._checkpoint.rank_state["random"], self._run.global_rank)

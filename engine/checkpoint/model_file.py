@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redline.checkpoint import storage
 from redline.checkpoint.deepspeed_files import is_deepspeed
-from redline.checkpoint.deepspeed_reader import DeepSpeedCheckpoint
-from redline.checkpoint.load import open_checkpoint
+from redline.checkpoint.load import AnyCheckpoint, open_checkpoint
 from redline.checkpoint.ranks import RankGroup
-from redline.checkpoint.state import Checkpoint, plain_copy
+from redline.checkpoint.state import plain_copy
 from redline.checkpoint.storage import CorruptCheckpoint, check_free_space, fsync
-from redline.checkpoint.tensors import StoredTensor, is_sharded, memory_of
+from redline.checkpoint.tensors import is_sharded, memory_of
 from redline.compiled import plain_name
 from redline.console import ProgressBar
 from redline.errors import EngineError
@@ -151,21 +150,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 @dataclass(frozen=True)
 class Consolidated:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        bytes: its size.
-        tensors: how many.
-        source: the checkpoint, as text.
-        aliases: further names of tied tensors, with the one that is in the file.
-    """
+    """What was written."""
 
     path: Path
     bytes: int
-    tensors: int
-    source: str
-    aliases: Mapping[str, str]
+    tensors: int  # how many
+    source: str  # the checkpoint, as text
+    aliases: Mapping[str, str]  # further names of tied tensors, with the one that is in the file
 
 
 def consolidate(
@@ -195,32 +186,29 @@ def consolidate(
     _check_target(target, force)
     try:
         checkpoint, source = _open(Path(directory), tag)
-        return _write_model(checkpoint, source, target, dtype, progress=progress)
+        return _write_checkpoint(checkpoint, source, target, DTYPES[dtype], progress=progress)
     except CorruptCheckpoint as error:
-        others = f"; the tags there are {', '.join(storage.tags(Path(directory)))}: give another one with --tag"
-        raise EngineError(f"{error}{others if tag is None else ''}") from error
+        others = ", ".join(storage.manifests(Path(directory)))
+        hint = f"; the tags there are {others}: give another one with --tag" if tag is None and others else ""
+        raise EngineError(f"{error}{hint}") from error
 
 
-def _write_model(
-    checkpoint: Checkpoint | DeepSpeedCheckpoint, source: str, target: Path, dtype: str, *, progress: bool
+def _write_checkpoint(
+    checkpoint: AnyCheckpoint, source: str, target: Path, dtype: torch.dtype | None, *, progress: bool
 ) -> Consolidated:
     tensors = {key.removeprefix("model."): each for key, each in checkpoint.entries.items() if key.startswith("model.")}
-    low = DTYPES[dtype]
-
-    def dtype_of(name: str, stored: StoredTensor) -> torch.dtype:
-        casts = low is not None and stored.dtype.is_floating_point and name not in checkpoint.buffers
-        return low if low is not None and casts else stored.dtype
-
-    entries = sorted_entries(Entry(name, dtype_of(name, stored), stored.shape) for name, stored in tensors.items())
+    kept = {name for name, each in tensors.items() if name in checkpoint.buffers or not each.dtype.is_floating_point}
+    entries = sorted_entries(
+        Entry(name, each.dtype if dtype is None or name in kept else dtype, each.shape)
+        for name, each in tensors.items()
+    )
     aliases = {alias: name for alias, name in checkpoint.aliases.items() if name in tensors}
     total = sum(entry.bytes for entry in entries)
-    remedy = "make room, or give a file on another disk or a narrower --dtype"
     as_safetensors = target.suffix == ".safetensors"
+    remedy = "make room, or give a file on another disk or a narrower --dtype"
     check_free_space(target.parent, total * (1 if as_safetensors else 2), str(target), remedy)
-    with (
-        atomic_write(target) as file,
-        ProgressBar(total, unit="B", show=None if progress else False, log_lines=False) as bar,
-    ):
+    show = None if progress else False
+    with atomic_write(target) as file, ProgressBar(total, unit="B", show=show, log_lines=False) as bar:
 
         def parts(entry: Entry) -> Iterator[Tensor]:
             for part in tensors[entry.name].parts():
@@ -247,17 +235,15 @@ def _check_target(target: Path, force: bool) -> None:
         raise EngineError(f"{target}: the directory {target.parent} does not exist; make it first")
 
 
-def _open(directory: Path, tag: str | None) -> tuple[Checkpoint | DeepSpeedCheckpoint, str]:
+def _open(directory: Path, tag: str | None) -> tuple[AnyCheckpoint, str]:
     """The checkpoint, verified as far as that is possible, and what it is as text."""
     if not directory.is_dir():
         raise EngineError(f"{directory}: no such directory")
     parent = directory
-    if tag is None:
-        if (directory / storage.MANIFEST).is_file() or is_deepspeed(directory):  # the directory of a tag itself
-            parent, tag = directory.resolve().parent, directory.resolve().name
-        else:
-            tag = storage.read_latest(directory)
-    known = sorted({*storage.tags(parent), *(path.name for path in parent.iterdir() if is_deepspeed(path))})
+    if tag is None and ((directory / storage.MANIFEST).is_file() or is_deepspeed(directory)):  # a tag's own directory
+        parent, tag = directory.resolve().parent, directory.resolve().name
+    tag = tag or storage.read_latest(parent)
+    known = sorted({*storage.manifests(parent), *(path.name for path in parent.iterdir() if is_deepspeed(path))})
     choices = f"; there are the tags {', '.join(known)}: give one with --tag" if known else ""
     if tag is None:
         raise EngineError(f'{directory}: it has no checkpoint, or no file "latest"{choices}')
@@ -278,19 +264,53 @@ def _cast(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 # -- of a running engine --------------------------------------------------------------------------------
 
 
+class _FullModel:
+    """The model of a running engine: its state dict in the dtype that it computes with, tied tensors once."""
+
+    def __init__(self, run: Any, exclude_frozen: bool) -> None:
+        run.reshard()
+        aliases = aliases_of(run.module)
+        frozen = {
+            plain_name(name)
+            for name, parameter in run.module.named_parameters(remove_duplicate=False)
+            if exclude_frozen and not parameter.requires_grad
+        }
+        state = {plain_name(name): value for name, value in run.module.state_dict().items()}
+        state = {name: value for name, value in state.items() if name not in aliases and name not in frozen}
+        self._tensors: dict[str, Any] = {
+            name: each.detach() for name, each in state.items() if isinstance(each, Tensor)
+        }
+        # Refuses what torch.load(weights_only=True) could not read.
+        self.others = {name: plain_copy(value, name) for name, value in state.items() if name not in self._tensors}
+        self.aliases = {alias: name for alias, name in aliases.items() if name in self._tensors}
+        # A sharded parameter is an fp32 shard of what the model computes with; all else has its own dtype.
+        compute = run.precision.compute
+        self.entries = [
+            Entry(name, compute if is_sharded(each) and each.is_floating_point() else each.dtype, each.shape)
+            for name, each in self._tensors.items()
+        ]
+
+    def gather(self, *, keep: bool) -> Iterator[Tensor]:
+        """Each tensor in full on the CPU, in the order of the entries; empty if not kept. A collective."""
+        for entry in self.entries:
+            tensor = self._tensors[entry.name]
+            if is_sharded(tensor):
+                # Cast before it is gathered: half the bytes, and the same rounding.
+                tensor = tensor.to(entry.dtype).full_tensor()
+            full: Tensor = tensor.cpu() if keep else torch.empty(0)
+            # torch.save writes all of a storage, of which this may be a view.
+            yield full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
+
+
 def save_16bit_model(run: Any, save_dir: str | Path, filename: str, *, exclude_frozen: bool) -> None:
     """See :meth:`redline.Engine.save_16bit_model`; every rank takes part, and rank 0 writes."""
-    run.reshard()
     ranks = RankGroup("save_16bit_model", run.global_rank, run.world_size)
-    target = Path(save_dir) / filename
-    tensors, others = _state_dict(run.module, exclude_frozen)
-    entries = _entries(run, tensors)
-    aliases = {alias: name for alias, name in aliases_of(run.module).items() if name in tensors}
+    target, model = Path(save_dir) / filename, _FullModel(run, exclude_frozen)
     as_safetensors = target.suffix == ".safetensors"
     if as_safetensors:
-        entries = sorted_entries(entries)
-        if others:
-            log.warning("save_16bit_model: %s are not tensors, and not in the file", ", ".join(others))
+        model.entries = sorted_entries(model.entries)
+        if model.others:
+            log.warning("save_16bit_model: %s are not tensors, and not in the file", ", ".join(model.others))
 
     def check() -> None:
         if not str(save_dir).strip() or not target.name or target.is_dir():
@@ -300,20 +320,20 @@ def save_16bit_model(run: Any, save_dir: str | Path, filename: str, *, exclude_f
             )
         if ranks.rank == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
-            check_free_space(target.parent, sum(entry.bytes for entry in entries), str(target), "make room")
+            check_free_space(target.parent, sum(entry.bytes for entry in model.entries), str(target), "make room")
 
     ranks.run(check)
-    gathered = _gather(tensors, entries, keep=ranks.rank == 0)
+    gathered = model.gather(keep=ranks.rank == 0)
 
     def write() -> None:
         try:
             if ranks.rank == 0:
                 with atomic_write(target) as file:
                     if as_safetensors:
-                        write_safetensors(file, entries, aliases, ([tensor] for tensor in gathered))
+                        write_safetensors(file, model.entries, model.aliases, ([tensor] for tensor in gathered))
                     else:
-                        state: dict[str, Any] = dict(zip([entry.name for entry in entries], gathered))
-                        save_state_dict(file, {**state, **others}, aliases)
+                        tensors = dict(zip([entry.name for entry in model.entries], gathered))
+                        save_state_dict(file, {**tensors, **model.others}, model.aliases)
         finally:  # a rank that fails still has to take part in the rest of the collectives
             for _ in gathered:
                 pass
@@ -323,45 +343,9 @@ def save_16bit_model(run: Any, save_dir: str | Path, filename: str, *, exclude_f
 
 def gather_16bit_state(run: Any, *, exclude_frozen: bool) -> dict[str, Tensor]:
     """What `save_16bit_model` saves, on rank 0's CPU; empty on the other ranks. A collective."""
-    run.reshard()
-    tensors, _ = _state_dict(run.module, exclude_frozen)
-    gathered = list(_gather(tensors, _entries(run, tensors), keep=run.global_rank == 0))
+    model = _FullModel(run, exclude_frozen)
+    gathered = list(model.gather(keep=run.global_rank == 0))
     if run.global_rank != 0:
         return {}
-    state = dict(zip(tensors, gathered))
-    return state | {alias: state[name] for alias, name in aliases_of(run.module).items() if name in state}
-
-
-def _entries(run: Any, tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """A sharded parameter is an fp32 shard of what the model computes with; all else has its own dtype."""
-    compute = run.precision.compute
-    return [
-        Entry(name, compute if is_sharded(each) and each.is_floating_point() else each.dtype, each.shape)
-        for name, each in tensors.items()
-    ]
-
-
-def _state_dict(module: nn.Module, exclude_frozen: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the state dict, tied ones once, and what else it contains."""
-    excluded = set(aliases_of(module)) | {
-        plain_name(name)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if exclude_frozen and not parameter.requires_grad
-    }
-    state = {plain_name(name): value for name, value in module.state_dict().items()}
-    state = {name: value for name, value in state.items() if name not in excluded}
-    tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
-    # Refuses what torch.load(weights_only=True) could not read.
-    return tensors, {name: plain_copy(value, name) for name, value in state.items() if name not in tensors}
-
-
-def _gather(tensors: Mapping[str, Tensor], entries: list[Entry], *, keep: bool) -> Iterator[Tensor]:
-    """Each tensor in full on the CPU, in the order and dtype of the entries; empty if not kept. A collective."""
-    for entry in entries:
-        either: Any = tensors[entry.name]
-        if is_sharded(either):
-            # Cast before it is gathered: half the bytes, and the same rounding.
-            either = either.to(entry.dtype).full_tensor()
-        full: Tensor = either.cpu() if keep else torch.empty(0)
-        # torch.save writes all of a storage, of which this may be a view.
-        yield full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
+    state = dict(zip([entry.name for entry in model.entries], gathered))
+    return state | {alias: state[name] for alias, name in model.aliases.items()}

@@ -1,24 +1,17 @@
-"""The ranks that save or load together, and the thread that writes a checkpoint while training continues."""
+"""The ranks that save or load together: what fails on one of them fails on all."""
 
 from __future__ import annotations
 
-import atexit
-import weakref
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from redline.distributed.failure import explain_failure, name_ranks
-from redline.distributed.process_group import make_side_group
 from redline.errors import EngineError
-from redline.log import log
 
-__all__ = ["AsyncWriter", "RankGroup"]
+__all__ = ["RankGroup"]
 
 T = TypeVar("T")
 
@@ -45,7 +38,7 @@ class RankGroup:
         """
         value: T | None = None
         cause: BaseException | None = None
-        failure: str | None = None
+        failure = ""
         try:
             value = function()
         except Exception as error:
@@ -54,14 +47,14 @@ class RankGroup:
         results: list[Any] = [(value, failure)] * self.world_size
         if self.world_size > 1:
             self._all_gather(results, (value, failure))
-        failures: dict[str, list[int]] = {}
+        ranks_by_failure: dict[str, list[int]] = {}
         for rank, (_, text) in enumerate(results):
-            if text is not None:
-                failures.setdefault(text, []).append(rank)
-        if failures:
+            if text:
+                ranks_by_failure.setdefault(text, []).append(rank)
+        if ranks_by_failure:
             texts = [
                 text if len(ranks) == self.world_size else f"{name_ranks(ranks)}: {text}"
-                for text, ranks in failures.items()
+                for text, ranks in ranks_by_failure.items()
             ]
             raise EngineError(f"{self.operation}: {'; '.join(texts)}") from cause
         return [value for value, _ in results]
@@ -84,57 +77,3 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
-
-
-class AsyncWriter:
-    """Writes one checkpoint at a time in a thread.
-
-    An interpreter that exits waits for the thread. Its error is raised by the next `check` or
-    `wait`, or logged at exit. Several ranks communicate in a group of their own, so that the thread's collectives and
-    the training's do not mix; making it is a collective.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self.group: Any = make_side_group() if world_size > 1 else None
-        self._saving: Future[None] | None = None
-        self._buffers: dict[str, Tensor] = {}
-        # A weak reference: the exit function must not keep the buffers alive.
-        atexit.register(self._log_error, weakref.ref(self))
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to CPU memory, which is kept for the next time: new memory costs as much as the copying."""
-        before, self._buffers = self._buffers, {}
-        for key, tensor in tensors.items():
-            buffer = before.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        # One launch for all tensors, and one wait for the device at the end.
-        torch._foreach_copy_(list(self._buffers.values()), list(tensors.values()), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.current_stream().synchronize()
-        return self._buffers
-
-    def start(self, write: Callable[[], None]) -> None:
-        """Call a function in the thread; the one before has ended."""
-        pool = ThreadPoolExecutor(1, "save_checkpoint")
-        self._saving = pool.submit(write)
-        pool.shutdown(wait=False)  # the thread ends after this one
-
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one; EngineError if it could not be written."""
-        saving, self._saving = self._saving, None
-        if saving is not None and (error := saving.exception()) is not None:
-            raise EngineError(f"{error} (while training continued: async_save)") from error
-
-    def check(self) -> None:
-        """Raise the error of a checkpoint that has ended; once."""
-        if self._saving is not None and self._saving.done():
-            self.wait()
-
-    @staticmethod
-    def _log_error(reference: weakref.ref[AsyncWriter]) -> None:
-        writer = reference()
-        if writer is not None and writer._saving is not None and (error := writer._saving.exception()) is not None:
-            log.error("the last checkpoint was not written: %s", error)

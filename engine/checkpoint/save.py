@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan
 
 from redline.checkpoint import storage
-from redline.checkpoint.optimizer_state import capture_optimizer, capture_schedule, listed
+from redline.checkpoint.optimizer_state import capture_optimizer, capture_schedule
 from redline.checkpoint.ranks import RankGroup
-from redline.checkpoint.state import RANK_STATE, STATE, Checkpoint, plain_copy
-from redline.checkpoint.storage import CorruptCheckpoint, FileRecord, Manifest, fsync
+from redline.checkpoint.state import RANK_STATE, STATE, Checkpoint, listed, plain_copy
+from redline.checkpoint.storage import Manifest, Records, fsync
 from redline.checkpoint.tensors import TensorWriter, is_sharded, local_tensor, memory_of
 from redline.compiled import plain_name
 from redline.distributed.failure import name_ranks
@@ -33,6 +33,20 @@ if TYPE_CHECKING:
     from redline.config import EngineConfig
 
 __all__ = ["Save"]
+
+_IN_ACCUMULATION = (
+    "save_checkpoint: within an accumulation, after %d of its %d micro-batches: what is saved is the last complete "
+    "optimizer step; save after the step() that ends an accumulation"
+)
+_UNEQUAL = (
+    "save_checkpoint: %d of the model's parameters differ on %s: %s; write the same values on all ranks; nothing was "
+    "repaired"
+)
+_UNEQUALLY_WRITTEN = (
+    "save_checkpoint: a script has not written the same values into %d of the model's parameters on %s: %s; at ZeRO "
+    "stages 1 and 2 each rank has kept the rows that it owns; write the same values on all ranks; nothing was repaired"
+)
+_UNTOUCHED = "what was written of it is removed; the checkpoints that were there have not changed"
 
 
 class _Offer(NamedTuple):
@@ -50,8 +64,8 @@ class Save:
     """One checkpoint, on one rank: captured when training stops for it, and written then or later.
 
     Args:
-        save_dir: directory of checkpoints.
-        tag: name of this one; None takes ``global_stepN``.
+        run: its pending step is resolved.
+        group: the process group that `write` communicates in; None for the default one.
         latest: whether `latest` will name it.
         protected: a tag that is not removed.
 
@@ -61,8 +75,8 @@ class Save:
     """
 
     def __init__(
-        self, run: Run, config: EngineConfig, group: Any, save_dir: str | Path, tag: Any, *, latest: bool,
-        protected: str | None,
+        self, run: Run, config: EngineConfig, group: Any, save_dir: str | Path, tag: Any,
+        client_state: Mapping[str, Any], *, latest: bool, exclude_frozen: bool, protected: str | None,
     ) -> None:  # fmt: skip
         self._ranks = RankGroup("save_checkpoint", run.global_rank, run.world_size, group)
         self._config, self._save_dir, self._latest, self._protected = config, save_dir, latest, protected
@@ -72,18 +86,8 @@ class Save:
         self._tag = f"global_step{self._step}" if tag is None else str(tag)
         self.error: Exception | None = None
         self.values: dict[str, Tensor] = {}
-
-    def capture(self, run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) -> None:
-        """Capture the run, whose pending step is resolved, as it was after its last complete optimizer step."""
-        done = run.accumulated_micro_batches
-        if done:
-            log.warning(
-                "save_checkpoint: within an accumulation, after %d of its %d micro-batches; their gradients are in no "
-                "checkpoint: it has the state after the last optimizer step, and a run that resumes from it sees these "
-                "micro-batches again, if it reads engine.training_dataloader, with other random numbers; save after "
-                "the step() that ends an accumulation",
-                done, run.gradient_accumulation_steps(),
-            )  # fmt: skip
+        if run.accumulated_micro_batches:
+            log.warning(_IN_ACCUMULATION, run.accumulated_micro_batches, run.gradient_accumulation_steps())
         try:
             run.reshard()
             self._capture(run, client_state, exclude_frozen)
@@ -91,14 +95,18 @@ class Save:
             self.error = error
 
     def _capture(self, run: Run, client_state: Mapping[str, Any], exclude_frozen: bool) -> None:
+        """Capture the run as it was after its last complete optimizer step."""
         module, weights, buffers = run.module, named_weights(run), named_buffers(run.module)
-        frozen = [plain_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        params = {plain_name(name): param for name, param in module.named_parameters()}
+        frozen = [name for name, param in params.items() if not param.requires_grad]
         left_out = frozen if exclude_frozen else []
         saved = [name for name in weights if name not in left_out]
         tensors = {f"model.{name}": weights[name] for name in saved}
-        known_as = {"data": "training_dataloader.state_dict()"}
         self._shared = {
-            **{key: plain_copy(value, known_as.get(key, key)) for key, value in progress_of(run).items()},
+            **{
+                key: plain_copy(value, "training_dataloader.state_dict()" if key == "data" else key)
+                for key, value in progress_of(run).items()
+            },
             "weights": saved,
             "frozen": frozen,
             "left_out": left_out,
@@ -113,14 +121,13 @@ class Save:
             "client_state": plain_copy(dict(client_state), "client_state"),
         }
         self._rank_state: dict[str, Any] = {"random": random_state()}
-        self._buffers = {name: f"model.{name}" for name in buffers}
         everything = tensors | {f"model.{name}": buffer for name, buffer in buffers.items()}
         # All ranks plan to write the same tensors; of buffers, in which they may differ, rank 0's.
         self._writer = TensorWriter(everything if run.global_rank == 0 else tensors, run.global_rank)
         self.values = {key: local_tensor(tensor) for key, tensor in everything.items()}
-        self._params = _param_checksums(dict(module.named_parameters())) if run.world_size > 1 else {}
+        self._params = _param_checksums(params) if run.world_size > 1 else {}
         written = {} if run.master_params is None else run.master_params.take_writes()
-        self._writes = {plain_name(name): written[each] for name, each in module.named_parameters() if each in written}
+        self._writes = {name: written[param] for name, param in params.items() if param in written}
 
     def write(self) -> None:
         """Write it on all ranks, or on none: then every rank raises the same EngineError."""
@@ -135,10 +142,13 @@ class Save:
             size = self._writer.share([each.plan for each in offers])
             # Before anything is written: a disk that fills up halfway would be found out much later.
             ranks.run(lambda: self._check_directory(partial, size))
-            own, first = offers[ranks.rank].buffers, offers[0].buffers
             # Running statistics, for example, which nobody averages.
-            differing = [name for name in self._buffers if own.get(name) != first.get(name)]
-            self._rank_state["buffers"] = {name: self.values[self._buffers[name]].cpu().clone() for name in differing}
+            own, first = offers[ranks.rank].buffers, offers[0].buffers
+            self._rank_state["buffers"] = {
+                name: self.values[f"model.{name}"].cpu().clone()
+                for name in self._shared["buffers"]
+                if own.get(name) != first.get(name)
+            }
             written = ranks.run(lambda: self._write_rank(partial))
             ranks.run(lambda: self._finish(partial, written, cleanup))
 
@@ -159,9 +169,9 @@ class Save:
             cleanup.enter_context(storage.claim(self._parent))
             cleanup.callback(storage.remove, partial)  # once it is renamed, it is not there
             partial.mkdir()
-        several = self._ranks.world_size > 1
-        buffers = {name: _crc32(self.values[key]) for name, key in self._buffers.items()} if several else {}
-        return _Offer(self._tag, partial.name, self._writer.plan, buffers, self._params, self._writes)
+        buffers = self._shared["buffers"] if self._ranks.world_size > 1 else []
+        checksums = {name: _crc32(self.values[f"model.{name}"]) for name in buffers}
+        return _Offer(self._tag, partial.name, self._writer.plan, checksums, self._params, self._writes)
 
     def _check_tags(self, tags: list[str]) -> None:
         section = self._config.checkpoint
@@ -182,35 +192,31 @@ class Save:
         remedy = "make room, or keep fewer checkpoints with redline.checkpoint.keep_last"
         storage.check_free_space(partial, size, f"{self._parent}: the checkpoint", remedy)
 
-    def _write_rank(self, partial: Path) -> tuple[dict[str, FileRecord], Any]:
+    def _write_rank(self, partial: Path) -> tuple[Records, Any]:
         """This rank's files; flushed to disk, except on rank 0, which has more to write."""
         name = RANK_STATE.format(self._ranks.rank)
-        with self._disk_errors():
-            results = self._writer.write(partial, self.values)
-            records = {
-                **self._writer.records,
-                name: storage.write_file(partial / name, lambda file: torch.save(self._rank_state, file)),
-            }
+        with self._disk_errors(f"while tag {self._tag} was written; {_UNTOUCHED}"):
+            records, results = self._writer.write(partial, self.values)
+            records[name] = storage.write_file(partial / name, lambda file: torch.save(self._rank_state, file))
             if self._ranks.rank != 0:
                 fsync(partial / name for name in records)
         return records, results
 
-    def _finish(self, partial: Path, written: list[tuple[dict[str, FileRecord], Any]], cleanup: ExitStack) -> None:
+    def _finish(self, partial: Path, written: list[tuple[Records, Any]], cleanup: ExitStack) -> None:
         """What only rank 0 does, after all have written."""
         if self._ranks.rank != 0:
             return
         parent, latest = self._parent, storage.partial_path(self._parent, storage.LATEST)
-        with self._disk_errors():
-            self._writer.finish(partial, [results for _, results in written])
-            records = {name: record for files, _ in written for name, record in files.items()} | self._writer.records
-            records[STATE] = storage.write_file(partial / STATE, lambda file: torch.save(self._shared, file))
+        with self._disk_errors(f"while tag {self._tag} was written; {_UNTOUCHED}"):
+            own = written[0][0] | self._writer.finish(partial, [results for _, results in written])
+            own[STATE] = storage.write_file(partial / STATE, lambda file: torch.save(self._shared, file))
+            records = {name: record for files, _ in written for name, record in files.items()} | own
             # Last, since it makes the directory a checkpoint.
             manifest = Manifest(self._tag, self._step, len(written), self._latest, _time_after_latest(parent), records)
             storage.write_file(partial / storage.MANIFEST, lambda file: file.write(manifest.to_json().encode()))
             # All at once: nobody looks into the directory before it has its name.
-            own = {*written[0][0], *self._writer.records, STATE, storage.MANIFEST}
-            own.update(self._write_deepspeed(partial, manifest))
-            flushed = [*(partial / name for name in own), partial]
+            names = [*own, storage.MANIFEST, *self._write_deepspeed(partial, manifest)]
+            flushed = [*(partial / name for name in names), partial]
             if self._latest:
                 cleanup.callback(storage.remove, latest)
                 latest.write_text(self._tag, encoding="utf-8")
@@ -241,41 +247,29 @@ class Save:
             return []
 
     @contextmanager
-    def _disk_errors(self, when: str | None = None) -> Iterator[None]:
+    def _disk_errors(self, when: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            when = when or (
-                f"while tag {self._tag} was written; what was written of it is removed; the checkpoints that were "
-                "there have not changed"
-            )
             raise EngineError(f"{self._parent}: {error.strerror or error}{where}, {when}") from error
 
 
 def _compare_params(offers: list[_Offer]) -> None:
     """Warn where the model's parameters, or what a script has written into them, are not the same on all ranks."""
     unequal = _differing([each.params for each in offers])
-    changed = {name for each in offers for name, (_, elements) in each.writes.items() if elements}
     sums = _differing([{name: total for name, (total, _) in each.writes.items()} for each in offers])
+    changed = {name for each in offers for name, (_, elements) in each.writes.items() if elements}
     written = {name: ranks for name, ranks in sums.items() if name in changed and name not in unequal}
-    for names, text in (
-        (unequal, "%d of the model's parameters differ on %s: %s; a script has probably written into them on some "
-                  "ranks only; "),
-        (written, "since the last save a script has not written the same values into %d of the model's parameters on "
-                  "%s: %s; of each write the optimizer step has kept the rows that its rank owns, at ZeRO stages 1 and "
-                  "2; "),
-    ):  # fmt: skip
-        if names:
-            ranks = name_ranks(sorted({rank for each in names.values() for rank in each}))
-            text = f"save_checkpoint: {text}write the same values on all ranks; nothing was repaired"
-            log.warning(text, len(names), ranks, listed(names, 8))
+    for found, text in ((unequal, _UNEQUAL), (written, _UNEQUALLY_WRITTEN)):
+        if found:
+            log.warning(text, len(found), name_ranks(sorted(set().union(*found.values()))), listed(found, 8))
 
 
 def _differing(checksums: list[dict[str, int]]) -> dict[str, list[int]]:
     """The names under which not all ranks have one number, with those that have another than most; else with all."""
     differing = {}
-    for name in sorted({name for own in checksums for name in own}):
+    for name in sorted(set().union(*checksums)):
         numbers = [own.get(name) for own in checksums]
         common, count = Counter(numbers).most_common(1)[0]
         if count < len(numbers):
@@ -286,12 +280,12 @@ def _differing(checksums: list[dict[str, int]]) -> dict[str, list[int]]:
 
 def _param_checksums(params: Mapping[str, Tensor]) -> dict[str, int]:
     """The sum of the bits of each full parameter, taken as integers; computed on the device, read from it at once."""
-    full = {name: param.detach() for name, param in params.items() if not is_sharded(param)}
-    return dict(zip(full, torch.stack([sum_of_bits(param) for param in full.values()]).tolist())) if full else {}
+    sums = {name: sum_of_bits(param) for name, param in params.items() if not is_sharded(param)}
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
 
 
 def _crc32(tensor: Tensor) -> int:
-    full = tensor.detach().cpu().contiguous()
+    full = tensor.cpu().contiguous()
     return zlib.crc32(memory_of(full)) if full.nbytes else 0
 
 
@@ -299,6 +293,6 @@ def _time_after_latest(parent: Path) -> float:
     """Now, but after the latest checkpoint: a clock that goes back does not change the order of checkpoints."""
     try:
         before = storage.find(parent, storage.read_latest(parent) or "")[1].time
-    except (CorruptCheckpoint, EngineError):
+    except EngineError:
         before = max((each.time for each in storage.manifests(parent).values() if each is not None), default=0.0)
     return max(time.time(), before + 1e-3)

@@ -11,7 +11,7 @@ import base64
 import json
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from redline.checkpoint.tensors import load_plain, open_tensors
 from redline.compiled import plain_names
 from redline.errors import EngineError
 
-__all__ = ["RANK_STATE", "STATE", "Checkpoint", "merge_tensors", "plain_copy", "split_tensors", "tensor_keys"]
+__all__ = [
+    "RANK_STATE", "STATE", "Checkpoint", "listed", "merge_tensors", "plain_copy", "split_tensors", "tensor_keys",
+]  # fmt: skip
 
 STATE = "state.pt"
 RANK_STATE = "rank_{}.pt"
-_SHOWN = 5  # of the values that are refused
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset)
 _MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter)
@@ -52,9 +53,8 @@ def plain_copy(value: Any, name: str) -> Any:
     except RecursionError:
         raise EngineError(f"{name}: it contains itself, or is nested too deeply to be saved; save its parts") from None
     if refused:
-        more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise EngineError(
-            f"{'; '.join(refused[:_SHOWN])}{more}; expected None, numbers, strings, bytes, lists, tuples, sets, dicts "
+            f"{listed(refused, separator='; ')}; expected None, numbers, strings, bytes, lists, tuples, sets, dicts "
             "and tensors, which load without running code; save what it is made of, such as vars(x) or x.state_dict()"
         )
     return copied
@@ -80,6 +80,12 @@ def _copy(value: Any, path: str, refused: list[str]) -> Any:
     else:
         refused.append(f"{path} is of type {kind.__module__}.{kind.__qualname__}".replace("builtins.", ""))
     return None
+
+
+def listed(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+    """The first of many names: ``a, b, c, d, e and 3 more``."""
+    names = list(names)
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # -- tensors that are stored elsewhere ------------------------------------------------------------------
@@ -161,8 +167,8 @@ class Checkpoint:
         try:
             # Checkpoints of a compiled model have the compiler's prefix in every name.
             shared: dict[str, Any] = {
-                key: decode_json(value if key in ("client_state", "data") else plain_names(value))
-                for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+                key: value if key in ("client_state", "data") else plain_names(value)
+                for key, value in decode_json(path.read_text(encoding="utf-8")).items()
             }
             shared["gradient_accumulation_steps"] = shared["batch"]["gradient_accumulation_steps"]
             state = (shared["optimizer"] or {}).pop("state", None)  # its tensors are read later, sharded
@@ -177,20 +183,19 @@ class Checkpoint:
 # -- format 1 -------------------------------------------------------------------------------------------
 
 
-def decode_json(value: Any) -> Any:
-    """The state in a parsed JSON file of format 1; its tensors are left out, as `split_tensors` leaves them out.
+def decode_json(text: str) -> Any:
+    """The state in a JSON file of format 1; its tensors are left out, as `split_tensors` leaves them out.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is not such a file.
     """
-    if isinstance(value, list):
-        return [decode_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
+    return json.loads(text, object_hook=_decode)
+
+
+def _decode(value: dict[str, Any]) -> Any:
     mark = next(iter(value), "")
-    if len(value) != 1 or not mark.startswith("$"):
-        return {key: decode_json(item) for key, item in value.items()}
-    return value if mark == _TENSOR else _DECODERS[mark](value[mark])
+    is_marked = len(value) == 1 and mark.startswith("$") and mark != _TENSOR
+    return _DECODERS[mark](value[mark]) if is_marked else value
 
 
 def _decode_dtype(name: str) -> torch.dtype:
@@ -200,17 +205,10 @@ def _decode_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _decoder(kind: Any) -> Callable[[Any], Any]:
-    if kind in _MAPPINGS:
-        return lambda pairs: kind({decode_json(key): decode_json(item) for key, item in pairs})
-    return lambda items: kind(decode_json(items))
-
-
 _DECODERS: dict[str, Callable[[Any], Any]] = {
-    **{f"${kind.__name__}": _decoder(kind) for kind in (tuple, set, frozenset, torch.Size, *_MAPPINGS)},
-    "$float": float,
+    **{f"${kind.__name__}": kind for kind in (tuple, set, frozenset, dict, OrderedDict, float, complex, torch.Size)},
+    "$Counter": lambda pairs: Counter(dict(pairs)),
     "$bytes": base64.b64decode,
-    "$complex": complex,
     "$dtype": _decode_dtype,
     "$device": torch.device,
 }

@@ -15,6 +15,7 @@ files are ignored.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import shutil
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,14 +32,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import TypeAdapter
 
 from redline.errors import EngineError
 from redline.log import log
 
 __all__ = [
-    "LATEST", "MANIFEST", "CorruptCheckpoint", "FileRecord", "Manifest", "check_free_space", "check_tag", "claim",
-    "find", "fsync", "manifests", "partial_path", "read_latest", "remove", "remove_expired", "rename_into_place",
-    "replaced_path", "tags", "verify_files", "write_file",
+    "LATEST", "MANIFEST", "CorruptCheckpoint", "FileRecord", "Manifest", "Records", "check_free_space", "check_tag",
+    "claim", "find", "fsync", "manifests", "partial_path", "read_latest", "record_of", "remove", "remove_expired",
+    "rename_into_place", "replaced_path", "verify_files", "write_file",
 ]  # fmt: skip
 
 LATEST, MANIFEST = "latest", "manifest.json"
@@ -50,7 +52,7 @@ _LONGEST_NAME = 255  # bytes, on nearly all file systems
 _BUFFER = 1 << 20  # bytes; torch.save writes dozens of small pieces for each tensor
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpoint(EngineError):
     """A directory is not an intact checkpoint; the message says which file and why."""
 
 
@@ -65,56 +67,52 @@ class FileRecord:
     crc32: str
 
 
-class _ChecksummedFile:
-    """A binary file that is written from its beginning; reading it again for its checksum would cost a fifth more."""
+Records = dict[str, FileRecord]  # of files, by name
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._bytes, self._crc32 = file, 0, 0
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")  # len() of another view counts elements
-        self._bytes += len(view)
-        self._crc32 = zlib.crc32(view, self._crc32)
-        return self._file.write(view)
+class _ChecksummedFile(io.BufferedWriter):
+    """A file that is written from its beginning; reading it again for its checksum would cost a fifth more."""
 
-    def tell(self) -> int:
-        return self._bytes
+    crc32 = 0
 
-    def flush(self) -> None:  # torch.save calls it
-        self._file.flush()
-
-    @property
-    def record(self) -> FileRecord:
-        return FileRecord(self._bytes, f"{self._crc32:08x}")
+    def write(self, data: Any, /) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return super().write(data)
 
 
 def write_file(path: Path, write: Callable[[Any], object]) -> FileRecord:
     """Write a file, not flushed to disk, by what is given an open file; its size and checksum."""
-    with open(path, "wb", buffering=_BUFFER) as file:
-        checksummed = _ChecksummedFile(file)
-        write(checksummed)
-    return checksummed.record
+    with _ChecksummedFile(open(path, "wb", buffering=0), _BUFFER) as file:
+        write(file)
+        return FileRecord(file.tell(), f"{file.crc32:08x}")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """A regular file; OSError at once for a pipe, which would wait for a writer, or a device."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    # Unbuffered: a buffer would copy each chunk once more.
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        yield file
 
 
 def record_of(path: Path) -> FileRecord:
     """Size and checksum of an existing file."""
-    size, crc32 = 0, 0
-    with open(path, "rb", buffering=0) as file:  # a buffer would copy each chunk once more
+    crc32 = 0
+    with _open(path) as file:
         while chunk := file.read(_BUFFER):
-            size += len(chunk)
             crc32 = zlib.crc32(chunk, crc32)
-    return FileRecord(size, f"{crc32:08x}")
+        return FileRecord(file.tell(), f"{crc32:08x}")
 
 
-def read_file(path: Path, limit: int = 1 << 26) -> bytes:
-    """The content of a file of at most `limit` bytes; OSError for what is not a file, such as a pipe."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
-    return content
+def _read(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes."""
+    with _open(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+        return file.read()
 
 
 def fsync(paths: Iterable[Path]) -> None:
@@ -169,7 +167,7 @@ class Manifest:
     world_size: int
     latest: bool  # saved with `save_latest`
     time: float  # seconds since 1970; after that of the checkpoint that was the latest then
-    files: dict[str, FileRecord]  # every other file, by name
+    files: Records  # every other file, by name
     format: int = FORMATS[-1]
 
     def to_json(self) -> str:
@@ -182,26 +180,21 @@ class Manifest:
         """The manifest of a checkpoint's directory; CorruptCheckpoint if there is none, or it is not valid."""
         path = directory / MANIFEST
         try:
-            document = json.loads(read_file(path))
+            document = json.loads(_read(path, limit=1 << 26))
             if document["format"] not in FORMATS:
                 raise ValueError(f"format {document['format']!r}; this version of Redline reads {FORMATS}")
             crc32 = document.pop("crc32")
             if _checksum(document) != crc32:
                 raise ValueError(f"expected checksum {crc32}, found {_checksum(document)}")
-            files = {
-                name: FileRecord(int(each["bytes"]), str(each["crc32"])) for name, each in document["files"].items()
-            }
-            if outside := [name for name in files if Path(name).name != name]:
-                raise ValueError(f"it lists {outside[0]!r}, which is not a plain file name")
-            types: dict[str, Any] = {
-                "tag": str, "step": int, "world_size": int, "latest": bool, "time": float, "format": int
-            }  # fmt: skip
-            return cls(files=files, **{name: kind(document[name]) for name, kind in types.items()})
+            return _MANIFEST.validate_python(document)
         except FileNotFoundError:
             reason = f"has no {MANIFEST}, which is written last" if os.path.isdir(directory) else "does not exist"
             raise CorruptCheckpoint(f"{directory} {reason}") from None
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{path}: not a valid manifest: {type(error).__name__}: {error}") from error
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -216,11 +209,7 @@ def verify_files(directory: Path, manifest: Manifest, *, rank: int = 0, world_si
     for name in names[rank::world_size]:
         path, expected = directory / name, manifest.files[name]
         try:
-            status = path.stat()
-            size = status.st_size
-            if not stat.S_ISREG(status.st_mode):
-                problems.append(f"{path}: it is not a regular file; expected {expected.bytes} bytes")
-            elif size != expected.bytes:
+            if (size := path.stat().st_size) != expected.bytes:
                 problems.append(f"{path}: expected {expected.bytes} bytes, found {size}")
             elif (found := record_of(path)) != expected:
                 problems.append(f"{path}: expected checksum {expected.crc32}, found {found.crc32}")
@@ -240,6 +229,7 @@ def partial_path(parent: Path, tag: str) -> Path:
 
 
 def replaced_path(parent: Path, tag: str) -> Path:
+    """The name of a checkpoint while another one takes its place."""
     return parent / f".{tag}.replaced"
 
 
@@ -251,8 +241,8 @@ def check_tag(tag: str) -> str:
             f"tag {tag!r} cannot be a directory's name; expected a name without slashes, colons and the like that does "
             f'not start with a dot and is not "{LATEST}"'
         )
-    if len(os.fsencode(partial_path(Path(), tag).name)) > _LONGEST_NAME:
-        room = _LONGEST_NAME - len(partial_path(Path(), "").name)
+    room = _LONGEST_NAME - len(partial_path(Path(), "").name)
+    if len(os.fsencode(tag)) > room:
         raise EngineError(f"tag {tag!r} is too long for a directory's name; expected at most {room} bytes")
     return tag
 
@@ -269,33 +259,29 @@ def claim(parent: Path) -> Iterator[None]:
         return
     import fcntl
 
-    handle = os.open(parent, os.O_RDONLY)
+    handle, is_alone = os.open(parent, os.O_RDONLY), True
     try:
-        if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_alone = False
+        except OSError:  # a file system without locks
+            pass
+        if is_alone:
             _tidy(parent)
         else:
             log.warning(
                 "save_checkpoint: another run is saving in %s, too; both save intact checkpoints, but `latest` and "
                 "keep_last follow whichever saved last; give each run a directory of its own", parent,
             )  # fmt: skip
-        _lock(handle, fcntl.LOCK_SH)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
         yield
     finally:
-        _lock(handle, fcntl.LOCK_UN)  # closing is not enough: a fork, such as a data worker, has the handle, too
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a fork, such as a data worker, has the handle, too
         with suppress(OSError):
             os.close(handle)
-
-
-def _lock(handle: int, how: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(handle, how)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _tidy(parent: Path) -> None:
@@ -320,18 +306,6 @@ def rename_into_place(partial: Path, target: Path) -> None:
     os.rename(partial, target)
 
 
-def tags(parent: Path) -> list[str]:
-    """Every tag in a directory: what has a manifest, valid or not."""
-    found = set()
-    for path in parent.iterdir() if parent.is_dir() else ():
-        match = _REPLACED.fullmatch(path.name)
-        tag = match[1] if match else path.name
-        with suppress(OSError):  # a directory that belongs to somebody else, such as lost+found
-            if not tag.startswith(".") and (path / MANIFEST).is_file():
-                found.add(tag)
-    return sorted(found)
-
-
 def find(parent: Path, tag: str) -> tuple[Path, Manifest]:
     """The directory of a tag and its manifest, of which files are not verified yet; else CorruptCheckpoint."""
     directory, old = parent / tag, replaced_path(parent, tag)
@@ -341,11 +315,15 @@ def find(parent: Path, tag: str) -> tuple[Path, Manifest]:
 
 
 def manifests(parent: Path) -> dict[str, Manifest | None]:
-    """The manifest of every tag; None for one that is not valid."""
-    found: dict[str, Manifest | None] = dict.fromkeys(tags(parent))
-    for tag in found:
-        with suppress(CorruptCheckpoint):
-            found[tag] = find(parent, tag)[1]
+    """The manifest of every tag in a directory, sorted by tag; None for one that is not valid."""
+    found: dict[str, Manifest | None] = {}
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = _REPLACED.fullmatch(path.name)
+        tag = match[1] if match else path.name
+        with suppress(OSError, CorruptCheckpoint):  # a directory may belong to somebody else, such as lost+found
+            if not tag.startswith(".") and (path / MANIFEST).is_file():
+                found[tag] = None
+                found[tag] = find(parent, tag)[1]
     return found
 
 
@@ -353,35 +331,27 @@ def read_latest(parent: Path) -> str | None:
     """The tag in the file `latest`, None if there is no such file; EngineError if it does not contain a tag."""
     path = parent / LATEST
     try:
-        return check_tag(read_file(path, limit=1024).decode("utf-8").strip())
+        return check_tag(_read(path, limit=1024).decode("utf-8").strip())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EngineError) as error:
         raise EngineError(f"{path} does not contain a tag: {error}") from error
 
 
-def expired(
-    saved: Iterable[Manifest], keep_last: int, keep_every: int | None, protected: Container[str] = ()
-) -> list[str]:
-    """The tags to remove, oldest first: all but the last saved, and multiples of `keep_every` optimizer steps.
-
-    Tags that were saved with `save_latest=False` are neither counted nor removed.
-    """
-    ordered = sorted((each for each in saved if each.latest), key=lambda each: (each.time, each.step))
-    return [
-        each.tag
-        for each in ordered[:-keep_last]
-        if each.tag not in protected and not (keep_every is not None and each.step % keep_every == 0)
-    ]
-
-
 def remove_expired(parent: Path, keep_last: int, keep_every: int | None, protected: Iterable[str]) -> None:
-    """Remove old checkpoints, after a new one is on disk; never the one that `latest` names, nor anything else."""
-    saved = [manifest for tag, manifest in manifests(parent).items() if manifest is not None and manifest.tag == tag]
+    """Remove all but the last saved checkpoints and multiples of `keep_every` optimizer steps.
+
+    What `latest` names, what was saved with `save_latest=False` and what is not a checkpoint stays.
+    """
     kept = set(protected)
     with suppress(EngineError):
         kept.add(read_latest(parent) or "")
-    for tag in expired(saved, keep_last, keep_every, kept):
+    found = manifests(parent).items()
+    saved = [each for tag, each in found if each is not None and each.latest and each.tag == tag]
+    for manifest in sorted(saved, key=lambda each: (each.time, each.step))[:-keep_last]:
+        tag = manifest.tag
+        if tag in kept or (keep_every is not None and manifest.step % keep_every == 0):
+            continue
         try:
             # Renamed first: a kill halfway leaves no part of a checkpoint under a checkpoint's name.
             going = partial_path(parent, tag)

@@ -13,26 +13,32 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum, EnumMeta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)  # fmt: skip
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner_helpers import _create_read_items
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from redline.checkpoint import storage
-from redline.checkpoint.storage import CorruptCheckpoint, FileRecord
+from redline.checkpoint.storage import CorruptCheckpoint, Records
 from redline.compiled import plain_name
 
 __all__ = [
@@ -77,7 +83,6 @@ class TensorWriter:
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
         self.plan: SavePlan = self._planner.create_local_plan()
-        self.records: dict[str, FileRecord] = {}
         self._rank = rank
 
     def share(self, plans: list[SavePlan]) -> int:
@@ -90,12 +95,8 @@ class TensorWriter:
         )
         return sum(sizes) + _RANK_OVERHEAD * len(plans)
 
-    def write(self, directory: Path, values: Mapping[str, Tensor]) -> list[WriteResult]:
-        """Write this rank's file, not flushed to disk; where each tensor is, for `finish`.
-
-        Args:
-            values: what this rank has of each tensor, on any device.
-        """
+    def write(self, directory: Path, values: Mapping[str, Tensor]) -> tuple[Records, list[WriteResult]]:
+        """Write what this rank has of each tensor into its file, not flushed; the file, and what `finish` needs."""
         name = f"__{self._rank}_0.distcp"
         results = []
 
@@ -106,16 +107,13 @@ class TensorWriter:
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
 
-        self.records[name] = storage.write_file(directory / name, write)
-        return results
+        return {name: storage.write_file(directory / name, write)}, results
 
-    def finish(self, directory: Path, results: list[list[WriteResult]]) -> None:
+    def finish(self, directory: Path, results: list[list[WriteResult]]) -> Records:
         """Write the metadata, on rank 0, after all have written."""
         self._metadata.version = CURRENT_DCP_VERSION
         self._metadata.storage_data = {each.index: each.storage_data for written in results for each in written}
-        self.records[METADATA] = storage.write_file(
-            directory / METADATA, lambda file: pickle.dump(self._metadata, file)
-        )
+        return {METADATA: storage.write_file(directory / METADATA, partial(pickle.dump, self._metadata))}
 
 
 def write_tensor(tensor: Tensor, file: Any) -> None:
@@ -164,10 +162,15 @@ def _without_checksums() -> Iterator[None]:
 
 
 class StoredTensor:
-    """A tensor in files, of which shape and dtype are known without reading it."""
+    """A tensor in blocks, of which shape and dtype are known without reading it."""
 
-    shape: torch.Size
-    dtype: torch.dtype
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, blocks: list[ChunkStorageMetadata]) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._metadata = TensorStorageMetadata(TensorProperties(dtype), shape, blocks)
+
+    def read_block(self, index: int) -> Tensor:
+        """One of the blocks, on the CPU."""
+        raise NotImplementedError
 
     def parts(self) -> Iterator[Tensor]:
         """The values in order, as 1-D tensors on the CPU; each is valid until the next is asked for."""
@@ -175,149 +178,101 @@ class StoredTensor:
 
     def read_full(self) -> Tensor:
         """All of it, on the CPU."""
-        full = torch.empty(self.shape.numel(), dtype=self.dtype)
-        start = 0
-        for part in self.parts():
-            full[start : start + part.numel()] = part
-            start += part.numel()
-        return full.view(self.shape)
-
-    def read_block(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A part of it, that begins at `offsets`."""
-        return _narrow(self.read_full(), offsets, shape)
+        full = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(full)
+        return full
 
     @torch.no_grad()
     def read_into(self, target: Tensor) -> None:
         """Fill a tensor of the same shape; of a DTensor, this rank's shard."""
-        if not is_sharded(target):
-            target.copy_(self.read_full())
-            return
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # see `is_sharded`
-
-        sharded: Any = target
-        shape, offsets = compute_local_shape_and_global_offset(target.shape, sharded.device_mesh, sharded.placements)
-        # A rank whose shard is empty gets an offset at the end, or beyond.
-        offsets = tuple(min(offset, full - size) for offset, full, size in zip(offsets, target.shape, shape))
-        sharded.to_local().copy_(self.read_block(offsets, shape))
+        for item in _create_read_items("", self._metadata, target):
+            source = narrow_tensor_by_index(
+                self.read_block(item.storage_index.index or 0), item.storage_offsets, item.lengths
+            )
+            narrow_tensor_by_index(local_tensor(target), item.dest_offsets, item.lengths).copy_(source)
 
 
-def _narrow(tensor: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(offsets, shape)):
-        tensor = tensor.narrow(dim, offset, size)
-    return tensor
+class BlockFile(NamedTuple):
+    """The bytes of a file that contain a block."""
 
-
-class Chunk(NamedTuple):
-    """A block of a tensor, and the bytes of a file that contain it."""
-
-    offsets: tuple[int, ...]
-    shape: torch.Size
     path: Path
     start: int
     length: int
 
 
-@dataclass(frozen=True)
 class ChunkedTensor(StoredTensor):
-    """A tensor in blocks, as DCP writes it."""
+    """A tensor as DCP writes it: each block with `torch.save`, in a range of a file."""
 
-    key: str
-    shape: torch.Size
-    dtype: torch.dtype
-    chunks: list[Chunk]
+    def __init__(self, key: str, entry: TensorStorageMetadata, files: Mapping[tuple[int, ...], BlockFile]) -> None:
+        self._key, self._blocks = key, sorted(entry.chunks, key=lambda block: tuple(block.offsets))
+        self._files = [files[tuple(block.offsets)] for block in self._blocks]
+        super().__init__(entry.size, entry.properties.dtype, self._blocks)
 
     def parts(self) -> Iterator[Tensor]:
-        # Chunk by chunk where each has full rows, else all at once.
-        rows = all(chunk.shape[1:] == self.shape[1:] for chunk in self.chunks)
-        for block in map(self._read, self.chunks) if rows else [self.read_full()]:
+        # Block by block where each has full rows, else all at once.
+        has_rows = all(block.sizes[1:] == self.shape[1:] for block in self._blocks)
+        for block in map(self.read_block, range(len(self._blocks))) if has_rows else [self.read_full()]:
             yield from torch.split(block.contiguous().reshape(-1), PART)
 
-    def read_full(self) -> Tensor:
-        if len(self.chunks) == 1:  # without another copy
-            return self._read(self.chunks[0])
-        return self.read_block((0,) * len(self.shape), self.shape)
-
-    def read_block(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        block = torch.empty(shape, dtype=self.dtype)
-        ends = [offset + size for offset, size in zip(offsets, shape)]
-        for chunk in self.chunks:
-            starts = tuple(max(pair) for pair in zip(offsets, chunk.offsets))
-            stops = map(min, ends, (offset + size for offset, size in zip(chunk.offsets, chunk.shape)))
-            overlap = tuple(stop - start for start, stop in zip(starts, stops))
-            if all(size > 0 for size in overlap):
-                here = tuple(start - offset for start, offset in zip(starts, offsets))
-                there = tuple(start - offset for start, offset in zip(starts, chunk.offsets))
-                _narrow(block, here, overlap).copy_(_narrow(self._read(chunk), there, overlap))
-        return block
-
-    def _read(self, chunk: Chunk) -> Tensor:
+    def read_block(self, index: int) -> Tensor:
+        path, start, length = self._files[index]
         try:
-            with open(chunk.path, "rb", buffering=0) as file:
-                view: Any = _create_file_view(file, chunk.start, chunk.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load fails in many ways
-            raise CorruptCheckpoint(f"{_why_unreadable(chunk.path, error)} ({self.key})") from error
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.shape or tensor.dtype != self.dtype:
-            raise CorruptCheckpoint(f"{chunk.path}: {self.key} is not what the metadata say")
+            with open(path, "rb", buffering=0) as file:
+                tensor = _load(_create_file_view(file, start, length), path)
+        except OSError as error:  # another process has removed it
+            raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (self._blocks[index].sizes, self.dtype):
+            raise CorruptCheckpoint(f"{path}: {self._key} is not what the metadata say")
         return tensor
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors in a checkpoint's directory, by key; names that `torch.compile` has changed are made plain."""
     path = directory / METADATA
+    files: dict[str, dict[tuple[int, ...], BlockFile]] = defaultdict(dict)
+    tensors: dict[str, StoredTensor] = {}
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-    except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(f"{path}: {error}") from None
+        for index, place in metadata.storage_data.items():
+            name = place.relative_path
+            if Path(name).name != name or not name.endswith(".distcp"):
+                raise CorruptCheckpoint(f"it places {index.fqn} in {name!r}, not a plain file of this directory")
+            files[index.fqn][tuple(index.offset or ())] = BlockFile(directory / name, place.offset, place.length)
+        for key, entry in metadata.state_dict_metadata.items():
+            entry.chunks = [block for block in entry.chunks if tuple(block.offsets) in files[key]]
+            if sum(block.sizes.numel() for block in entry.chunks) != entry.size.numel():
+                raise CorruptCheckpoint(f"{key} is not in its files, or not all of it")
+            name = key if key.startswith(("client_state.", "data.")) else plain_name(key)
+            tensors[name] = ChunkedTensor(key, entry, files[key])
     except Exception as error:  # an unpickler fails in many ways
-        raise CorruptCheckpoint(_why_unreadable(path, error)) from error
-    if not isinstance(metadata, Metadata):
-        raise CorruptCheckpoint(f"{path}: expected DCP's Metadata, found {type(metadata).__name__}")
-    places: dict[tuple[str, tuple[int, ...]], Any] = {}
-    for index, place in (metadata.storage_data or {}).items():
-        name = place.relative_path
-        if Path(name).name != name or not name.endswith(".distcp") or getattr(place, "transform_descriptors", None):
-            raise CorruptCheckpoint(f"{path}: it places {index.fqn} in {name!r}, not a plain file of this directory")
-        places[index.fqn, tuple(index.offset or ())] = place
-    tensors: dict[str, StoredTensor] = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CorruptCheckpoint(f"{path}: {key} is not a tensor")
-        chunks = []
-        for chunk in entry.chunks:
-            if place := places.get((key, tuple(chunk.offsets))):
-                file = directory / place.relative_path
-                chunks.append(Chunk(tuple(chunk.offsets), chunk.sizes, file, place.offset, place.length))
-        if sum(chunk.shape.numel() for chunk in chunks) != entry.size.numel():
-            raise CorruptCheckpoint(f"{directory}: {key} is not in its files, or not all of it")
-        name = key if key.startswith(("client_state.", "data.")) else plain_name(key)
-        tensors[name] = ChunkedTensor(key, entry.size, entry.properties.dtype, sorted(chunks))
+        what = error if isinstance(error, CorruptCheckpoint) else f"cannot be read: {error!r}"
+        raise CorruptCheckpoint(f"{path}: {what}") from error
     return tensors
 
 
 # -- reading without running code ------------------------------------------------------------------------
 
 
-def load_plain(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: a dict of plain types and tensors, on the CPU; no code in it is run."""
-    try:
-        with torch.serialization.safe_globals([bytes, frozenset]):  # torch allows set, and bytes that are not empty
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load fails in many ways
-        raise CorruptCheckpoint(_why_unreadable(path, error)) from error
+def load_plain(path: Path, *, classes: Sequence[Any] = (), mmap: bool = False) -> dict[str, Any]:
+    """What `torch.save` wrote: a dict of plain types, tensors and these classes; no code in it is run."""
+    with torch.serialization.safe_globals([bytes, frozenset, *classes]):  # torch allows bytes that are not empty
+        content = _load(path, path, mmap=mmap)
     if not isinstance(content, dict):
         raise CorruptCheckpoint(f"{path}: it contains {type(content).__name__}, not what a checkpoint does")
     return content
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """What is wrong with a file that `torch.load` has refused; torch's own text advises to let it run code."""
-    text = str(error)
-    if "eights only load failed" in text or "weights_only" in text:
-        asks = re.search(r"(?:GLOBAL|global|class|function):? ([\w.]+\.\w+)", text)
-        what = f"it asks for {asks[1]}" if asks else "it is not a file of torch.save"
-        return f"{path}: {what}; nothing but tensors and plain types is read"
-    return f"{path}: cannot be read: {type(error).__name__}: {text.partition(chr(10))[0]}"
+def _load(file: Any, path: Path, *, mmap: bool = False) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch.load fails in many ways
+        text = str(error)
+        what = f"cannot be read: {type(error).__name__}: {text.partition(chr(10))[0]}"
+        if "eights only load failed" in text or "weights_only" in text:  # torch advises to let it run code
+            asks = re.search(r"GLOBAL ([\w.]+)", text)
+            what = f"refused: it asks for {asks[1]}" if asks else "refused: it is more than tensors and plain types"
+            what += "; nothing else is read, and nothing was run; if it is in your client_state, save without it"
+        raise CorruptCheckpoint(f"{path}: {what}") from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -115,18 +115,22 @@ def test_what_two_processes_saved_in_shares_is_one_file(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_blocks_that_are_no_rows_is_put_together(tmp_path: Path) -> None:
-    from redline.checkpoint.tensors import Chunk, ChunkedTensor
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+
+    from redline.checkpoint.tensors import BlockFile, ChunkedTensor
 
     whole = torch.arange(24.0).reshape(4, 6)
-    chunks, begin = [], 0
+    chunks, files, begin = [], {}, 0
     with open(tmp_path / "x.distcp", "wb") as file:
         for row in (0, 2):
             for column in (0, 4):
                 block = whole[row : row + 2, column : column + 4].clone()
                 torch.save(block, file)
-                chunks.append(Chunk((row, column), block.shape, tmp_path / "x.distcp", begin, file.tell() - begin))
+                chunks.append(ChunkStorageMetadata(torch.Size((row, column)), block.shape))
+                files[row, column] = BlockFile(tmp_path / "x.distcp", begin, file.tell() - begin)
                 begin = file.tell()
-    parts = list(ChunkedTensor("x", whole.shape, whole.dtype, chunks).parts())
+    entry = TensorStorageMetadata(TensorProperties(whole.dtype), whole.shape, chunks)
+    parts = list(ChunkedTensor("x", entry, files).parts())
     assert torch.equal(torch.cat(parts), whole.flatten())
 
 

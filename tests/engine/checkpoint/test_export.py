@@ -17,6 +17,7 @@ from torch import nn
 from redline import EngineError, initialize
 from redline.checkpoint import model_file, storage
 from tests.distributed import run_ranks
+from tests.engine.checkpoint.test_consolidate import read
 from tests.golden import checkpoint_workload as workload
 
 FOLDER = Path(__file__).parent.parent.parent / "golden" / "deepspeed_checkpoints"
@@ -87,17 +88,12 @@ def test_stage_3_says_why_it_saves_nothing(tmp_path: Path, caplog: pytest.LogCap
 def test_a_name_that_ends_in_safetensors_has_that_format(tmp_path: Path) -> None:
     engine = initialize(workload.build_model(), CONFIG | {"bf16": {"enabled": True}}, device="cpu")
     assert engine.save_16bit_model(tmp_path, "model.safetensors")
-    data = (tmp_path / "model.safetensors").read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header.pop("__metadata__") == {"format": "pt", "head.weight": "embed.weight"}
-    assert header.keys() == workload.build_model().state_dict().keys() - {"head.weight"}
-    assert {name: each["dtype"] for name, each in header.items() if each["dtype"] != "BF16"} == {
-        "counts": "I64", "shift": "F32",
-    }  # fmt: skip
-    begin, end = header["mix.weight"]["data_offsets"]
-    values = bytearray(data[len(data) - max(each["data_offsets"][1] for each in header.values()) :][begin:end])
-    found = torch.frombuffer(values, dtype=torch.bfloat16).reshape(5, 5)
-    assert torch.equal(found, engine.module.mix.weight)
+    tensors, metadata = read(tmp_path / "model.safetensors")
+    assert metadata == {"format": "pt", "head.weight": "embed.weight"}
+    assert tensors.keys() == workload.build_model().state_dict().keys() - {"head.weight"}
+    others = {name: each.dtype for name, each in tensors.items() if each.dtype != torch.bfloat16}
+    assert others == {"counts": torch.int64, "shift": torch.float32}
+    assert torch.equal(tensors["mix.weight"], engine.module.mix.weight)
 
 
 def test_a_parameter_that_is_a_view_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:

@@ -48,11 +48,16 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 # -- what comes back, as DeepSpeed has it --------------------------------------------------------------
 
 
-def test_the_default_tag_is_the_step_and_the_path_is_its_folder(tmp_path: Path) -> None:
+def test_the_default_tag_is_the_step_and_the_path_is_its_folder_and_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = saved(tmp_path, client_state={"epoch": 3})
     assert (tmp_path / "latest").read_text() == "global_step3"
     engine = build(CASE)
-    assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "global_step3"), {"epoch": 3})
+    with caplog.at_level(logging.INFO, logger="redline"):
+        caplog.clear()
+        assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "global_step3"), {"epoch": 3})
+    assert caplog.messages == [f"load_checkpoint: {tmp_path}/global_step3, after step 3, saved by 1 rank"]
     assert (engine.global_steps, engine.global_samples, engine.micro_steps) == (3, 6, 3)
     assert engine.get_lr() == before.get_lr()
 
@@ -72,20 +77,14 @@ def test_a_tag_that_is_not_the_latest_is_loaded_by_its_name(tmp_path: Path) -> N
     assert build(CASE).load_checkpoint(tmp_path, "best")[1] == {"which": 2}
 
 
-@pytest.mark.parametrize("folder", [".", "missing"])
+@pytest.mark.parametrize("folder", [".", "missing", "not the latest"])
 def test_no_checkpoint_at_all_is_none_and_a_warning(
     folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    saved(tmp_path / "not the latest", tag="best", save_latest=False)
     assert build(CASE).load_checkpoint(tmp_path / folder) == (None, None)
-    assert f"load_checkpoint: no checkpoint in {tmp_path / folder}: nothing is loaded" in caplog.messages
-
-
-def test_what_was_not_saved_as_the_latest_is_not_found_as_such(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved(tmp_path, tag="best", save_latest=False)
-    assert build(CASE).load_checkpoint(tmp_path) == (None, None)
-    assert "tags that were saved with save_latest=False have to be named: best" in caplog.text
+    hint = "; tags that were saved with save_latest=False have to be named: best" if folder == "not the latest" else ""
+    assert f"load_checkpoint: no checkpoint in {tmp_path / folder}: nothing is loaded{hint}" in caplog.messages
 
 
 # -- what is not the engine's ----------------------------------------------------------------------------
@@ -144,6 +143,7 @@ def test_foreign_files_and_directories_are_ignored(tmp_path: Path) -> None:
     engine = saved(tmp_path)
     for folder in (tmp_path, tmp_path / "global_step3"):
         pipe(folder / "pipe")
+        (folder / "model.safetensors").write_bytes(b"x")
         (folder / "closed").mkdir(mode=0)
         (folder / "mine").mkdir()
         pipe(folder / "mine" / "manifest.json")
@@ -255,20 +255,19 @@ def test_the_module_alone_leaves_all_else_as_it_is(tmp_path: Path) -> None:
     assert all(float(state["step"]) == 1 for state in engine.optimizer.state.values())
 
 
-def test_without_the_optimizers_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
-    before = saved(tmp_path)
-    engine = build(CASE)
-    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
-    assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (0, 3, 2)
-    assert engine.get_lr() == before.get_lr()  # DeepSpeed's schedule writes it with the next step only
-
-
-def test_without_the_schedules_state_it_begins_anew_and_the_rest_goes_on(tmp_path: Path) -> None:
-    saved(tmp_path)
-    engine = build(CASE)
-    engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
-    assert (len(engine.optimizer.state), engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (9, 3, -1)
-    assert engine.get_lr() == build(CASE).get_lr()  # DeepSpeed runs one step with what is in the optimizer's groups
+@pytest.mark.parametrize(
+    ("left", "states", "position"), [("load_optimizer_states", 0, 2), ("load_lr_scheduler_states", 9, -1)]
+)
+def test_what_is_left_out_begins_anew_and_the_rest_goes_on(
+    left: str, states: int, position: int, tmp_path: Path
+) -> None:
+    before, engine = saved(tmp_path), build(CASE)
+    start = engine.get_lr()
+    engine.load_checkpoint(tmp_path, **{left: False})
+    assert (len(engine.optimizer.state), engine.global_steps) == (states, 3)
+    assert engine.lr_scheduler.last_batch_iteration == position
+    # Unlike DeepSpeed, whose schedule writes it with the next step only.
+    assert engine.get_lr() == (before.get_lr() if position == 2 else start)
 
 
 def test_client_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -769,12 +768,3 @@ def test_a_model_without_an_optimizer_saves_and_loads(tmp_path: Path) -> None:
     saved(tmp_path / "trained")
     with pytest.raises(EngineError, match="it lacks weight, bias"):
         bare().load_checkpoint(tmp_path / "trained")
-
-
-def test_one_line_says_what_was_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saved(tmp_path)
-    other = build(CASE)
-    with caplog.at_level(logging.INFO, logger="redline"):
-        caplog.clear()
-        other.load_checkpoint(tmp_path)
-    assert caplog.messages == [f"load_checkpoint: {tmp_path}/global_step3, after step 3, saved by 1 rank"]

@@ -183,17 +183,19 @@ def test_what_a_scripts_own_schedule_counts_in_public_is_no_change(tmp_path: Pat
     assert (engine.lr_scheduler.cycle, engine.lr_scheduler.step_in_cycle) == (1, 2)
 
 
-def test_arguments_of_torchs_schedules_are_compared(tmp_path: Path) -> None:
-    engine_of(lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.5)).save_checkpoint(tmp_path)
-    engine = engine_of(lambda optimizer: lr_scheduler.StepLR(optimizer, 3, 0.5))
-    with pytest.raises(EngineError, match="step_size was 2, is 3"):
-        engine.load_checkpoint(tmp_path)
-
-
-def test_the_type_of_a_scripts_own_schedule_is_compared(tmp_path: Path) -> None:
-    engine_of(Saw).save_checkpoint(tmp_path)
-    with pytest.raises(EngineError, match="type was Saw, is Decay"):
-        engine_of("own, that moves the weight decay").load_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (lambda opt: lr_scheduler.StepLR(opt, 2, 0.5), lambda opt: lr_scheduler.StepLR(opt, 3, 0.5),
+         "step_size was 2, is 3"),
+        (Saw, "own, that moves the weight decay", "type was Saw, is Decay"),
+    ],
+    ids=["arguments of torch's", "the type of a script's own"],
+)  # fmt: skip
+def test_another_schedule_is_refused(old: Any, new: Any, said: str, tmp_path: Path) -> None:
+    engine_of(old).save_checkpoint(tmp_path)
+    with pytest.raises(EngineError, match=said):
+        engine_of(new).load_checkpoint(tmp_path)
 
 
 # -- skipped steps, in the engine ----------------------------------------------------------------------

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,10 @@ from redline import EngineError
 from redline.checkpoint import storage
 from tests import distributed
 from tests.distributed import RanksFailed, run_ranks
+from tests.engine.checkpoint.test_save import warnings_of
 from tests.resume import Case, build, trained
 
 CASE = Case({"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}})
-
-
-class Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 def said(do: Callable[[], Any]) -> str:
@@ -41,29 +32,20 @@ def said(do: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def failing_disk(rank: int) -> AbstractContextManager[Any]:
+@contextmanager
+def failing_disk(rank: int) -> Iterator[None]:
     """Of one process."""
-    patch = pytest.MonkeyPatch.context()
 
-    class Failing:
-        def __enter__(self) -> None:
-            context = patch.__enter__()
-            if int(os.environ["RANK"]) == rank:
+    def put(path: Path, write: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-                def put(path: Path, write: Any) -> None:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-                context.setattr(storage, "write_file", put)
-
-        def __exit__(self, *caught: Any) -> None:
-            patch.__exit__(*caught)
-
-    return Failing()
+    with pytest.MonkeyPatch.context() as patch:
+        if int(os.environ["RANK"]) == rank:
+            patch.setattr(storage, "write_file", put)
+        yield
 
 
 def scenes(folder: str) -> dict[str, Any]:
-    heard = Heard()
-    logging.getLogger("redline").addHandler(heard)
     rank = int(os.environ["RANK"])
     there, happened = Path(folder), {}
     engines = {
@@ -71,11 +53,9 @@ def scenes(folder: str) -> dict[str, Any]:
     }  # fmt: skip
     engine = engines["Warn"]
     for mode, each in engines.items():
-        heard.messages.clear()
-        happened[mode] = (
-            said(lambda each=each, mode=mode: each.save_checkpoint(there, f"{mode}{rank}")),
-            [message for message in heard.messages if "tag" in message],
-        )
+        with warnings_of("redline") as heard:
+            error = said(lambda each=each, mode=mode: each.save_checkpoint(there, f"{mode}{rank}"))
+        happened[mode] = error, [message for message in heard if "tag" in message]
     trained(engine, 1)
     engine.save_checkpoint(there / "run", "one")
     trained(engine, 1)
@@ -96,8 +76,8 @@ def scenes(folder: str) -> dict[str, Any]:
     if rank == 0:
         os.truncate(there / "run" / "two" / "rank_1.pt", 10)
     dist.barrier()
-    heard.messages.clear()
-    happened["a broken file"] = engine.load_checkpoint(there / "run")[0], engine.global_steps, list(heard.messages)
+    with warnings_of("redline") as heard:
+        happened["a broken file"] = engine.load_checkpoint(there / "run")[0], engine.global_steps, heard
 
     background = build(CASE, redline={"checkpoint": {"async_save": True, "keep_last": 1}})
     trained(background, 3, lambda: background.save_checkpoint(there / "background"))

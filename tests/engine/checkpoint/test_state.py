@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter, OrderedDict
 from enum import Enum
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_the_state_of_format_1_is_decoded() -> None:
         "device": {"$device": "cpu"}, "counter": {"$Counter": [["x", 2]]}, "tensor": {"$tensor": "k"},
         "plain": [1, None],
     }  # fmt: skip
-    decoded = decode_json(packed)
+    decoded = decode_json(json.dumps(packed))
     assert decoded["tuple"] == (1, ()) and decoded["keys"] == {1: "a", (2,): "b"} and decoded["inf"] == float("inf")
     assert (decoded["bytes"], decoded["complex"], decoded["set"]) == (b"\x00\xff", 1 + 2j, {1})
     assert (decoded["frozen"], decoded["size"], decoded["dtype"]) == (frozenset({2}), torch.Size([2, 3]), torch.float16)
@@ -132,4 +133,4 @@ def test_what_contains_itself_is_refused() -> None:
 @pytest.mark.parametrize("packed", [{"$function": "os.system"}, {"$dtype": "save"}])
 def test_what_format_1_never_had_is_an_error(packed: Any) -> None:
     with pytest.raises((ValueError, KeyError)):
-        decode_json(packed)
+        decode_json(json.dumps(packed))
