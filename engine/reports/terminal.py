@@ -35,9 +35,9 @@ def draw_chart(report: Report, *, stream: Any = None, width: int | None = None) 
 
 def _edges(panel: Panel) -> tuple[float, ...]:
     """The suggested range on the x axis, or the suggested peak alone."""
-    if panel.span is not None:
-        return () if panel.span_on_y else panel.span
-    return tuple(mark.lr for mark in panel.marks if mark.rule == OWN_RULE and mark.lr)
+    if panel.span is None:
+        return tuple(mark.lr for mark in panel.marks if mark.rule == OWN_RULE and mark.lr)
+    return () if panel.span_on_y else panel.span
 
 
 def draw_panel(panel: Panel, *, stream: Any = None, width: int | None = None, height: int = 18) -> str:
