@@ -46,7 +46,7 @@ class Curve:
     steps: tuple[int, ...]  # index of the optimizer step, from 0
     lrs: tuple[Number, ...]  # of the first parameter group; exponential growth may reach infinity
     losses: tuple[Number, ...]  # before the step was applied; nan, inf and negative values are allowed
-    validation: tuple[tuple[int, Number], ...] = ()  # (steps done, validation loss); for the eye, no rule reads it
+    validation: tuple[tuple[int, Number], ...] = ()  # (steps done, validation loss); shown only, no rule reads it
     kind: Kind = "linear"  # grows by equal amounts or equal factors, stays, goes as 1Cycle, or decays to zero
     seed: int = 0  # of the order of the data and of dropout; other seeds show the noise of the answer
     skipped: tuple[int, ...] = ()  # the entries of `steps` that the loss scaler skipped

@@ -50,7 +50,7 @@ class RangeTestResult:
     train_steps: int  # optimizer steps of the planned training
     group_ratios: tuple[float, ...] = (1.0,)  # each parameter group's LR as a multiple of the first one's
     settings: tuple[tuple[str, float], ...] = ()  # of the optimizer that differ from the config's
-    beta: float = SMOOTHING  # weight of the past in the smoothing of the losses: of the reading, not of the record
+    beta: float = SMOOTHING  # weight of the past in the smoothing of the losses as they are read; not saved
 
     @classmethod
     def of(

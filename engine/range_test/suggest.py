@@ -92,14 +92,10 @@ def cycle_at(
     rise: tuple[int, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Suggestion:
-    """A cycle around a maximum.
+    """A cycle around a maximum, which is explained by `why`; other arguments as in `Suggestion`.
 
-    Args:
-        max_lr, why: its maximum, and where that comes from, in a sentence.
-        train_steps: planned length of the training run, in optimizer steps; at least 2.
-        low_lr, high_lr, curve, diverged_at_lr, notes: see `Suggestion`.
-        minimum: its minimum with the reason; None for 1/30 of the maximum.
-        rise: steps in which the LR rises with the reason; None for 20% of the planned ones.
+    `minimum` and `rise`, the steps in which the LR rises, come with their reasons; without them they are 1/30 of the
+    maximum, and 20% of the planned steps.
     """
     end = f"1/{CYCLE_RATIO:.0f} of the maximum: the cycle ends here, and must end low."
     min_lr, why_min = minimum or (round_down(max_lr / CYCLE_RATIO), end)

@@ -29,13 +29,9 @@ LARGER = 8  # micro-batches in a batch of validation data, which needs no memory
 
 
 class Validation:
-    """Measures the present model of an engine; what it uses is left as it was.
+    """Measures an engine's current model, and restores whatever it changes for that.
 
-    Args:
-        engine: whose model is measured.
-        loss: ``loss(model, batch)``.
-        given: the data, or ``metric(model)``.
-        mode: whether a lower or a higher metric is better; then its negative is measured.
+    `given` is the data, or ``metric(model)``; of a metric that is better the higher it is the negative is measured.
     """
 
     def __init__(self, engine: Engine, loss: Callable[[nn.Module, Any], Tensor], given: Any, mode: Mode) -> None:

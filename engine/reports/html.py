@@ -262,21 +262,22 @@ def charts_as_json(report: Report) -> Json:
     betas = sorted({*BETAS, report.beta})
     charts = []
     for panel, *smoothed in zip(panels_of(report), *(panels_of(replace(report, beta=beta)) for beta in betas)):
-        y_at_each = None
-        if any(line.raw for line in panel.lines):  # what the slider changes: nothing of the values as measured
-            at_each = [[trace for line in each.lines for trace in _traces(line)] for each in smoothed]
-            y_at_each = [
-                [None if each["meta"]["kind"] == "raw" else each["y"] for each in traces] for traces in at_each
-            ]
+        has_raw = any(line.raw for line in panel.lines)
         chart = {
-            "data": [*(trace for line in panel.lines for trace in _traces(line)), *_signs(panel)],
-            "smoothed": y_at_each,
+            "data": [trace for line in panel.lines for trace in _traces(line)] + [*_signs(panel)],
+            "smoothed": [_smoothed_values(each) for each in smoothed] if has_raw else None,
             "layout": _layout(panel),
             "bounds": None if panel.y.log else panel.y.bounds,
             "logBounds": _log_bounds(panel),
         }
         charts.append(chart)
     return {"betas": betas, "start": betas.index(report.beta), "charts": charts}
+
+
+def _smoothed_values(panel: Panel) -> list[Any]:
+    """The y of each trace; None for the values as measured, which the slider does not change."""
+    traces = (trace for line in panel.lines for trace in _traces(line))
+    return [None if trace["meta"]["kind"] == "raw" else trace["y"] for trace in traces]
 
 
 def _traces(line: Line) -> Iterator[Json]:
