@@ -7,18 +7,11 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from redline.range_test.curve import Curve, Kind
+from redline.range_test.curve import Curve, Kind, Mark
 from redline.range_test.result import RangeTestResult
 from redline.reports.model import Report, report_of
 
-__all__ = ["KINDS", "AMark", "ATrial", "make_result", "make_run", "tuning"]
-
-
-@dataclass(frozen=True)
-class AMark:
-    rule: str
-    lr: float | None
-    why: str = "It says so."
+__all__ = ["KINDS", "ATrial", "make_result", "make_run", "tuning"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +64,11 @@ def _with_nan() -> Curve:
 
 
 MARKS = (
-    AMark("steepest", 8e-3),
-    AMark("valley", 2e-2),
-    AMark("minimum / 10", 1.1e-2),
-    AMark("last stable", None, "No test diverged."),
-    AMark("redline", 3.2e-2),
+    Mark("steepest", 8e-3, "It says so.", ""),
+    Mark("valley", 2e-2, "It says so.", ""),
+    Mark("minimum / 10", 1.1e-2, "It says so.", ""),
+    Mark("last stable", None, "No test diverged.", ""),
+    Mark("redline", 3.2e-2, "It says so.", ""),
 )
 
 
@@ -107,7 +100,7 @@ def tuning() -> Report:
     )
 
 
-_ALL_KINDS = {
+KINDS: dict[str, Any] = {
     "search alone": lambda: replace(tuning(), curves=(), marks=(), trials=(), batches=()),
     "several": lambda: replace(
         report_of(
@@ -133,4 +126,3 @@ _ALL_KINDS = {
     "long": lambda: report_of(make_result(make_run(0.01, updates=5001), make_run(0.02, updates=1999))),
     "tuning": tuning,
 }
-KINDS: dict[str, Any] = _ALL_KINDS

@@ -258,5 +258,5 @@ def report(options: argparse.Namespace) -> int:
     result = (result.planned_for(train_steps) if train_steps else result).smoothed_by(options.smoothing)
     # The report on a table gets a folder of its own; a test's own folder is rewritten.
     out = options.out or (source if source.is_dir() else f"{source.stem}_report")
-    print(show_report(result, out, beta=options.smoothing))
+    print(show_report(result, out))
     return 0 if result.has_suggestion else 1

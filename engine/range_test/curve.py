@@ -1,21 +1,26 @@
 """The record of one run, and how it is read: smoothing, divergence, and the rules of other tools.
 
-A record keeps losses as they were measured. They are smoothed where they are read or drawn, and the live run and every
-later reader decide with one detector whether it diverged. The project's own reading is in `suggest`.
+Losses are recorded as measured and smoothed where they are read or drawn. A live run and every later reader decide with
+one detector whether it diverged. The project's own reading is in `suggest`.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainSerializer, TypeAdapter
 
 __all__ = ["RULES", "SMOOTHING", "Curve", "DivergenceDetector", "Kind", "Mark", "divergence", "ema", "marks", "smooth"]
 
 Kind = Literal["linear", "exponential", "fixed", "cycle", "decay"]
+# JSON has no nan and no infinity: these become strings.
+Number = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else str(x), when_used="json")]
 
 SMOOTHING = 0.8  # weight of the past in the moving average of the loss: a memory of 5 steps ...
 MEMORY_SHARE = 0.05  # ... or of this share of the steps so far, once that is longer
@@ -34,18 +39,14 @@ STABLE = 0.1  # a loss that has given back this share of its drop is no longer s
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The record of one short run, one entry per optimizer step.
-
-    Raises:
-        ValueError: `steps`, `lrs` and `losses` differ in length.
-    """
+    """The record of one short run, one entry per optimizer step; columns of unequal length raise ValueError."""
 
     name: str  # "rate 5", "fixed 0.001"
     rate: float | None  # a range test's `lr_range_test_step_rate`; None for a run of another kind
     steps: tuple[int, ...]  # index of the optimizer step, from 0
-    lrs: tuple[float, ...]  # of the first parameter group
-    losses: tuple[float, ...]  # before the step was applied; nan, inf and negative values are allowed
-    validation: tuple[tuple[int, float], ...] = ()  # (steps done, validation loss); for the eye, no rule reads it
+    lrs: tuple[Number, ...]  # of the first parameter group; exponential growth may reach infinity
+    losses: tuple[Number, ...]  # before the step was applied; nan, inf and negative values are allowed
+    validation: tuple[tuple[int, Number], ...] = ()  # (steps done, validation loss); shown only, no rule reads it
     kind: Kind = "linear"  # grows by equal amounts or equal factors, stays, goes as 1Cycle, or decays to zero
     seed: int = 0  # of the order of the data and of dropout; other seeds show the noise of the answer
     skipped: tuple[int, ...] = ()  # the entries of `steps` that the loss scaler skipped
@@ -53,11 +54,9 @@ class Curve:
     settings: tuple[tuple[str, float], ...] = ()  # that differ from the config's: (("weight_decay", 1e-4),)
 
     def __post_init__(self) -> None:
-        if not len(self.steps) == len(self.lrs) == len(self.losses):
-            raise ValueError(
-                f"curve {self.name!r} has {len(self.steps)} steps, {len(self.lrs)} LRs and {len(self.losses)} "
-                "losses; expected the same number of each"
-            )
+        lengths = len(self.steps), len(self.lrs), len(self.losses)
+        if len(set(lengths)) > 1:
+            raise ValueError("curve {!r} has {} steps, {} LRs and {} losses".format(self.name, *lengths))
 
     @property
     def is_test(self) -> bool:
@@ -67,47 +66,29 @@ class Curve:
     @property
     def diverged_at(self) -> int | None:
         """Index into `steps` of the step at which the run diverged; None if it did not."""
-        detector, skipped = DivergenceDetector(), set(self.skipped)
-        taken = (index for index, step in enumerate(self.steps) if step not in skipped)
-        return next((index for index in taken if detector.update(self.losses[index])), None)
+        taken = self.taken()
+        end = divergence(taken.losses)
+        return None if end is None else self.steps.index(taken.steps[end])
 
     def taken(self) -> Curve:
         """The same record without the steps that the loss scaler skipped."""
-        taken = [row for row in zip(self.steps, self.lrs, self.losses) if row[0] not in self.skipped]
-        steps, lrs, losses = zip(*taken) if taken else ((), (), ())
+        rows = [row for row in zip(self.steps, self.lrs, self.losses) if row[0] not in self.skipped]
+        steps, lrs, losses = zip(*rows) if rows else ((), (), ())
         return replace(self, steps=steps, lrs=lrs, losses=losses, skipped=())
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain values; JSON has no nan and no infinity, so these become strings."""
-        return asdict(self) | {
-            "lrs": [_plain(lr) for lr in self.lrs],  # exponential growth may reach infinity
-            "losses": [_plain(loss) for loss in self.losses],
-            "validation": [[steps, _plain(loss)] for steps, loss in self.validation],
-        }
+        """The record as plain values."""
+        value: dict[str, Any] = _CURVE.dump_python(self, mode="json")
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Curve:
-        """The inverse of `to_json`; fields that records of earlier versions lack get their defaults.
-
-        Raises ValueError, KeyError or TypeError if `value` is not a record.
-        """
-        return cls(
-            name=value["name"],
-            rate=value["rate"],
-            steps=tuple(value["steps"]),
-            lrs=tuple(map(float, value["lrs"])),
-            losses=tuple(map(float, value["losses"])),
-            validation=tuple((steps, float(loss)) for steps, loss in value["validation"]),
-            kind=value.get("kind", "fixed" if value["rate"] is None else "linear"),
-            seed=value.get("seed", 0),
-            skipped=tuple(value.get("skipped", ())),
-            train_batch_size=value.get("train_batch_size"),
-            settings=tuple(map(tuple, value.get("settings", ()))),
-        )
+        """The inverse of `to_json`; raises ValueError, KeyError or TypeError if `value` is not a record."""
+        kind = "fixed" if value["rate"] is None else "linear"  # records of earlier versions lack it
+        return _CURVE.validate_python({"kind": kind, **value})
 
 
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+_CURVE = TypeAdapter(Curve)
 
 
 # -- smoothing -----------------------------------------------------------------------------------------
@@ -121,14 +102,14 @@ class _Smoother:
     filtered: float = math.nan  # the median of the last three
     smoothed: float = math.nan
     _count: int = 0
-    _window: list[float] = field(default_factory=list)
+    _window: deque[float] = field(default_factory=lambda: deque(maxlen=3))
     _weight: float = 0.0
 
     def update(self, loss: float) -> float:
         """Take the next loss; returns the smoothed one."""
         if not math.isfinite(loss):
             return self.smoothed
-        self._window = [*self._window[-2:], loss]
+        self._window.append(loss)
         self.filtered = sorted(self._window)[1] if len(self._window) == 3 else self._window[0]
         self._count += 1
         new = min(1 - self.beta, 1 / (MEMORY_SHARE * self._count))
@@ -145,26 +126,23 @@ def smooth(losses: Iterable[float], beta: float = SMOOTHING) -> list[float]:
 
     The median drops a single outlier entirely. The average begins at the first loss, and its memory grows with the
     run: 1 / (1 - beta) steps, or 5% of the steps so far if that is longer. A value that is not finite repeats the
-    smoothed loss before it (nan if there is none).
-
-    `beta` is the weight of the past, in [0, 1).
+    smoothed loss before it (nan if there is none). `beta` is the weight of the past, in [0, 1).
 
     >>> smooth([2.0, 2.0, 50.0, 2.0, 1.0], beta=0.0)
     [2.0, 2.0, 2.0, 2.0, 2.0]
     """
-    smoother = _Smoother(_checked(beta))
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
+    smoother = _Smoother(beta)
     return [smoother.update(loss) for loss in losses]
 
 
 def ema(losses: Iterable[float], beta: float = SMOOTHING) -> list[float]:
-    """The exponential moving average of a loss curve, bias-corrected, so that it begins at the first loss.
-
-    A value that is not finite repeats the average before it (nan if there is none).
+    """The bias-corrected exponential moving average; a value that is not finite repeats the average before it.
 
     >>> [round(value, 3) for value in ema([4.0, 2.0, 2.0], beta=0.5)]
     [4.0, 2.667, 2.286]
     """
-    _checked(beta)
     averages, average, weight = [], math.nan, 0.0
     for loss in losses:
         if math.isfinite(loss):
@@ -172,12 +150,6 @@ def ema(losses: Iterable[float], beta: float = SMOOTHING) -> list[float]:
             average = loss if math.isnan(average) else average + (1 - beta) / weight * (loss - average)
         averages.append(average)
     return averages
-
-
-def _checked(beta: float) -> float:
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
-    return beta
 
 
 # -- divergence ----------------------------------------------------------------------------------------
@@ -274,27 +246,24 @@ def marks(curves: Sequence[Curve], *, beta: float = SMOOTHING) -> tuple[Mark, ..
     sweeps = [curve for curve in tests if curve.kind == "exponential"]
     curve = max(sweeps or tests, key=lambda each: (max(each.lrs) / min(each.lrs), -each.seed))
     end = divergence(curve.losses)
-    stop = len(curve.losses) if end is None else end + 1
-    averages = zip(curve.lrs[:stop], ema(curve.losses[:stop], beta))
-    points = [(lr, loss) for lr, loss in averages if math.isfinite(loss)]
+    averages = ema(curve.losses if end is None else curve.losses[: end + 1], beta)
+    points = [(lr, loss) for lr, loss in zip(curve.lrs, averages) if math.isfinite(loss)]
+    answers: list[tuple[float | None, str]]
     if len(points) < 3 or min(loss for _, loss in points[1:]) >= points[0][1]:
-        why = f"The smoothed loss of {curve.name} never falls below its first value."
+        answers = [(None, f"The smoothed loss of {curve.name} never falls below its first value.")] * len(RULES)
     elif points[-1][0] <= points[0][0]:  # a staircase that ended on its first stair
-        why = f"The learning rate of {curve.name} never grows."
+        answers = [(None, f"The learning rate of {curve.name} never grows.")] * len(RULES)
     else:
-        lrs, losses = zip(*points)
-        answers = (rule(lrs, losses) for rule in (_steepest, _valley, _minimum, _last_stable))
-        return tuple(Mark(rule, lr, why, curve.name) for rule, (lr, why) in zip(RULES, answers))
-    return tuple(Mark(rule, None, why, curve.name) for rule in RULES)
+        answers = [rule(*zip(*points)) for rule in (_steepest, _valley, _minimum, _last_stable)]
+    return tuple(Mark(rule, lr, why, curve.name) for rule, (lr, why) in zip(RULES, answers))
 
 
 def _steepest(lrs: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
     """Where the loss falls fastest with the logarithm of the LR, as in pytorch-lr-finder."""
     logs = [math.log(lr) for lr in lrs]
     inner = [k for k in range(1, len(lrs) - 1) if logs[k + 1] > logs[k - 1]]  # a staircase repeats its LRs
-    slopes = {k: (losses[k + 1] - losses[k - 1]) / (logs[k + 1] - logs[k - 1]) for k in inner}
-    k = min(slopes, key=slopes.__getitem__)
-    return lrs[k], f"The smoothed loss falls fastest at {lrs[k]:.2g}: by {-slopes[k] * math.log(2):.2g} per doubling."
+    slope, k = min(((losses[k + 1] - losses[k - 1]) / (logs[k + 1] - logs[k - 1]), k) for k in inner)
+    return lrs[k], f"The smoothed loss falls fastest at {lrs[k]:.2g}: by {-slope * math.log(2):.2g} per doubling."
 
 
 def _valley(lrs: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:

@@ -10,8 +10,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -32,31 +32,28 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 MAX_ROWS = 200_000  # a range test has some hundred
 TINY = 1e-6  # changes of a learning rate below this share of it are rounding
 
-Rows = list[dict[str, Any]]
+Row = Mapping[str, Any]
 
 
 def read_curves(path: Path, *, lr_column: str | None = None, loss_column: str | None = None) -> tuple[Curve, ...]:
-    """The range tests of a file: one, or one for each value of a column `run`.
+    """The range tests of a JSON file or a table: one, or one for each value of a column `run`.
 
-    Args:
-        path: .json, else a table separated by commas, semicolons or tabs.
-        lr_column, loss_column: names of the columns with learning rate and loss; None looks for the usual names.
-
-    Raises:
-        RangeTestError: the file cannot be read, or has no such columns; the message lists those that it has.
+    Columns for learning rate and loss that are not named are found by their usual names.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = _json_rows(text) if path.suffix.lower() == ".json" else _table_rows(text)
-        columns = _find_columns(list(dict.fromkeys(name for row in rows for name in row)), lr_column, loss_column)
+        names, rows = _read_json(text) if path.suffix.lower() == ".json" else _read_table(text)
+        columns = _find_columns(names, {"lr": lr_column, "loss": loss_column})
         if len(rows) > MAX_ROWS:
             raise ValueError(f"has {len(rows):,} rows; at most {MAX_ROWS:,} can be read; leave out some")
-        runs: dict[str, Rows] = {}
+        run_column = columns.pop("run", None)
+        runs: dict[str, list[Row]] = {}
         for row in rows:
-            runs.setdefault(str(row[columns["run"]]) if "run" in columns else path.stem, []).append(row)
-        if curves := tuple(curve for name, run in runs.items() if (curve := _curve(name, run, columns)).losses):
-            return curves
-        raise ValueError("no row has both a learning rate and a loss")
+            runs.setdefault(path.stem if run_column is None else str(row[run_column]), []).append(row)
+        curves = [_curve(name, _points(run, columns)) for name, run in runs.items()]
+        if not any(curve.losses for curve in curves):
+            raise ValueError("no row has both a learning rate and a loss")
+        return tuple(curve for curve in curves if curve.losses)
     except (OSError, UnicodeDecodeError) as error:
         raise RangeTestError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (ValueError, csv.Error, RecursionError) as error:
@@ -69,25 +66,25 @@ def kind_of_growth(lrs: Sequence[float]) -> Kind | None:
     >>> kind_of_growth([1.0, 2.0, 3.0]), kind_of_growth([1.0, 2.0, 4.0]), kind_of_growth([1.0, 1.0])
     ('linear', 'exponential', 'fixed')
     """
-    changes = [b - a for a, b in pairwise(lrs)]
-    if any(change < -TINY * abs(lr) for change, lr in zip(changes, lrs)):
+    if any(b < a - TINY * abs(a) for a, b in pairwise(lrs)):
         return None
-    if not changes or lrs[-1] <= lrs[0] * (1 + TINY):
+    if not lrs or lrs[-1] <= lrs[0] * (1 + TINY):
         return "fixed"
     if min(lrs) <= 0:
         return "linear"
+
+    def unevenness(values: Sequence[float]) -> float:
+        return pstdev(values) / abs(fmean(values))
+
+    differences = [b - a for a, b in pairwise(lrs)]
     factors = [math.log(b / a) for a, b in pairwise(lrs)]
-    return "exponential" if _unevenness(factors) < _unevenness(changes) else "linear"
+    return "exponential" if unevenness(factors) < unevenness(differences) else "linear"
 
 
-def _unevenness(values: Sequence[float]) -> float:
-    return pstdev(values) / abs(fmean(values))
+# -- names of columns and rows; a ValueError says what is wrong with the file --------------------------
 
 
-# -- rows and columns; a ValueError says what is wrong with the file -----------------------------------
-
-
-def _json_rows(text: str) -> Rows:
+def _read_json(text: str) -> tuple[list[str], list[Row]]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -95,23 +92,23 @@ def _json_rows(text: str) -> Rows:
     for key in ("results", "history"):
         if isinstance(value, dict) and isinstance(value.get(key), (dict, list)):
             value = value[key]
+    if isinstance(value, dict):  # a list for each column
+        columns = {key: each for key, each in value.items() if isinstance(each, list)}
+        return list(columns), [dict(zip(columns, cells)) for cells in zip_longest(*columns.values())]
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        return value
-    lists = {key: each for key, each in value.items() if isinstance(each, list)} if isinstance(value, dict) else {}
-    length = max(map(len, lists.values()), default=0)
-    return [{key: each[k] for key, each in lists.items() if k < len(each)} for k in range(length)]
+        return list(dict.fromkeys(name for row in value for name in row)), value
+    return [], []
 
 
-def _table_rows(text: str) -> Rows:
+def _read_table(text: str) -> tuple[list[str], list[Row]]:
     lines = [line for line in text.splitlines() if line.strip()] or [""]
     header, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
     names = [name.strip() for name in header]
-    return [dict(zip(names, row)) for row in rows or [[""] * len(names)]]  # a row without values has the names
+    return names, [dict(zip_longest(names, row[: len(names)])) for row in rows]
 
 
-def _find_columns(names: Sequence[str], lr_column: str | None, loss_column: str | None) -> dict[str, str]:
+def _find_columns(names: Sequence[str], given: Mapping[str, str | None]) -> dict[str, str]:
     """The column for each purpose; those for learning rate and loss are required."""
-    given = {"lr": lr_column, "loss": loss_column}
     plain = {_plain(name): name for name in reversed(names)}
     found: dict[str, str] = {}
     for purpose, usual in COLUMNS.items():
@@ -119,11 +116,10 @@ def _find_columns(names: Sequence[str], lr_column: str | None, loss_column: str 
         if purpose == "lr":  # Lightning's monitor appends the optimizer: lr-Adam
             known += [name for name in names if _plain(name).startswith("lr_")]
         if (wanted := given.get(purpose)) is not None:
-            known = [wanted] if wanted in names else []
+            known = [name for name in names if name == wanted]
         found |= {purpose: known[0]} if known else {}
     words = {"lr": "column with a learning rate", "loss": "column with a loss"}
-    missing = [f"column {given[each]!r}" if given[each] else words[each] for each in words if each not in found]
-    if missing:
+    if missing := [f"column {given[each]!r}" if given[each] else words[each] for each in words if each not in found]:
         raise ValueError(
             f"has no {' and '.join(missing)}; its columns are {', '.join(map(repr, names)) or 'none'}. Expected a "
             'table with a header, such as lr,loss, or JSON such as {"lr": [...], "loss": [...]}; name other columns '
@@ -145,58 +141,41 @@ def _plain(name: str) -> str:
 # -- curves --------------------------------------------------------------------------------------------
 
 
-def _curve(name: str, rows: Rows, columns: dict[str, str]) -> Curve:
-    points = list(_points(rows, columns))
-    steps, lrs = [int(point["step"]) for point in points], [point["lr"] for point in points]
+def _curve(name: str, points: Mapping[int, Mapping[str, float]]) -> Curve:
+    lrs, losses = (tuple(point[key] for point in points.values()) for key in ("lr", "loss"))
     kind = kind_of_growth(lrs)
     if kind is None:
-        k = next(k for k in range(1, len(lrs)) if lrs[k] < lrs[k - 1] * (1 - TINY))
-        fall = f"falls from {lrs[k - 1]:g} to {lrs[k]:g} at step {steps[k]}"
-        raise ValueError(f"the learning rate {fall}; in a range test it grows")
-    losses = tuple(point["loss"] for point in points)
-    validation = tuple((k + 1, point["validation"]) for k, point in zip(steps, points) if "validation" in point)
-    return Curve(name, _rate(lrs, kind), tuple(steps), tuple(lrs), losses, validation, kind)
+        a, b, step = next((a, b, step) for a, b, step in zip(lrs, lrs[1:], [*points][1:]) if b < a * (1 - TINY))
+        raise ValueError(f"the learning rate falls from {a:g} to {b:g} at step {step}; in a range test it grows")
+    validation = tuple((step + 1, point["validation"]) for step, point in points.items() if "validation" in point)
+    rate = None
+    if kind != "fixed":  # growth per step, as `lr_range_test_step_rate` is with a step size of 1
+        factor, steps = lrs[-1] / lrs[0] if lrs[0] > 0 else math.inf, len(lrs) - 1
+        rate = float(f"{(factor - 1) / steps if kind == 'linear' else factor ** (1 / steps) - 1:.4g}")
+    return Curve(name, rate, tuple(points), lrs, losses, validation, kind)
 
 
-def _points(rows: Rows, columns: dict[str, str]) -> Iterator[dict[str, float]]:
-    """The values of each step; a logger may spread them over several rows."""
-    steps: dict[float, dict[str, float]] = {}
+def _points(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[int, dict[str, float]]:
+    """What is known of each step; a logger may spread it over several rows."""
+    points: dict[float, dict[str, float]] = {}
     for index, row in enumerate(rows):
         values = {
-            purpose: _number(row.get(name), f"{name} of row {index + 1}")
+            purpose: _number(row[name], f"{name} of row {index + 1}", is_loss=purpose in ("loss", "validation"))
             for purpose, name in columns.items()
-            if purpose != "run"
+            if row.get(name) is not None and str(row[name]).strip()
         }
-        for purpose in ("lr", "step"):  # a loss may be infinite: the test has diverged
-            if (value := values.get(purpose)) is not None and not math.isfinite(value):
-                raise ValueError(f"{columns[purpose]} of row {index + 1} is {value}; expected a finite number")
-        step = values.pop("step", None)
-        point = steps.setdefault(index if step is None else step, {})
-        for purpose, value in values.items():
-            if value is None:
-                continue
-            if purpose in point:  # batches counted from 0 in each epoch are not steps; the rows are
-                yield from _points(rows, {key: name for key, name in columns.items() if key != "step"})
-                return
-            point[purpose] = value
-    for step, point in sorted(steps.items()):
-        if "lr" in point and "loss" in point and step >= 0:
-            yield {"step": step, **point}
+        point = points.setdefault(values.pop("step", index), {})
+        if point.keys() & values.keys():  # batches counted from 0 in each epoch are not steps; the rows are
+            return _points(rows, {key: name for key, name in columns.items() if key != "step"})
+        point |= values
+    return {int(step): point for step, point in sorted(points.items()) if step >= 0 and {"lr", "loss"} <= point.keys()}
 
 
-def _number(cell: Any, where: str) -> float | None:
-    """A cell as a number; None for an empty one."""
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
-        return None
+def _number(cell: Any, where: str, *, is_loss: bool) -> float:
     try:
-        return float(cell)
+        value = float(cell)
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {cell!r}; expected a number") from None
-
-
-def _rate(lrs: Sequence[float], kind: Kind) -> float | None:
-    """Growth per step, as `lr_range_test_step_rate` is with a step size of 1."""
-    if kind == "fixed" or lrs[0] <= 0:
-        return None if kind == "fixed" else math.inf
-    steps, factor = len(lrs) - 1, lrs[-1] / lrs[0]
-    return float(f"{(factor - 1) / steps if kind == 'linear' else factor ** (1 / steps) - 1:.4g}")
+    if not (is_loss or math.isfinite(value)):  # a loss may be infinite: the test has diverged
+        raise ValueError(f"{where} is {value}; expected a finite number")
+    return value

@@ -74,16 +74,9 @@ class Recorder(Callback):
     def curve(self, name: str, rate: float | None, *, kind: Kind = "linear") -> Curve:
         """The record so far; waits for the device. Arguments as in `Curve`."""
         self._read()
-        return Curve(
-            name=name,
-            rate=rate,
-            steps=tuple(self._steps),
-            lrs=tuple(map(float, self._lrs)),
-            losses=tuple(self._losses),
-            validation=tuple((step, float(loss) / self._world.size) for step, loss in self._validation),
-            kind=kind,
-            skipped=tuple(self._skipped),
-        )
+        lrs, losses = tuple(map(float, self._lrs)), tuple(self._losses)
+        validation = tuple((step, float(loss) / self._world.size) for step, loss in self._validation)
+        return Curve(name, rate, tuple(self._steps), lrs, losses, validation, kind, skipped=tuple(self._skipped))
 
     def _sum_over_ranks(self, loss: Tensor) -> Tensor:
         """The sum, once the all-reduce is done."""
@@ -94,9 +87,8 @@ class Recorder(Callback):
         return total
 
     def _read(self) -> None:
-        for work in self._pending:
-            work.wait()
-        self._pending.clear()
+        while self._pending:
+            self._pending.pop().wait()
         if self._unread:
             sums = torch.stack([loss.reshape(()) for loss in self._unread]).float() / self._world.size
             self._losses.extend(sums.tolist())

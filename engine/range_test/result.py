@@ -18,11 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from redline.engine import Engine
 from redline.errors import RangeTestError
 from redline.monitoring.metrics import MetricsLogger
 from redline.monitoring.writers import CurveReport, Line, Scalar
-from redline.optimizers import resolve
+from redline.optimizers import known
 from redline.range_test.curve import SMOOTHING, Curve
 from redline.range_test.suggest import Refusal, Suggestion, suggest
 
@@ -48,7 +50,7 @@ class RangeTestResult:
     train_steps: int  # optimizer steps of the planned training
     group_ratios: tuple[float, ...] = (1.0,)  # each parameter group's LR as a multiple of the first one's
     settings: tuple[tuple[str, float], ...] = ()  # of the optimizer that differ from the config's
-    beta: float = SMOOTHING  # weight of the past in the smoothing of the losses: of the reading, not of the record
+    beta: float = SMOOTHING  # weight of the past in the smoothing of the losses as they are read; not saved
 
     @classmethod
     def of(
@@ -77,14 +79,12 @@ class RangeTestResult:
     @cached_property
     def batches(self) -> tuple[tuple[int, Suggestion | Refusal], ...]:
         """The answer at each batch size that was tested with the config's settings, where there are at least two."""
-        by_size: dict[int, list[Curve]] = {}
-        for curve in self.curves:
-            if curve.is_test and not curve.settings:
-                size = curve.train_batch_size or self.train_batch_size
-                by_size.setdefault(size, []).append(replace(curve, train_batch_size=None))
-        if len(by_size) < 2:
+        tests = [curve for curve in self.curves if curve.is_test and not curve.settings]
+        sizes = sorted({curve.train_batch_size or self.train_batch_size for curve in tests})
+        if len(sizes) < 2:
             return ()
-        return tuple((size, suggest(tests, train_steps=self.train_steps)) for size, tests in sorted(by_size.items()))
+        answers = [suggest(self._measured_at(size, ()), train_steps=self.train_steps) for size in sizes]
+        return tuple(zip(sizes, answers))
 
     @property
     def has_suggestion(self) -> bool:
@@ -124,10 +124,12 @@ class RangeTestResult:
         return replace(self, beta=beta)
 
     def _measured_at(self, train_batch_size: int, settings: tuple[tuple[str, float], ...]) -> tuple[Curve, ...]:
-        def key(curve: Curve) -> tuple[int, tuple[tuple[str, float], ...]]:
-            return curve.train_batch_size or self.train_batch_size, curve.settings or self.settings
-
-        return tuple(curve for curve in self.curves if key(curve) == (train_batch_size, settings))
+        return tuple(
+            curve
+            for curve in self.curves
+            if (curve.train_batch_size or self.train_batch_size) == train_batch_size
+            and (curve.settings or self.settings) == settings
+        )
 
     # -- what it suggests --------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class RangeTestResult:
         if any(ratio != 1 for ratio in self.group_ratios):
             for key in ("cycle_min_lr", "cycle_max_lr"):
                 params[key] = [float(f"{params[key] * ratio:.6g}") for ratio in self.group_ratios]
-        if any(name == "momentum" for name, _ in self.settings):
+        if "momentum" in dict(self.settings):
             params["cycle_momentum"] = False  # measured at a constant momentum
         config = copy.deepcopy({key: value for key, value in self.config.items() if key != "_tune"})
         config["scheduler"] = {"type": "OneCycle", "params": params}
@@ -166,8 +168,7 @@ class RangeTestResult:
         else:
             where = f" at batch size {self.train_batch_size}" if self.train_batch_size else ""
             lines = [f"Suggested OneCycle for {self.train_steps} steps{where}:"]
-            for key, value in answer.params().items():
-                lines.append(f"  {key} = {value:g}  {answer.reasons.get(key, '')}".rstrip())
+            lines += [f"  {key} = {value:g}  {answer.reasons[key]}" for key, value in answer.params().items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in answer.notes)])
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
@@ -232,36 +233,29 @@ class RangeTestResult:
             message = f"{directory}: there is no {JSON_NAME}; give the folder that a range test wrote"
             raise RangeTestError(message) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RangeTestError(f"{path}: not a record of a range test ({error})") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise RangeTestError(f"{path}: not a record of a range test ({reason})") from error
 
     def to_json(self) -> dict[str, Any]:
         """All fields but `beta`, and the suggestion, as plain values."""
-        names = ("train_batch_size", "world_size", "optimizer", "train_steps", "group_ratios", "settings")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "suggestion": asdict(self.suggestion),
-            "config": self.config,
-            "curves": [curve.to_json() for curve in self.curves],
-        }
+        fields: dict[str, Any] = _RESULT.dump_python(self, mode="json", exclude={"beta"})
+        return fields | {"suggestion": asdict(self.suggestion)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RangeTestResult:
         """The inverse of `to_json`; raises ValueError, KeyError or TypeError if `value` is something else."""
-        names = ("config", "train_batch_size", "world_size", "optimizer", "train_steps")
-        return cls(
-            curves=tuple(Curve.from_json(curve) for curve in value["curves"]),
-            group_ratios=tuple(value["group_ratios"]),
-            settings=tuple((name, setting) for name, setting in value.get("settings", ())),
-            **{name: value[name] for name in names},
-        )
+        return _RESULT.validate_python({**value, "curves": [Curve.from_json(curve) for curve in value["curves"]]})
+
+
+_RESULT = TypeAdapter(RangeTestResult)
 
 
 def adapt_config(
     config: Mapping[str, Any], batch_sizes: tuple[int, int], world_size: int, settings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """A copy of a config with another batch size, the micro-batch unchanged, and other optimizer settings.
+    """A copy of a config with another batch size, by accumulation, and other settings of its optimizer, if it has one.
 
-    `batch_sizes` are the samples per step under that config, and those wanted. A script's own optimizer stays as it is.
+    `batch_sizes` are the samples per step under that config, and those wanted.
     """
     new = copy.deepcopy(dict(config))
     before, wanted = batch_sizes
@@ -273,19 +267,15 @@ def adapt_config(
         new |= {"train_batch_size": wanted, "train_micro_batch_size_per_gpu": micro_batch}
     if settings and new.get("optimizer"):
         params = new["optimizer"]["params"] = {**(new["optimizer"].get("params") or {})}
-        for name, value in settings.items():
-            if name == "momentum" and _takes_betas(new["optimizer"]["type"]):
-                params["betas"] = [value, params.get("betas", (0.9, 0.999))[1]]
-            else:
-                params[name] = value
+        params |= settings
+        if "momentum" in settings and _takes_betas(new["optimizer"]["type"]):
+            params["betas"] = [params.pop("momentum"), params.get("betas", (0.9, 0.999))[1]]
     return new
 
 
 def _takes_betas(optimizer: str) -> bool:
-    if optimizer == "Muon":
-        return False
-    is_deepspeeds = optimizer.lower() in ("adam", "adamw", "lamb", "lion")
-    return is_deepspeeds or "betas" in inspect.signature(resolve(optimizer)).parameters
+    cls = known().get(optimizer)  # None for those that are DeepSpeed's, or in lower case
+    return optimizer != "Muon" if cls is None else "betas" in inspect.signature(cls).parameters
 
 
 def write_curves(path: Path, curves: Sequence[Curve]) -> None:
@@ -303,11 +293,7 @@ def write_curves(path: Path, curves: Sequence[Curve]) -> None:
 
 
 def check_out(directory: str | Path, *, force: bool) -> None:
-    """Refuse a folder that holds results, before there are others to write there; `force` allows to replace them.
-
-    Raises:
-        RangeTestError: it does; or it is meant as a file.
-    """
+    """Refuse a folder that holds results, before there are others to write there; `force` allows to replace them."""
     if Path(directory).suffix.lower() in (".png", ".svg", ".pdf", ".html", ".json", ".csv"):
         raise RangeTestError(f"out: {directory}: give a folder, for several files")
     found = [name for name in RECORDS if (Path(directory) / name).exists()]
@@ -351,14 +337,15 @@ def curve_report_of(
             scalars += [Scalar(f"{name}/loss", loss, step), Scalar(f"{name}/lr", lr, step)]
         scalars += [Scalar(f"{name}/validation_loss", loss, steps) for steps, loss in curve.validation]
     lines = []
-    for curve in filter(lambda each: each.is_test, groups.get("RangeTest", ())):
+    for curve in (each for each in groups["RangeTest"] if each.is_test):
         points = [point for point in zip(curve.lrs, curve.losses) if math.isfinite(point[1])]
         lines.append(Line(curve.name, [lr for lr, _ in points], [loss for _, loss in points]))
-    numbers = answer.params() if isinstance(answer, Suggestion) else {}
     if isinstance(answer, Refusal):
+        numbers: dict[str, float | int] = {}
         text = [f"**No suggestion.** {answer.reason} {answer.remedy}"]
     else:
-        rows = [f"| `{key}` | {value:g} | {answer.reasons.get(key, '')} |" for key, value in numbers.items()]
+        numbers = answer.params()
+        rows = [f"| `{key}` | {value:g} | {answer.reasons[key]} |" for key, value in numbers.items()]
         text = ["| key | value | where it comes from |", "| --- | --- | --- |", *rows]
     text += ["", *(f"- {note}" for note in (*answer.notes, *notes))]
     return CurveReport("RangeTest", scalars, lines, ("lr", "loss"), numbers, "\n".join(text).rstrip())

@@ -97,12 +97,12 @@ def run_range_test(
     if growth is None and max_lr is not None:
         growth = "exponential"
     elif growth is None:
-        growth = engine.config.redline.range_test.growth if given is None else given.growth
+        growth = given.growth if given else engine.config.redline.range_test.growth
     if growth not in DEFAULTS:
         raise RangeTestError(f'growth: got {growth!r}; expected "linear" or "exponential"')
     default_rates, default_min_lr = DEFAULTS[growth]
     if min_lr is None:
-        min_lr = default_min_lr if given is None else given.min_lrs
+        min_lr = given.min_lrs if given else default_min_lr
     own_lrs = base_lrs(engine)
     min_lrs = _per_group(min_lr, own_lrs, "min_lr")
     if max_lr is not None:
@@ -119,22 +119,23 @@ def run_range_test(
     if staircase is None:
         staircase = given is not None and given.staircase
     if step_size is None:
-        step_size = max(1, steps // 20) if given is None else given.step_size
+        step_size = given.step_size if given else max(1, steps // 20)
     train_steps = 10 * steps if train_steps is None else train_steps
     _check_counts(step_size=step_size, train_steps=train_steps)
     _check_growth(rates, growth, min_lrs[0], steps / step_size)
+
     ramp = partial(LRRangeTest, lr_range_test_step_size=step_size, lr_range_test_staircase=staircase, growth=growth)
-    runs, test_name = [], "" if max_lr is None else f"sweep to {max_lr:g}"
+    runs = []
     if baseline is not False:
         lrs = own_lrs if baseline is True else _per_group(float(baseline), own_lrs, "baseline")
         fixed = partial(ramp, lr_range_test_min_lr=lrs, lr_range_test_step_rate=0.0)
         runs.append(Run(f"fixed {lrs[0]:g}", "fixed", fixed, steps, stops=False, validations=validations))
-    for name, change in _changes(engine, batch_sizes, sweep):
+    for label, change in _changes(engine, batch_sizes, sweep):
         for rate in map(float, rates):
+            name = (name_test(rate, growth) if max_lr is None else f"sweep to {max_lr:g}") + label
             schedule = partial(ramp, lr_range_test_min_lr=min_lrs, lr_range_test_step_rate=rate)
-            run = Run(", ".join([test_name or name_test(rate, growth), *name]), growth, schedule, steps, rate, **change)
-            run = replace(run, validations=validations)
-            runs += [run, *(replace(run, name=f"{run.name}, seed {seed}", seed=seed) for seed in range(1, seeds))]
+            run = Run(name, growth, schedule, steps, rate, validations=validations, **change)
+            runs += [run, *(replace(run, name=f"{name}, seed {seed}", seed=seed) for seed in range(1, seeds))]
     ratios = lr_ratios(min_lrs)
     for run in runs:
         check_run(engine, run.train_batch_size, run.settings)
@@ -149,16 +150,16 @@ def run_range_test(
 
 def _changes(
     engine: Engine, batch_sizes: Sequence[int] | None, sweep: Mapping[str, Sequence[float]] | None
-) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """What differs from the engine's own batch size and settings, with its name: nothing, then one thing at a time."""
-    yield [], {}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What differs from the engine's own batch size and settings, with its label: nothing, then one thing at a time."""
+    yield "", {}
     for size in dict.fromkeys(batch_sizes or ()):
         if size != engine.train_batch_size():
-            yield [f"batch {size}"], {"train_batch_size": size}
+            yield f", batch {size}", {"train_batch_size": size}
     for name, values in (sweep or {}).items():
         for value in dict.fromkeys(values):
             if value != setting_of(engine, name):
-                yield [f"{name} {value:g}"], {"settings": {name: value}}
+                yield f", {name} {value:g}", {"settings": {name: value}}
 
 
 def _check_growth(rates: Sequence[float], growth: Growth, min_lr: float, step_sizes: float) -> None:

@@ -34,7 +34,7 @@ from redline.run_state import RunState
 from redline.schedulers.schedule import Schedule
 from redline.signals import InterruptGuard
 
-__all__ = ["SETTINGS", "Progress", "Run", "Session", "check_run", "setting_of"]
+__all__ = ["Progress", "Run", "Session", "check_run", "setting_of"]
 
 SETTINGS = ("weight_decay", "momentum")  # what a run may vary
 MAX_BAD = 5  # skipped steps in a row whose loss is not finite, before a run counts as diverged
@@ -44,7 +44,7 @@ RECENT = 8  # last micro-batches of a run, from which batch norm's running stati
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A short run to be made."""
+    """A short run to be made; `check_run` tells whether an engine can make it."""
 
     name: str  # "rate 5"
     kind: Kind
@@ -92,10 +92,9 @@ class Session:
                 "range test: the engine is inside an optimizer step and would lose its gradients; run the test before "
                 "training or right after a step() that ended one"
             )
-        micro_batch = engine.train_micro_batch_size_per_gpu()
-        self.engine = engine
+        self.engine, self._optimizer = engine, engine.optimizer
         self.scale: dict[str, Any] | None = None  # of the loss scaler as the next run begins; None for the engine's own
-        seed = engine.config.redline.data.seed
+        micro_batch, seed = engine.train_micro_batch_size_per_gpu(), engine.config.redline.data.seed
         self._data = loader_of(data, engine.world, micro_batch=micro_batch, seed=seed)
         self._given_loss, self._loss = loss, loss_of(loss)
         self.validation = Validation(engine, self._loss, validation, mode)
@@ -131,53 +130,59 @@ class Session:
 
     def run(self, run: Run, progress: Progress) -> Curve:
         """Make one run from the start; returns its record, the same on every rank."""
-        if run.validations and self.validation:
+        every = max(1, run.steps // run.validations) if run.validations and self.validation else 0
+        if every:
             self.validate_initial(progress)
-        self._snapshot.restore()
         engine = self.engine
-        assert engine.optimizer is not None
-        check_run(engine, run.train_batch_size, run.settings)
+        self._snapshot.restore()
         if engine.scaler is not None and self.scale is not None:
             engine.scaler.load_state_dict(self.scale)
         _reseed(run.seed, self._data)
-        _set_batch_size(engine, run.train_batch_size)
-        _set_settings(engine.optimizer, run.settings)
-        engine.lr_scheduler = run.schedule(engine.optimizer)
+        if run.train_batch_size is not None:
+            engine.set_train_batch_size(run.train_batch_size)
+        _set_settings(self._optimizer, run.settings)
+        engine.lr_scheduler = run.schedule(self._optimizer)
         recorder = Recorder(engine.world, engine.global_steps)
         engine.callbacks = [recorder]
         engine.allow_divergence()
         self._recent.clear()
-        self._train(run, recorder, progress)
-        curve = recorder.curve(run.name, run.rate, kind=run.kind)
+        self._train(run, recorder, progress, every)
         settings = tuple(sorted((name, float(value)) for name, value in run.settings.items()))
+        curve = recorder.curve(run.name, run.rate, kind=run.kind)
         return replace(curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings)
 
-    def _train(self, run: Run, recorder: Recorder, progress: Progress) -> None:
+    def validate_initial(self, progress: Progress) -> None:
+        """Measure the weights that each run starts from, once."""
+        if self._initial is None:
+            self._snapshot.restore()
+            self._recent.clear()
+            self._initial = self._validate(progress)
+
+    def _train(self, run: Run, recorder: Recorder, progress: Progress, every: int) -> None:
+        """All steps of a run, with a validation after each `every` of them."""
         engine, data = self.engine, batches(self._data, self.engine.device)
         if run.repeats is not None:
             data = cycle(islice(data, run.repeats * engine.gradient_accumulation_steps()))
-        every = max(1, run.steps // run.validations) if run.validations and self.validation else 0
-        outcome = _Outcome(engine)
         if every:
             assert self._initial is not None
             engine.record_validation(self._initial)
+        outcome = _Outcome(engine)
         for step in range(run.steps):
             lr = float(engine.get_lr()[0])
             before, at_minimum = engine.skipped_steps, False
             try:
                 self._step(data)
-                skipped = engine.skipped_steps > before
             except LossScaleError:  # the scale is at its minimum: all further steps would be skipped
-                skipped = at_minimum = True
+                at_minimum = True
             loss = recorder.last_loss()
             progress.update(run.name, step, lr, loss)
             if self._interrupts.requested(engine.world):
                 raise KeyboardInterrupt
             if every and (step + 1) % every == 0:
                 engine.record_validation(self._validate(progress))
-            outcome.update(loss, skipped=skipped)
+            outcome.update(loss, skipped=at_minimum or engine.skipped_steps > before)
+            outcome.diverged |= at_minimum
             if at_minimum or (outcome.diverged and run.stops):
-                outcome.diverged = True
                 recorder.count_last()
                 progress.write(f"{run.name}: diverged at step {step}, learning rate {lr:.3g}")
                 progress.skip(run.steps - step - 1)
@@ -194,13 +199,6 @@ class Session:
             engine.backward(self._loss(engine, batch))
             if engine.config.managed_gradient_accumulation or index == micro_batches:
                 engine.step()
-
-    def validate_initial(self, progress: Progress) -> None:
-        """Measure the weights that each run starts from, once."""
-        if self._initial is None:
-            self._snapshot.restore()
-            self._recent.clear()
-            self._initial = self._validate(progress)
 
     def _validate(self, progress: Progress) -> float:
         loss, samples = self.validation.measure(self._recent)
@@ -248,13 +246,15 @@ class _Outcome:
 def check_run(engine: Engine, train_batch_size: int | None, settings: Mapping[str, float]) -> None:
     """Raise a `RangeTestError` if the engine cannot have that batch size, or its optimizer those settings."""
     own = engine.train_batch_size()
-    _set_batch_size(engine, train_batch_size)
+    try:
+        engine.set_train_batch_size(own if train_batch_size is None else train_batch_size)
+    except EngineError as error:
+        raise RangeTestError(f"range test: {error}") from None
     engine.set_train_batch_size(own)
-    assert engine.optimizer is not None
     for name, value in settings.items():
         if name not in SETTINGS:
             raise RangeTestError(f'settings: got "{name}"; expected {" or ".join(SETTINGS)}')
-        if all(_setting(group, name) is None for group in engine.optimizer.param_groups):
+        if not _values(engine, name):
             optimizer = type(engine.optimizer).__name__
             raise RangeTestError(f"settings: {name}: the optimizer, {optimizer}, has none; leave it out")
         if not 0 <= value < (1 if name == "momentum" else math.inf):
@@ -267,11 +267,16 @@ def setting_of(engine: Engine, name: str) -> float | None:
 
     Groups that are exempt from weight decay, as biases often are, do not count.
     """
-    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
-    values = {float(value) for group in groups if (value := _setting(group, name)) is not None}
+    values = _values(engine, name)
     if name == "weight_decay" and len(values) > 1:
         values.discard(0.0)
     return values.pop() if len(values) == 1 else None
+
+
+def _values(engine: Engine, name: str) -> set[float]:
+    assert engine.optimizer is not None
+    values = (_setting(group, name) for group in engine.optimizer.param_groups)
+    return {float(value) for value in values if value is not None}
 
 
 def _setting(group: Mapping[str, Any], name: str) -> Any:
@@ -290,15 +295,6 @@ def _set_settings(optimizer: Optimizer, settings: Mapping[str, float]) -> None:
                 group[name] = value
 
 
-def _set_batch_size(engine: Engine, train_batch_size: int | None) -> None:
-    if train_batch_size is None:
-        return
-    try:
-        engine.set_train_batch_size(train_batch_size)
-    except EngineError as error:
-        raise RangeTestError(f"range test: {error}") from None
-
-
 def _reseed(seed: int, data: Any) -> None:
     """Other random numbers for this rank and another order for the data; seed 0 changes nothing.
 
@@ -312,7 +308,7 @@ def _reseed(seed: int, data: Any) -> None:
     for generator in {id(each): each for each in generators}.values():  # a loader and its sampler may share one
         generator.manual_seed(_mix(generator.get_state().numpy().tobytes(), seed))
     for part in parts:
-        has_order = isinstance(part, Loader) or (hasattr(part, "set_epoch") and "seed" in getattr(part, "__dict__", {}))
+        has_order = isinstance(part, Loader) or hasattr(part, "set_epoch")
         if has_order and isinstance(own := getattr(part, "seed", None), int):
             part.seed = _mix(str(own).encode(), seed)
 

@@ -92,35 +92,23 @@ def cycle_at(
     rise: tuple[int, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Suggestion:
-    """A cycle around a maximum.
+    """A cycle around a maximum, which is explained by `why`; other arguments as in `Suggestion`.
 
-    Args:
-        max_lr, why: its maximum, and where that comes from, in a sentence.
-        train_steps: planned length of the training run, in optimizer steps; at least 2.
-        low_lr, high_lr, curve, diverged_at_lr, notes: see `Suggestion`.
-        minimum: its minimum with the reason; None for 1/30 of the maximum.
-        rise: steps in which the LR rises with the reason; None for 20% of the planned ones.
+    `minimum` and `rise`, the steps in which the LR rises, come with their reasons; without them they are 1/30 of the
+    maximum, and 20% of the planned steps.
     """
     end = f"1/{CYCLE_RATIO:.0f} of the maximum: the cycle ends here, and must end low."
     min_lr, why_min = minimum or (round_down(max_lr / CYCLE_RATIO), end)
     share = max(1, round(RISING_SHARE * train_steps))
     first, why_first = rise or (share, f"{share / train_steps:.0%} of {train_steps} planned steps.")
+    reasons = {
+        "cycle_min_lr": why_min,
+        "cycle_max_lr": why,
+        "cycle_first_step_size": why_first,
+        "cycle_second_step_size": f"The rest of {train_steps} planned steps: the run ends at the minimum.",
+    }
     return Suggestion(
-        cycle_min_lr=min_lr,
-        cycle_max_lr=max_lr,
-        cycle_first_step_size=first,
-        cycle_second_step_size=train_steps - first,
-        reasons={
-            "cycle_min_lr": why_min,
-            "cycle_max_lr": why,
-            "cycle_first_step_size": why_first,
-            "cycle_second_step_size": f"The rest of {train_steps} planned steps: the run ends at the minimum.",
-        },
-        curve=curve,
-        low_lr=low_lr,
-        high_lr=high_lr,
-        diverged_at_lr=diverged_at_lr,
-        notes=notes,
+        min_lr, max_lr, first, train_steps - first, reasons, curve, low_lr, high_lr, diverged_at_lr, notes
     )
 
 
@@ -143,32 +131,31 @@ def suggest(curves: Sequence[Curve], *, train_steps: int, beta: float = SMOOTHIN
     Runs at a fixed LR are not read. Whether a test diverged does not depend on `beta`, the weight of the past in the
     smoothing of the losses.
     """
-    tests, notes = _choose([_Reading.of(curve.taken(), beta) for curve in curves if curve.is_test])
-    if refusal := _refuse_unread(tests, train_steps, has_curves=bool(curves)):
+    tests, notes = _choose([_Test(curve.taken(), beta) for curve in curves if curve.is_test])
+    if refusal := _refuse_unread(tests, train_steps):
         return refusal
-    notes = (*(f"{test.name} is not read: {why}." for test in tests if (why := test.unreadable)), *notes)
-    readings = [test for test in tests if not test.unreadable]
-    if not readings:
-        reason = f"The test is too short to be read: {max(len(test.curve.losses) for test in tests)} steps."
+    readable = [test for test in tests if not test.unreadable]
+    if not readable:
+        reason = f"The test is too short to be read: {max(len(test.lrs) for test in tests)} steps."
         return Refusal(reason, f"Run at least {MIN_STEPS} steps; 100 give a clear picture.", notes)
-    deepest = max((reading.drop for reading in readings if reading.descended), default=None)
-    if deepest is None:
-        return _refuse_no_descent(readings, notes)
-    learned = [reading for reading in readings if reading.descended and reading.drop >= LEARNED * deepest]
-    is_sweep = tests[0].curve.kind == "exponential"
-    maximum = (_read_sweeps if is_sweep else _bracket)(learned, readings)
-    ceiling = maximum.diverged_at_lr / DIVERGENCE_MARGIN
+    descended = [test for test in readable if test.descended]
+    if not descended:
+        return _refuse_no_descent(readable, notes)
+    deepest = max(test.drop for test in descended)
+    learned = [test for test in descended if test.drop >= LEARNED * deepest]
+    maximum = (_bracket if tests[0].kind == "linear" else _read_sweeps)(learned, readable)
+    at = maximum.diverged_at_lr
     return cycle_at(
         maximum.lr,
         maximum.why,
         train_steps=train_steps,
         low_lr=round_down(min(maximum.lr, maximum.low_lr) / maximum.margin),
-        high_lr=round_down(max(maximum.lr, min(maximum.high_lr, ceiling)) * maximum.margin),
+        high_lr=round_down(max(maximum.lr, min(maximum.high_lr, at / DIVERGENCE_MARGIN)) * maximum.margin),
         curve=maximum.names,
-        diverged_at_lr=maximum.diverged_at_lr if maximum.diverged_at_lr < math.inf else None,
+        diverged_at_lr=at if at < math.inf else None,
         minimum=_minimum(learned, maximum),
-        rise=None if is_sweep else _rise(maximum, train_steps),
-        notes=tuple(dict.fromkeys((*_notes(maximum, readings, learned), *notes))),
+        rise=_rise(maximum, train_steps) if tests[0].kind == "linear" else None,
+        notes=tuple(dict.fromkeys((*_notes(maximum, readable, learned), *notes))),
     )
 
 
@@ -184,66 +171,54 @@ def rough_maximum(curves: Sequence[Curve]) -> float | None:
 # -- one test ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """One test up to its divergence."""
+class _Test:
+    """One test, read up to its divergence."""
 
-    curve: Curve
-    descended: bool
-    drop: float
-    smoothed: list[float]  # up to the lowest, relative to the start
-    end: int | None  # step at which it diverged
-    beta: float
-
-    @classmethod
-    def of(cls, curve: Curve, beta: float) -> _Reading:
+    def __init__(self, curve: Curve, beta: float) -> None:
         detector = DivergenceDetector()
-        end = next((index for index, loss in enumerate(curve.losses) if detector.update(loss)), None)
-        smoothed = smooth((loss - detector.start for loss in curve.losses[: detector.best_index + 1]), beta)
-        drop = max(0.0, -smoothed[-1]) if smoothed else 0.0
-        return cls(curve, detector.descended, drop, smoothed, end, beta)
-
-    @property
-    def name(self) -> str:
-        return self.curve.name
+        self.name, self.kind, self.rate = curve.name, curve.kind, curve.rate
+        self.lrs, self.losses = curve.lrs, curve.losses
+        self.end = next((index for index, loss in enumerate(curve.losses) if detector.update(loss)), None)
+        self.diverged_at_lr = math.inf if self.end is None else curve.lrs[self.end]
+        self.descended = detector.descended
+        # Up to the lowest, relative to the start.
+        self._smoothed = smooth((loss - detector.start for loss in curve.losses[: detector.best_index + 1]), beta)
+        self.drop = max(0.0, -self._smoothed[-1]) if self._smoothed else 0.0
+        self._beta = beta
 
     @property
     def unreadable(self) -> str | None:
         """Why the test is left out; None for one that can be read."""
-        losses = self.curve.losses
-        if losses and not math.isfinite(losses[0]):
-            return f"its first loss is {losses[0]}"
-        least = MIN_STEPS if self.curve.kind == "linear" else MIN_SWEEP_STEPS
-        return f"{len(losses)} steps are too few" if len(losses) < least and self.end is None else None
-
-    @property
-    def diverged_at_lr(self) -> float:
-        return math.inf if self.end is None else self.curve.lrs[self.end]
+        if self.losses and not math.isfinite(self.losses[0]):
+            return f"its first loss is {self.losses[0]}"
+        least = MIN_STEPS if self.kind == "linear" else MIN_SWEEP_STEPS
+        return f"{len(self.losses)} steps are too few" if len(self.losses) < least and self.end is None else None
 
     def reached(self, share: float) -> float:
         """LR at which the smoothed loss had made this share of its drop."""
-        last = len(self.smoothed) - 1
+        last = len(self._smoothed) - 1
         # From 2 on: the first median of three.
-        made = (k for k in range(2, last) if -self.smoothed[k] >= share * self.drop)
-        return self.curve.lrs[next(made, last)]
+        made = (k for k in range(2, last) if -self._smoothed[k] >= share * self.drop)
+        return self.lrs[next(made, last)]
 
     def lowest_at(self) -> float:
         """LR at which the moving average of the losses is lowest."""
-        averages = ema(self.curve.losses[: self.end], self.beta)
-        return self.curve.lrs[averages.index(min(averages))]
+        averages = ema(self.losses[: self.end], self._beta)
+        return self.lrs[averages.index(min(averages))]
 
 
-def _choose(tests: list[_Reading]) -> tuple[list[_Reading], tuple[str, ...]]:
-    """The tests to read, all of one kind, and a note on each linear one that is passed over.
+def _choose(tests: list[_Test]) -> tuple[list[_Test], tuple[str, ...]]:
+    """The tests to read, all of one kind, and a note on each that is not.
 
     An exponential test shows the order of magnitude only: it is read where no linear one can be.
     """
-    linear = [test for test in tests if test.curve.kind == "linear"]
-    sweeps = [test for test in tests if test.curve.kind == "exponential" and not test.unreadable]
+    linear = [test for test in tests if test.kind == "linear"]
+    sweeps = [test for test in tests if test.kind == "exponential" and not test.unreadable]
     is_informative = any(not test.unreadable and (test.descended or test.end is not None) for test in linear)
-    if not linear or not sweeps or is_informative:
-        return linear or tests, ()
-    return sweeps, tuple(f"{test.name} is not read: {test.unreadable or 'it stays flat'}." for test in linear)
+    if linear and sweeps and not is_informative:
+        return sweeps, tuple(f"{test.name} is not read: {test.unreadable or 'it stays flat'}." for test in linear)
+    chosen = linear or tests
+    return chosen, tuple(f"{test.name} is not read: {test.unreadable}." for test in chosen if test.unreadable)
 
 
 # -- the numbers ---------------------------------------------------------------------------------------
@@ -255,11 +230,11 @@ class _Maximum:
 
     lr: float
     why: str
-    low: _Reading  # the test that had made its drop at the lowest LR ...
+    low: _Test  # the test that had made its drop at the lowest LR ...
     low_lr: float
-    high: _Reading  # ... and the one at the highest; the same where there is one test
+    high: _Test  # ... and the one at the highest; the same where there is one test
     high_lr: float
-    diverged_at_lr: float
+    diverged_at_lr: float  # the lowest of all tests
     margin: float  # the best maximum lies within this factor
 
     @property
@@ -267,71 +242,69 @@ class _Maximum:
         return self.low.name if self.low is self.high else f"{self.low.name} and {self.high.name}"
 
 
-def _bracket(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> _Maximum:
+def _bracket(learned: Sequence[_Test], readable: Sequence[_Test]) -> _Maximum:
     """The maximum between a slow and a fast linear test."""
-    several_rates = len({reading.curve.rate for reading in learned}) > 1
+    several_rates = len({test.rate for test in learned}) > 1
 
-    def share(reading: _Reading) -> float:
-        alone = ALONE if reading.end is None else ALONE_DIVERGED
+    def share(test: _Test) -> float:
+        alone = ALONE if test.end is None else ALONE_DIVERGED
         return MOSTLY_DONE if several_rates else alone
 
-    places = [(reading.reached(share(reading)), reading) for reading in learned]
-    (low_lr, low), (high_lr, high) = _ends(places)
-    if low is high:
-        why = f"{low.name} had made {share(low):.0%} of its drop at {low_lr:.2g}"
-    else:
+    def place(test: _Test) -> float:
+        return test.reached(share(test))
+
+    low, high = min(learned, key=place), max(learned, key=place)
+    low_lr, high_lr = place(low), place(high)
+    why = f"{low.name} had made {share(low):.0%} of its drop at {low_lr:.2g}"
+    if low is not high:
         why = (
             f"Geometric mean of {low_lr:.2g} and {high_lr:.2g}, where {low.name} had made {share(low):.0%} and "
             f"{high.name} {share(high):.0%} of its drop"
         )
     lr = math.sqrt(low_lr) * math.sqrt(high_lr)
-    at, name = min((reading.diverged_at_lr, reading.name) for reading in readings)
-    ceiling = at / DIVERGENCE_MARGIN
-    bound = f"{name} diverged at {at:.2g}" if at < math.inf else "no test diverged"
+    first = min(readable, key=lambda test: (test.diverged_at_lr, test.name))
+    at, ceiling = first.diverged_at_lr, first.diverged_at_lr / DIVERGENCE_MARGIN
+    bound = f"{first.name} diverged at {at:.2g}" if at < math.inf else "no test diverged"
     if lr > ceiling:
-        bound = f"lowered to a third of {at:.2g}, where {name} diverged"
+        bound = f"lowered to a third of {at:.2g}, where {first.name} diverged"
     return _Maximum(round_down(min(lr, ceiling)), f"{why}; {bound}.", low, low_lr, high, high_lr, at, BRACKET_MARGIN)
 
 
-def _read_sweeps(learned: Sequence[_Reading], readings: Sequence[_Reading]) -> _Maximum:
+def _read_sweeps(learned: Sequence[_Test], readable: Sequence[_Test]) -> _Maximum:
     """A share of the LR at which an exponential test's loss is lowest; of several tests the geometric mean."""
-    places = [(reading.lowest_at(), reading) for reading in learned]
-    middle = math.exp(sum(math.log(lr) for lr, _ in places) / len(places))
-    (low_lr, low), (high_lr, high) = _ends(places)
-    spread = "" if len(places) == 1 else f" (from {low_lr:.2g} to {high_lr:.2g} over {len(places)} tests)"
+    low, high = min(learned, key=_Test.lowest_at), max(learned, key=_Test.lowest_at)
+    low_lr, high_lr = low.lowest_at(), high.lowest_at()
+    middle = math.exp(sum(math.log(test.lowest_at()) for test in learned) / len(learned))
+    spread = "" if len(learned) == 1 else f" (from {low_lr:.2g} to {high_lr:.2g} over {len(learned)} tests)"
     why = (
         f"An eighth of {middle:.2g}{spread}, where the smoothed loss of {low.name} is lowest: a sweep passes each "
         "learning rate too fast to diverge at it."
     )
     lr, low_lr, high_lr = round_down(middle / SWEEP_FACTOR), low_lr / SWEEP_FACTOR, high_lr / SWEEP_FACTOR
-    at = min(reading.diverged_at_lr for reading in readings)
-    return _Maximum(lr, why, low, low_lr, high, high_lr, at, SWEEP_MARGIN)
+    return _Maximum(lr, why, low, low_lr, high, high_lr, min(test.diverged_at_lr for test in readable), SWEEP_MARGIN)
 
 
-def _ends(places: Sequence[tuple[float, _Reading]]) -> tuple[tuple[float, _Reading], tuple[float, _Reading]]:
-    return min(places, key=lambda place: place[0]), max(places, key=lambda place: place[0])
-
-
-def _minimum(learned: Sequence[_Reading], maximum: _Maximum) -> tuple[float, str]:
-    (under_way, reading), _ = _ends([(each.reached(UNDER_WAY), each) for each in learned])
-    why = f"Descent is under way at {under_way:.2g}, where {reading.name} had made {UNDER_WAY:.0%} of its drop"
-    ceiling = maximum.lr / CYCLE_RATIO
+def _minimum(learned: Sequence[_Test], maximum: _Maximum) -> tuple[float, str]:
+    first = min(learned, key=lambda test: test.reached(UNDER_WAY))
+    under_way, ceiling = first.reached(UNDER_WAY), maximum.lr / CYCLE_RATIO
+    why = f"Descent is under way at {under_way:.2g}, where {first.name} had made {UNDER_WAY:.0%} of its drop"
     if under_way > ceiling:
         why += f"; lowered to 1/{CYCLE_RATIO:.0f} of the maximum, because the cycle ends here"
     return round_down(min(under_way, ceiling)), f"{why}."
 
 
 def _rise(maximum: _Maximum, train_steps: int) -> tuple[int, str]:
-    lrs = maximum.high.curve.lrs
+    lrs = maximum.high.lrs
     climbed = next((k for k, lr in enumerate(lrs) if lr >= maximum.lr), len(lrs))
     most = max(1, math.floor(MOST_RISING_SHARE * train_steps))
     rise = min(max(1, round(RISING_SHARE * train_steps), climbed), most)
-    why = f"{rise / train_steps:.0%} of {train_steps} planned steps; {maximum.high.name} took {climbed} to climb to "
-    return rise, f"{why}the maximum, more than half of the run." if climbed > most else f"{why}the maximum."
+    end = "the maximum, more than half of the run." if climbed > most else "the maximum."
+    took = f"{maximum.high.name} took {climbed} to climb to {end}"
+    return rise, f"{rise / train_steps:.0%} of {train_steps} planned steps; {took}"
 
 
-def _notes(maximum: _Maximum, readings: Sequence[_Reading], learned: Sequence[_Reading]) -> Iterator[str]:
-    if maximum.diverged_at_lr == math.inf and maximum.low.curve.kind == "linear":
+def _notes(maximum: _Maximum, readable: Sequence[_Test], learned: Sequence[_Test]) -> Iterator[str]:
+    if maximum.diverged_at_lr == math.inf and maximum.low.kind == "linear":
         yield (
             "The test ended before it diverged: the maximum is a lower bound. More steps or a higher rate would show "
             "how far the learning rate can go."
@@ -341,30 +314,33 @@ def _notes(maximum: _Maximum, readings: Sequence[_Reading], learned: Sequence[_R
             f"The tests disagree by a factor of {maximum.high_lr / maximum.low_lr:.0f} on where the drop is made "
             f"({maximum.names}): the maximum is uncertain by about its square root. Rates closer together would help."
         )
-    for reading in readings:
-        if not reading.descended:
-            how = "diverged before it fell" if reading.end is not None else "stayed flat"
-            yield f"{reading.name} {how}: it sets no learning rate."
-        elif reading not in learned:
-            yield f"{reading.name} made less than {LEARNED:.0%} of the deepest drop: it sets no learning rate."
-    if maximum.low_lr < 2 * maximum.low.curve.lrs[0]:
+    for test in readable:
+        if not test.descended:
+            how = "diverged before it fell" if test.end is not None else "stayed flat"
+            yield f"{test.name} {how}: it sets no learning rate."
+        elif test not in learned:
+            yield f"{test.name} made less than {LEARNED:.0%} of the deepest drop: it sets no learning rate."
+    if maximum.low_lr < 2 * maximum.low.lrs[0]:
         yield (
-            f"{maximum.low.name} made its drop near its first learning rate, {maximum.low.curve.lrs[0]:.2g}: start "
+            f"{maximum.low.name} made its drop near its first learning rate, {maximum.low.lrs[0]:.2g}: start "
             "the test lower to see where descent begins."
         )
 
 
-def _refuse_unread(tests: Sequence[_Reading], train_steps: int, *, has_curves: bool) -> Refusal | None:
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+def _refuse_unread(tests: Sequence[_Test], train_steps: int) -> Refusal | None:
     if train_steps < 2:
         reason = f"A training run of {train_steps} steps has no room for a cycle."
         return Refusal(reason, "Plan for at least 2 steps, one up and one down.")
     if not tests:
-        what = "only runs at a fixed learning rate, which show nothing about others" if has_curves else "no range test"
-        return Refusal(f"The record has {what}.", "Run a range test, best at several rates, such as 5, 50 and 500.")
-    if bad := [test for test in tests if not all(0 < lr < math.inf for lr in test.curve.lrs)]:
+        reason = "The record has no range test; runs at a fixed learning rate show nothing about others."
+        return Refusal(reason, "Run a range test, best at several rates, such as 5, 50 and 500.")
+    if bad := [test for test in tests if not all(0 < lr < math.inf for lr in test.lrs)]:
         reason = f"The record of {bad[0].name} has a learning rate that is not a positive number."
         return Refusal(reason, "Run the range test with lr_range_test_min_lr above 0.")
-    first = [test.curve.losses[0] if test.curve.losses else 0.0 for test in tests]
+    first = [test.losses[0] if test.losses else 0.0 for test in tests]
     if not any(map(math.isfinite, first)):
         reason = f"The first loss is {first[0]}, before any step was taken: no learning rate is the cause."
         remedy = "Look for bad values in the data, the initial weights or the loss function, then test again."
@@ -372,28 +348,22 @@ def _refuse_unread(tests: Sequence[_Reading], train_steps: int, *, has_curves: b
     return None
 
 
-def _refuse_no_descent(readings: Sequence[_Reading], notes: tuple[str, ...]) -> Refusal:
-    lowest = min(reading.curve.lrs[0] for reading in readings)
-    highest = max(max(reading.curve.lrs) for reading in readings)
-    diverged_at = [reading.diverged_at_lr for reading in readings if reading.end is not None]
-    if diverged_at:
-        at = min(diverged_at)
-        what = f"The loss does not fall by more than its batch noise from {lowest:.2g} on, where the tests start"
-        reason = f"{what}, and diverges at {at:.2g}."
-        remedy = f"Start lower, for example with lr_range_test_min_lr {lowest / 100:.1g}, or use a lower rate."
-        # The highest learning rate at which a loss was no higher than its first: far from the start, it stayed flat.
-        pairs = ((curve.losses, curve.lrs) for curve in (reading.curve for reading in readings))
-        held = max(lr for losses, lrs in pairs for loss, lr in zip(losses, lrs) if loss <= losses[0])
-        if held > FAR * lowest or len(diverged_at) < len(readings):
-            remedy = (
-                "Use more steps, or a rate in between, so that the loss has time to fall. A model that is already "
-                "trained stays flat: redline tune compares the ends of short trainings instead."
-            )
-    else:
-        between = f"between learning rates {lowest:.2g} and {highest:.2g}"
-        reason = f"The loss does not fall by more than its batch noise {between}."
+def _refuse_no_descent(readable: Sequence[_Test], notes: tuple[str, ...]) -> Refusal:
+    lowest, highest = min(test.lrs[0] for test in readable), max(max(test.lrs) for test in readable)
+    what = "The loss does not fall by more than its batch noise"
+    at = min(test.diverged_at_lr for test in readable)
+    if at == math.inf:
         remedy = (
             "Let the test end higher (rate, lr_range_test_min_lr) or last longer; if the curve stays flat, check that "
             "gradients reach the parameters and that the model is not already trained."
         )
-    return Refusal(reason, remedy, notes)
+        return Refusal(f"{what} between learning rates {lowest:.2g} and {highest:.2g}.", remedy, notes)
+    remedy = f"Start lower, for example with lr_range_test_min_lr {lowest / 100:.1g}, or use a lower rate."
+    # The highest learning rate at which a loss was no higher than its first: far from the start, it stayed flat.
+    held = max(lr for test in readable for loss, lr in zip(test.losses, test.lrs) if loss <= test.losses[0])
+    if held > FAR * lowest or any(test.end is None for test in readable):
+        remedy = (
+            "Use more steps, or a rate in between, so that the loss has time to fall. A model that is already "
+            "trained stays flat: redline tune compares the ends of short trainings instead."
+        )
+    return Refusal(f"{what} from {lowest:.2g} on, where the tests start, and diverges at {at:.2g}.", remedy, notes)

@@ -15,14 +15,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, StackDataset, TensorDataset
 
 from redline.data import build_loader
 from redline.device import to_device
@@ -51,11 +51,7 @@ class Task:
 
 
 def load_task(address: str) -> Task:
-    """Call the function that ``file.py:function`` names.
-
-    Raises:
-        RangeTestError: there is no such file or function, or it does not return a task.
-    """
+    """Call the function that ``file.py:function`` names."""
     file, _, name = address.rpartition(":")
     path = Path(file)
     if not name.isidentifier() or not file:
@@ -65,8 +61,14 @@ def load_task(address: str) -> Task:
     function = getattr(_import_file(path), name, None)
     if not callable(function):
         raise RangeTestError(f"TASK: {path} has no function {name}")
-    task = _as_task(value := function())
-    if task is None:
+    value = function()
+    if isinstance(value, dict) and {"model", "data"} <= value.keys() <= {*Task.__dataclass_fields__}:
+        task = Task(**value)
+    elif isinstance(value, (tuple, list)) and len(value) in (2, 3, 4):
+        task = Task(*value)
+    elif isinstance(value, Task):
+        task = value
+    else:
         raise RangeTestError(f"{address}: returned {_described(value)}; expected model, data[, loss[, validation]]")
     if not isinstance(task.model, nn.Module):
         raise RangeTestError(f"{address}: the model is {_described(task.model)}; expected a torch.nn.Module")
@@ -75,23 +77,14 @@ def load_task(address: str) -> Task:
     return task
 
 
-def _as_task(value: Any) -> Task | None:
-    if isinstance(value, dict) and {"model", "data"} <= value.keys() <= {*Task.__dataclass_fields__}:
-        return Task(**value)
-    if isinstance(value, (tuple, list)) and len(value) in (2, 3, 4):
-        return Task(*value)
-    return value if isinstance(value, Task) else None
-
-
 def _import_file(path: Path) -> Any:
-    """The module in a file, which imports its neighbors as a script would."""
     # Under its own name where that is free, so that loader workers can unpickle what it defines.
     name = path.stem if path.stem not in sys.modules else f"redline_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RangeTestError(f"TASK: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, str(path.resolve().parent))  # it imports its neighbors, as a script would
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
@@ -101,11 +94,7 @@ def _import_file(path: Path) -> Any:
 
 
 def loss_of(loss: LossFn | None) -> Callable[[nn.Module, Any], Tensor]:
-    """A loss, a criterion, or None for the model's own loss as ``loss(model, batch)``.
-
-    Raises:
-        RangeTestError: the signature is that of neither.
-    """
+    """A loss, a criterion, or None for the model's own loss as ``loss(model, batch)``."""
     if loss is None:
         return _loss_of_model
     try:
@@ -138,8 +127,12 @@ def loss_of(loss: LossFn | None) -> Callable[[nn.Module, Any], Tensor]:
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
     """The loss in the output of a model that computes its own, as those of Hugging Face do for a batch with labels."""
     signature = inspect.signature(getattr(model, "module", model).forward)
-    named = _arguments(signature, batch) if isinstance(batch, Mapping) else {}
-    inputs = () if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+    inputs: Sequence[Any] = ()
+    named: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        named = _arguments(signature, batch)
+    else:
+        inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
     try:
         signature.bind(*inputs, **named)
     except TypeError as error:
@@ -162,14 +155,12 @@ def _arguments(signature: inspect.Signature, batch: Mapping[str, Any]) -> dict[s
     """Those of a batch's columns that the model takes; a Hugging Face data set also has text, indices, and "label"."""
     parameters = signature.parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    columns = {name: value for name, value in batch.items() if not _is_text(value)}
+    columns = dict(batch)
     if "label" in columns and "label" not in parameters and "labels" in parameters:
         columns.setdefault("labels", columns.pop("label"))
-    return {name: value for name, value in columns.items() if takes_any or name in parameters}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(each, str) for each in value))
+    lists = {name: value for name, value in columns.items() if isinstance(value, (list, tuple))}
+    texts = {name for name, value in lists.items() if any(isinstance(each, str) for each in value)}
+    return {name: value for name, value in columns.items() if name not in texts and (takes_any or name in parameters)}
 
 
 def scalar_of(loss: Any) -> Tensor:
@@ -181,19 +172,6 @@ def scalar_of(loss: Any) -> Tensor:
 
 
 # -- data ----------------------------------------------------------------------------------------------
-
-
-class _Columns(Dataset[dict[str, Tensor]]):
-    """Tensors of one length by name; a sample is a dict."""
-
-    def __init__(self, columns: dict[str, Tensor]) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: column[index] for name, column in self.columns.items()}
 
 
 def is_metric(validation: Any) -> bool:
@@ -216,17 +194,14 @@ def _as_dataset(data: Any, name: str) -> Any:
             f"{name}: got {_described(data)}; a dict of data holds tensors or arrays of one length; of several splits "
             "give one"
         )
-    tensors = {key: each if isinstance(each, Tensor) else _tensor_of(each) for key, each in columns.items()}
+    tensors = {key: torch.as_tensor(each) for key, each in columns.items()}
+    for key, tensor in tensors.items():
+        if tensor is not columns[key] and tensor.dtype == torch.float64:  # NumPy's usual type, but not that of models
+            tensors[key] = tensor.to(torch.get_default_dtype())
     if any(each.ndim == 0 for each in tensors.values()) or len({len(each) for each in tensors.values()}) != 1:
         shapes = ", ".join(f"{key}: {tuple(each.shape)}" for key, each in tensors.items())
         raise RangeTestError(f"{name}: got tensors of shapes {shapes}; expected one length of the first dimension")
-    return TensorDataset(*tensors.values()) if isinstance(data, tuple) else _Columns(tensors)
-
-
-def _tensor_of(array: Any) -> Tensor:
-    """An array as a tensor, NumPy's usual float64 in the type that models have."""
-    tensor = torch.as_tensor(array)
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    return TensorDataset(*tensors.values()) if isinstance(data, tuple) else StackDataset(**tensors)  # type: ignore[arg-type]
 
 
 def loader_of(

@@ -7,7 +7,6 @@ those of the training are still a mixture with the initial ones, and a sound mod
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,13 +29,9 @@ LARGER = 8  # micro-batches in a batch of validation data, which needs no memory
 
 
 class Validation:
-    """Measures the present model of an engine; what it uses is left as it was.
+    """Measures an engine's current model, and restores whatever it changes for that.
 
-    Args:
-        engine: whose model is measured.
-        loss: ``loss(model, batch)``.
-        given: the data, or ``metric(model)``.
-        mode: whether a lower or a higher metric is better; then its negative is measured.
+    `given` is the data, or ``metric(model)``; of a metric that is better the higher it is the negative is measured.
     """
 
     def __init__(self, engine: Engine, loss: Callable[[nn.Module, Any], Tensor], given: Any, mode: Mode) -> None:
@@ -56,11 +51,11 @@ class Validation:
 
     def limit(self, samples: float) -> None:
         """Read no more than so many samples, over all ranks; of a loader, up to the end of a batch."""
-        engine = self._engine
-        self._most = math.ceil(samples / engine.world.size) if samples < math.inf else sys.maxsize
-        size = min(LARGER * engine.train_micro_batch_size_per_gpu(), self._most)
+        self._most = samples / self._engine.world.size  # on this rank
         if self._given is not None and self._metric is None:
-            self.loader = loader_of(self._given, engine.world, micro_batch=size, for_validation=True)
+            size = LARGER * self._engine.train_micro_batch_size_per_gpu()
+            size = size if self._most > size else math.ceil(self._most)
+            self.loader = loader_of(self._given, self._engine.world, micro_batch=size, for_validation=True)
 
     def measure(self, recent: Sequence[Any]) -> tuple[float, float]:
         """The loss or metric, lower is better, and the samples that went through the model, over all ranks.
@@ -69,10 +64,14 @@ class Validation:
         """
         refreshed = len(recent) * self._engine.train_micro_batch_size_per_gpu() * self._engine.world.size
         with self._evaluating(recent):
-            if self._metric is not None:
-                return self._sign * _number(self._metric(self._engine)), refreshed
-            loss, samples = self._mean_loss()
-        return loss, samples + refreshed
+            if self._metric is None:
+                loss, samples = self._mean_loss()
+                return loss, samples + refreshed
+            value = self._metric(self._engine)
+        try:
+            return self._sign * float(value), refreshed
+        except (TypeError, ValueError):
+            raise RangeTestError(f"validation: the function returned {value!r}; expected a number") from None
 
     def _mean_loss(self) -> tuple[float, float]:
         """The mean loss over the data, over samples and ranks, and the number of samples."""
@@ -92,9 +91,8 @@ class Validation:
 
     def _batches(self) -> Iterator[Any]:
         """This rank's batches on the device, within the limit."""
-        assert self.loader is not None
         seen = 0
-        for batch in self.loader:
+        for batch in self.loader or ():
             yield to_device(batch, self._engine.device)
             seen += num_samples(batch)
             if seen >= self._most:
@@ -128,11 +126,3 @@ class Validation:
                 each()
             for module, flag in training:
                 module.training = flag
-
-
-def _number(value: Any) -> float:
-    """What a metric returned, as a number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise RangeTestError(f"validation: the function returned {value!r}; expected a number") from None

@@ -8,13 +8,11 @@ schedule    a config's learning rate before any training
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from redline.errors import RangeTestError
-from redline.range_test.curve import SMOOTHING
 from redline.range_test.importers import read_curves
 from redline.range_test.result import RangeTestResult
-from redline.reports.figure import draw_panel_on, save_figure
+from redline.reports.figure import plot_report, save_figure
 from redline.reports.html import PAGE_NAME, write_page
 from redline.reports.model import Report, report_of
 from redline.reports.terminal import draw_chart
@@ -26,18 +24,14 @@ __all__ = [
 PICTURE_NAME = "range_test.png"
 
 
-def write_report(result: RangeTestResult, directory: str | Path, *, beta: float = SMOOTHING) -> str:
-    """Write JSON, CSV, page, picture and suggested config into a folder, which is created.
+def write_report(result: RangeTestResult, directory: str | Path) -> str:
+    """Write JSON, CSV, page, picture and suggested config into a folder; returns what was found and where it is.
 
-    A missing matplotlib only costs the picture, and is reported. `beta` is the weight of the past in the smoothing of
-    what is drawn, in [0, 1).
-
-    Returns:
-        What was found and where the files are, in lines for people.
+    A missing matplotlib only costs the picture, and is reported.
     """
     folder = Path(directory)
     written = list(result.save(folder).values())
-    charts, lines = write_charts(report_of(result, beta=beta), folder, PICTURE_NAME)
+    charts, lines = write_charts(report_of(result), folder, PICTURE_NAME)
     names = ", ".join(path.name for path in (*written, *charts))
     return "\n".join([result.summary(), *lines, f"Written to {folder}: {names}"])
 
@@ -45,11 +39,7 @@ def write_report(result: RangeTestResult, directory: str | Path, *, beta: float 
 def write_charts(
     report: Report, folder: Path, picture_name: str, *, picture: bool = True
 ) -> tuple[list[Path], list[str]]:
-    """Write page and, unless `picture` is False, the picture, for which matplotlib takes its time.
-
-    Returns:
-        The files, and a line for the picture if matplotlib is missing.
-    """
+    """Write page and, unless `picture` is False, picture; returns the files, and a line if matplotlib is missing."""
     drawn, lines = None, []
     try:
         if picture:
@@ -60,14 +50,9 @@ def write_charts(
     return [page, *([drawn] if drawn is not None else [])], lines
 
 
-def show_report(result: RangeTestResult, directory: str | Path, *, beta: float = SMOOTHING) -> str:
+def show_report(result: RangeTestResult, directory: str | Path) -> str:
     """Write the report; returns its lines below a chart for the terminal."""
-    return f"{draw_chart(report_of(result, beta=beta))}\n\n{write_report(result, directory, beta=beta)}"
-
-
-def plot_report(report: Report, path: str | Path | None, axes: Any = None) -> Any:
-    """Draw all of a report into a file and return its path, or its main panel on axes and return these."""
-    return draw_panel_on(axes, report) if path is None else save_figure(report, path)
+    return f"{draw_chart(report_of(result))}\n\n{write_report(result, directory)}"
 
 
 def load_result(
@@ -77,15 +62,9 @@ def load_result(
     loss_column: str | None = None,
     train_batch_size: int | None = None,
 ) -> RangeTestResult:
-    """A range test from the folder that it wrote, or from a table that another tool wrote.
+    """A range test from the folder that it wrote, or from a CSV, TSV or JSON file that another tool wrote.
 
-    Args:
-        source: folder, or CSV, TSV or JSON file.
-        lr_column, loss_column: names of columns of a table; None looks for the usual ones.
-        train_batch_size: samples per step that a table was measured with; None where it is unknown.
-
-    Raises:
-        RangeTestError: there is nothing that can be read.
+    The columns of a file are found by their usual names if none are given; it does not tell its batch size.
     """
     path = Path(source)
     if not path.is_file() and path.suffix.lower() not in (".csv", ".tsv", ".json"):

@@ -6,6 +6,7 @@ LR, where the boundaries are read. Whatever else was measured is in a second row
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from redline.errors import RangeTestError
-from redline.reports.model import OWN_RULE, Line, Panel, Report, color_of, dash_of, panels_of
+from redline.reports.model import OWN_RULE, Panel, Report, color_of, dash_of, panels_of
 
-__all__ = ["draw_panel_on", "picture_of", "save_column", "save_figure"]
+__all__ = ["picture_of", "plot_report", "save_column", "save_figure"]
 
 SPAN, EDGE = "#F0E442", "#806600"  # of the suggested range
 OWN, RULE = "#C8102E", "#333333"  # of the suggestion and of the other rules
@@ -26,11 +27,7 @@ LINESTYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def save_figure(report: Report, path: str | Path) -> Path:
-    """Draw a report into a file whose suffix gives the format: PNG, SVG or PDF.
-
-    Raises:
-        RangeTestError: matplotlib is missing, or does not know the format.
-    """
+    """Draw a report into a file whose suffix gives the format: PNG, SVG or PDF."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return _save(_figure_of(report), path)
@@ -43,16 +40,16 @@ def picture_of(report: Report) -> bytes:
     return file.getvalue()
 
 
-def draw_panel_on(axes: Any, report: Report) -> Any:
-    """Draw the loss by learning rate, of a tuning that of the search, on matplotlib's axes; returns these.
+def plot_report(report: Report, path: str | Path | None = None, axes: Any = None) -> Any:
+    """Draw a report into a file and return its path; without one its main panel on axes, and return these.
 
-    None makes new ones by pyplot, which a notebook shows.
+    The main panel is the loss by learning rate, of a tuning that of the search. Without axes pyplot makes new ones,
+    which a notebook shows.
     """
+    if path is not None:
+        return save_figure(report, path)
     if axes is None:
-        _check_matplotlib()
-        from matplotlib import pyplot
-
-        _, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
+        _, axes = _matplotlib("pyplot").subplots(figsize=(7.5, 4.6), layout="constrained")
     panels = panels_of(report)
     _draw(axes, next((panel for panel in panels if panel.name == "search"), panels[0]))
     if axes.get_legend_handles_labels()[0]:
@@ -68,42 +65,32 @@ def _figure_of(report: Report) -> Any:
     figure = _new_figure(12.5, sum(heights))
     rows = list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if tests:
-        _draw_tests(rows.pop(0), [tests[name] for name in TESTS])
+        row = rows.pop(0)
+        by_step, _, by_lr = _draw_row(row, [tests[name] for name in TESTS])
+        # One legend for all three, which covers none of them: the runs once, and the suggested range.
+        shown = zip(by_step.get_legend_handles_labels(), by_lr.get_legend_handles_labels())
+        handles, labels = (runs + span for runs, span in shown)
+        row.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     if further:
-        _draw_further(rows.pop(0), further)
+        for axes, panel in zip(_draw_row(rows.pop(0), further, fontsize=10), further):
+            if len(panel.lines) > 1:
+                axes.legend(fontsize=7, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.2))  # below all lines
     facts = dict(report.facts)
-    words = [facts.get("optimizer", ""), f"batch size {facts['batch size']}" if "batch size" in facts else ""]
-    words.append(f"{facts['ranks']} ranks" if facts.get("ranks", "1") != "1" else "")
+    words = [facts.get("optimizer"), f"batch size {facts['batch size']}" if "batch size" in facts else None]
+    words.append(f"{facts['ranks']} ranks" if facts.get("ranks", "1") != "1" else None)
     figure.suptitle(": ".join(filter(None, (report.title, ", ".join(filter(None, words))))))
     return figure
 
 
-def _draw_tests(row: Any, panels: Sequence[Panel]) -> None:
-    by_step, lrs, by_lr = row.subplots(1, len(panels))
-    for axes, panel in zip((by_step, lrs, by_lr), panels):
-        _draw(axes, panel, named=axes is not by_lr)
-    _align_titles((by_step, lrs, by_lr))
-    # One legend for all three, which covers none of them: the runs once, and the suggested range.
-    shown = zip(by_step.get_legend_handles_labels(), by_lr.get_legend_handles_labels())
-    handles, labels = (runs + span for runs, span in shown)
-    row.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-
-
-def _draw_further(row: Any, panels: Sequence[Panel]) -> None:
+def _draw_row(row: Any, panels: Sequence[Panel], fontsize: int | None = None) -> Any:
+    """Draw panels next to each other, their titles as high as the highest one, above the names of rules."""
     all_axes = row.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(all_axes, panels):
-        _draw(axes, panel)
-        axes.title.set_fontsize(10)
-        if len(panel.lines) > 1:
-            axes.legend(fontsize=7, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.2))  # below all lines
-    _align_titles(all_axes)
-
-
-def _align_titles(row: Sequence[Any]) -> None:
-    """All titles of a row as high as the highest, above the names of rules."""
-    pad = max(TITLE_PAD + NAME_ROW * len({text.get_position()[1] for text in axes.texts}) for axes in row)
-    for axes in row:
-        axes.set_title(axes.get_title(), fontsize=axes.title.get_fontsize(), pad=pad)
+        _draw(axes, panel, named=panel.name != "rate")
+    pad = max(TITLE_PAD + NAME_ROW * len({text.get_position()[1] for text in axes.texts}) for axes in all_axes)
+    for axes in all_axes:
+        axes.set_title(axes.get_title(), fontsize=fontsize or axes.title.get_fontsize(), pad=pad)
+    return all_axes
 
 
 def save_column(panels: Sequence[Panel], path: Path, title: str) -> Path:
@@ -119,15 +106,13 @@ def save_column(panels: Sequence[Panel], path: Path, title: str) -> Path:
 
 def _new_figure(width: float, height: float) -> Any:
     """An empty figure, in inches; not pyplot's, which needs a display and would keep it alive."""
-    _check_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    return _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def _check_matplotlib() -> None:
+def _matplotlib(module: str) -> Any:
     try:
-        import matplotlib  # noqa: F401
+        importlib.import_module("matplotlib")
+        return importlib.import_module(f"matplotlib.{module}")
     except ImportError:
         raise RangeTestError("a picture needs matplotlib; install it with `pip install 'redline[plot]'`") from None
 
@@ -151,9 +136,20 @@ def _draw(axes: Any, panel: Panel, *, named: bool = True) -> None:
         color = color_of(line.look)
         for x, y in line.raw:
             axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-        style = {"color": color, "linestyle": LINESTYLES[dash_of(line.look)], "linewidth": 3 if line.is_best else 1.7}
-        label, marker = _label_in(panel, line) if named else None, "o" if line.has_knots else None
-        axes.plot(line.x, line.y, label=label, marker=marker, markersize=4, **style)
+        label = line.label
+        if panel.name == "loss":  # which has no axis for the LR at which a run diverged
+            ends = [sign.text for sign in panel.signs if sign.line == line.label and sign.diverged]
+            label += f" (x: {ends[0]})" if len(ends) == 1 else ""
+        axes.plot(
+            line.x,
+            line.y,
+            label=label + " (winner)" * line.is_best if named else None,
+            color=color,
+            linestyle=LINESTYLES[dash_of(line.look)],
+            linewidth=3 if line.is_best else 1.7,
+            marker="o" if line.has_knots else None,
+            markersize=4,
+        )
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
     _draw_signs(axes, panel)
@@ -186,14 +182,6 @@ def _set_log(axis: Any) -> None:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
-
-
-def _label_in(panel: Panel, line: Line) -> str:
-    """The line's label, with where it diverged in the panel by step, which has no axis for the LR."""
-    ends = [sign.text for sign in panel.signs if sign.line == line.label and sign.diverged]
-    if panel.name == "loss" and len(ends) == 1:
-        return f"{line.label} (x: {ends[0]})"
-    return f"{line.label} (winner)" if line.is_best else line.label
 
 
 def _draw_signs(axes: Any, panel: Panel) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -48,10 +49,7 @@ Json = dict[str, Any]
 
 
 def write_page(report: Report, path: Path, *, picture: Path | None = None) -> Path:
-    """Write the page, atomically; its folder is created.
-
-    `picture` is a PNG of the same charts, for a reader without JavaScript; None for none.
-    """
+    """Write the page; `picture` is a PNG of the same charts, for a reader without JavaScript."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render_page(report, b"" if picture is None else picture.read_bytes()))
     return path
@@ -65,17 +63,15 @@ def render_page(report: Report, picture: bytes = b"") -> str:
         plotly = str(get_plotlyjs())
     except ImportError:
         plotly = ""
-    image = ""
-    if picture:
-        source = base64.b64encode(picture).decode()
-        image = f'<img class="picture" alt="The charts, as a picture" src="data:image/png;base64,{source}">'
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    image = f'<img class="picture" alt="The charts, as a picture" src="{source}">' if picture else ""
     parts = {
         "title": escape(report.title),
         "facts": "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in report.facts),
         "answer": _answer(report),
         "picture": f"<noscript>{image}</noscript>" if plotly else image,
         "charts": "".join(map(_chart, panels_of(report))) + _thinned(report) if plotly else f"<p>{escape(REMEDY)}</p>",
-        "tables": "".join(part(report) for part in (_rules, _trials, _batches, _config, _runs)),
+        "tables": _tables(report),
         "plotly": plotly,
         "data": _embedded(charts_as_json(report)) if plotly else "null",
     }
@@ -87,10 +83,8 @@ def render_page(report: Report, picture: bytes = b"") -> str:
 def render_cell(report: Report) -> str:
     """The answer and the picture as HTML for a notebook, which has styles of its own."""
     try:
-        source = base64.b64encode(picture_of(report)).decode()
-        picture = (
-            f'<img alt="The charts" style="max-width: 100%; background: #fff" src="data:image/png;base64,{source}">'
-        )
+        source = f"data:image/png;base64,{base64.b64encode(picture_of(report)).decode()}"
+        picture = f'<img alt="The charts" style="max-width: 100%; background: #fff" src="{source}">'
     except RangeTestError as error:
         picture = f"<p>{escape(str(error))}</p>"
     facts = ", ".join(f"{escape(name)} {escape(value)}" for name, value in report.facts)
@@ -103,31 +97,28 @@ def _embedded(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-# -- words and tables; cells are HTML ------------------------------------------------------------------
+# -- words and tables ----------------------------------------------------------------------------------
 
 
 def _answer(report: Report) -> str:
     """The suggestion, each number with its reason; or why there is none and what to do."""
-    answer, config, notes = report.answer, report.config or {}, ""
-    for title, sentences in (("Before you rely on it", answer.notes), ("What was left out", report.left_out)):
-        if sentences:
-            items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-            notes += f'<h3>{title}</h3><ul class="notes">{items}</ul>'
+    answer, config = report.answer, report.config or {}
     if isinstance(answer, Refusal):
         kind, heading = "answer refused", "No suggestion"
         words = f'<p class="lead">{escape(answer.reason)}</p>'
         words += f"<p><strong>What to do.</strong> {escape(answer.remedy)}</p>"
     else:
         kind, heading = "answer", HEADINGS.get(report.schedule, f"Suggested {report.schedule}")
-        words = _lead(report, answer)
         params = config["scheduler"].get("params", {}) if config.get("scheduler") else {"lr": config["_tune"]["lr"]}
         reasons = config["_range_test"]["reasons"]
-        rows = [
-            (f"<code>{escape(key)}</code>", f"<b>{escape(_short(value))}</b>", escape(reasons.get(key, "")))
-            for key, value in params.items()
-        ]
-        words += _table(("key", "value", "where it comes from"), rows, "The suggested schedule", "reasons")
-    return f'<section class="{kind}" aria-labelledby="answer"><h2 id="answer">{heading}</h2>{words}{notes}</section>'
+        rows = [(key, _short(value), reasons.get(key, "")) for key, value in params.items()]
+        words = _lead(report, answer)
+        words += _table("The suggested schedule", ("key", "value", "where it comes from"), rows, "reasons")
+    for title, sentences in (("Before you rely on it", answer.notes), ("What was left out", report.left_out)):
+        if sentences:
+            items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+            words += f'<h3>{title}</h3><ul class="notes">{items}</ul>'
+    return f'<section class="{kind}" aria-labelledby="answer"><h2 id="answer">{heading}</h2>{words}</section>'
 
 
 def _lead(report: Report, answer: Suggestion) -> str:
@@ -142,39 +133,50 @@ def _lead(report: Report, answer: Suggestion) -> str:
     return f'<p class="lead">{words.get(report.schedule, f"With a peak of <b>{high}</b> {steps}.")}</p>'
 
 
-def _rules(report: Report) -> str:
-    lrs = ["no answer" if mark.lr is None else f"<b>{_short(mark.lr)}</b>" for mark in report.marks]
-    rows = [(escape(mark.rule), lr, escape(mark.why)) for mark, lr in zip(report.marks, lrs)]
-    return _section("rules", "The answers of several rules", ("rule", "LR", "why"), rows, "reasons")
+def _tables(report: Report) -> str:
+    """What else was found, in sections."""
+    rules = [(each.rule, "no answer" if each.lr is None else _short(each.lr), each.why) for each in report.marks]
+    search = sorted(report.search, key=lambda trial: (trial.steps, trial.lr))
+    ended = [each for each in search if each.steps == search[-1].steps and not each.diverged]
+    lowest = search.index(min(ended, key=lambda trial: trial.loss)) if ended else None
+    batches = [
+        (f"{size:,}", "none", answer.reason)
+        if isinstance(answer, Refusal)
+        else (f"{size:,}", _short(answer.cycle_min_lr), _short(answer.cycle_max_lr))
+        for size, answer in report.batches
+    ]
+    trial_head = ("trial", "schedule", "peak LR", "steps", "final loss")
+    run_head = ("run", "steps", "learning rate", "first loss", "lowest, smoothed", "at LR", "diverged at LR", "skipped")
+    return "".join(
+        (
+            _section("rules", "The answers of several rules", ("rule", "LR", "why"), rules, "reasons"),
+            _section("search", "Search for the peak", trial_head, map(_trial, search), "", (lowest, "lowest")),
+            _section("trials", "Trials", trial_head, map(_trial, report.trials), "", (report.winner, "winner")),
+            _section("batches", "By batch size", ("batch size", "minimum", "maximum"), batches),
+            _config(report),
+            _section("runs", "The runs in numbers", run_head, map(_run, report.curves)),
+        )
+    )
 
 
-def _trials(report: Report) -> str:
-    found = sorted(report.search, key=lambda trial: (trial.steps, trial.lr))
-    longest = [each for each in found if each.steps == found[-1].steps and not each.diverged]
-    best = found.index(min(longest, key=lambda trial: trial.loss)) if longest else None
-    search = _table_of(found, best, "lowest")
-    trials = _table_of(report.trials, report.winner, "winner")
-    head = ("trial", "schedule", "peak LR", "steps", "final loss")
-    return _section("search", "Search for the peak", head, search) + _section("trials", "Trials", head, trials)
+def _trial(trial: Trial) -> tuple[str, ...]:
+    loss = "diverged" if trial.diverged else _short(trial.loss)
+    return trial.curve.name, trial.schedule, _short(trial.lr), f"{trial.steps:,}", loss
 
 
-def _table_of(trials: Sequence[Trial], best: int | None, mark: str) -> list[tuple[str, ...]]:
-    rows = []
-    for index, trial in enumerate(trials):
-        loss = "diverged" if trial.diverged else _short(trial.loss)
-        loss = f'<b>{loss}</b> <span class="winner">{mark}</span>' if index == best else loss
-        rows.append((*map(escape, (trial.curve.name, trial.schedule, _short(trial.lr), f"{trial.steps:,}")), loss))
-    return rows
-
-
-def _batches(report: Report) -> str:
-    rows = []
-    for size, answer in report.batches:
-        if isinstance(answer, Refusal):
-            rows.append((f"{size:,}", "none", escape(answer.reason)))
-        else:
-            rows.append((f"{size:,}", _short(answer.cycle_min_lr), f"<b>{_short(answer.cycle_max_lr)}</b>"))
-    return _section("batches", "By batch size", ("batch size", "minimum", "maximum"), rows)
+def _run(curve: Curve) -> tuple[str, ...]:
+    low, high = (min(curve.lrs), max(curve.lrs)) if curve.lrs else (math.nan, math.nan)
+    best = min((pair for pair in zip(smooth(curve.losses), curve.lrs) if math.isfinite(pair[0])), default=())
+    end = curve.diverged_at if curve.is_test else None
+    return (
+        curve.name,
+        f"{len(curve.steps):,}",
+        _short(low) if low == high else f"{_short(low)} to {_short(high)}",
+        _short(curve.losses[0]) if curve.losses else "",
+        *(map(_short, best) if best else ("", "")),
+        "" if end is None else _short(curve.lrs[end]),
+        str(len(curve.skipped) or ""),
+    )
 
 
 def _config(report: Report) -> str:
@@ -192,41 +194,29 @@ def _config(report: Report) -> str:
     )
 
 
-def _runs(report: Report) -> str:
-    head = ("run", "steps", "learning rate", "first loss", "lowest, smoothed", "at LR", "diverged at LR", "skipped")
-    return _section("runs", "The runs in numbers", head, [tuple(_run(curve)) for curve in report.curves])
-
-
-def _run(curve: Curve) -> Iterator[str]:
-    yield escape(curve.name)
-    yield f"{len(curve.steps):,}"
-    low, high = (min(curve.lrs), max(curve.lrs)) if curve.lrs else (math.nan, math.nan)
-    yield _short(low) if low == high else f"{_short(low)} to {_short(high)}"
-    yield _short(curve.losses[0]) if curve.losses else ""
-    best = min((pair for pair in zip(smooth(curve.losses), curve.lrs) if math.isfinite(pair[0])), default=None)
-    yield from ("", "") if best is None else map(_short, best)
-    end = curve.diverged_at if curve.is_test else None
-    yield "" if end is None else _short(curve.lrs[end])
-    yield str(len(curve.skipped) or "")
-
-
-def _section(name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def _section(name: str, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *style: Any) -> str:
     """A section with a table; nothing without rows."""
-    if not rows:
-        return ""
-    table = _table(head, rows, title, kind)
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{table}</section>'
+    table = _table(title, head, rows, *style)
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{table}</section>' if table else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, kind: str = "") -> str:
-    """A table. On a phone each row is a block whose cells are named by `data-head`."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+def _table(
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    style: str = "",
+    best: tuple[int | None, str] = (None, ""),
+) -> str:
+    """A table. On a phone each row is a block whose cells are named by `data-head`; `best` marks a row by its index."""
+    top = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = ""
-    for first, *others in rows:
-        cells = "".join(f'<td data-head="{escape(name)}">{cell}</td>' for name, cell in zip(head[1:], others))
-        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    return (
-        f'<table class="{kind}"><caption class="hidden">{caption}</caption>'
+    for index, (first, *others) in enumerate(rows):
+        cells = [f'<td data-head="{name}">{escape(cell)}</td>' for name, cell in zip(head[1:], others)]
+        if index == best[0]:
+            cells[-1] = cells[-1].replace("</td>", f' <span class="winner">{best[1]}</span></td>')
+        body += f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>'
+    return body and (
+        f'<table class="{style}"><caption class="hidden">{caption}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     )
 
@@ -240,6 +230,12 @@ def _short(value: Any) -> str:
 
 
 # -- charts: a place for each in the page, and what plotly draws there ---------------------------------
+
+
+def _thinned(report: Report) -> str:
+    names = [curve.name for curve in report.curves if len(curve.steps) > MAX_POINTS]
+    note = escape(f"At most {MAX_POINTS:,} points of a run are drawn; thinned: {', '.join(names)}.")
+    return f'<p class="wide">{note}</p>' if names else ""
 
 
 def _chart(panel: Panel) -> str:
@@ -258,29 +254,30 @@ def _chart(panel: Panel) -> str:
     )
 
 
-def _thinned(report: Report) -> str:
-    names = [curve.name for curve in report.curves if len(curve.steps) > MAX_POINTS]
-    note = f"At most {MAX_POINTS:,} points of a run are drawn; thinned: {', '.join(names)}."
-    return f'<p class="wide">{escape(note)}</p>' if names else ""
-
-
 def charts_as_json(report: Report) -> Json:
     """What the page's script needs: for each panel traces, layout, and its lines at each position of the slider.
 
     A number that is not finite is None, which plotly draws as a gap.
     """
     betas = sorted({*BETAS, report.beta})
-    at_each = [panels_of(report, beta=beta) for beta in betas]
     charts = []
-    for index, panel in enumerate(panels_of(report)):
-        smoothed = None
-        if any(line.raw for line in panel.lines):  # what the slider changes: nothing of the values as measured
-            lines = [[trace for line in panels[index].lines for trace in _traces(line)] for panels in at_each]
-            smoothed = [[None if trace["meta"]["kind"] == "raw" else trace["y"] for trace in each] for each in lines]
-        traces = [trace for line in panel.lines for trace in _traces(line)]
-        bounds = {"bounds": None if panel.y.log else panel.y.bounds, "logBounds": _log_bounds(panel)}
-        charts.append({"data": [*traces, *_signs(panel)], "smoothed": smoothed, "layout": _layout(panel), **bounds})
+    for panel, *smoothed in zip(panels_of(report), *(panels_of(replace(report, beta=beta)) for beta in betas)):
+        has_raw = any(line.raw for line in panel.lines)
+        chart = {
+            "data": [trace for line in panel.lines for trace in _traces(line)] + [*_signs(panel)],
+            "smoothed": [_smoothed_values(each) for each in smoothed] if has_raw else None,
+            "layout": _layout(panel),
+            "bounds": None if panel.y.log else panel.y.bounds,
+            "logBounds": _log_bounds(panel),
+        }
+        charts.append(chart)
     return {"betas": betas, "start": betas.index(report.beta), "charts": charts}
+
+
+def _smoothed_values(panel: Panel) -> list[Any]:
+    """The y of each trace; None for the values as measured, which the slider does not change."""
+    traces = (trace for line in panel.lines for trace in _traces(line))
+    return [None if trace["meta"]["kind"] == "raw" else trace["y"] for trace in traces]
 
 
 def _traces(line: Line) -> Iterator[Json]:
@@ -338,12 +335,18 @@ def _layout(panel: Panel) -> Json:
     }
     if panel.name == "batch":
         axes["xaxis"]["tickvals"] = list(panel.lines[0].x)
+    spans: list[Json] = []  # the suggested range, as an area
+    if panel.span is not None:
+        (low, high), (along, across) = panel.span, "yx" if panel.span_on_y else "xy"
+        place = {f"{along}0": low, f"{along}1": high, f"{across}ref": "paper", f"{across}0": 0, f"{across}1": 1}
+        line = {"color": EDGE, "width": 1.5}
+        spans.append({"type": "rect", "layer": "below", **place, "fillcolor": SPAN, "opacity": 0.28, "line": line})
     flags = list(_flags(panel))
     top = 14 + ROW * len(flags)
     return {
         **axes,
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
-        "shapes": [*_spans(panel), *(shape for shape, _ in flags)],
+        "shapes": [*spans, *(shape for shape, _ in flags)],
         "annotations": [name for _, name in flags],
         "height": HEIGHT + top + 44,
         "margin": {"l": 62, "r": 12, "t": top, "b": 44},
@@ -355,15 +358,6 @@ def _layout(panel: Panel) -> Json:
         "modebar": {"bgcolor": CLEAR, "color": GRAY, "activecolor": EDGE},
         "font": {"color": GRAY, "size": 12},
     }
-
-
-def _spans(panel: Panel) -> Iterator[Json]:
-    """The suggested range as an area."""
-    if panel.span is not None:
-        (low, high), (along, across) = panel.span, ("y", "x") if panel.span_on_y else ("x", "y")
-        place = {f"{along}0": low, f"{along}1": high, f"{across}ref": "paper", f"{across}0": 0, f"{across}1": 1}
-        line = {"color": EDGE, "width": 1.5}
-        yield {"type": "rect", "layer": "below", **place, "fillcolor": SPAN, "opacity": 0.28, "line": line}
 
 
 def _flags(panel: Panel) -> Iterator[tuple[Json, Json]]:

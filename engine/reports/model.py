@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from redline.range_test.curve import SMOOTHING, Curve, Mark, marks, smooth
 from redline.range_test.result import CONFIG_NAME, RangeTestResult
@@ -85,8 +85,8 @@ class Report:
         return self.answer.cycle_min_lr, self.answer.cycle_max_lr
 
 
-def report_of(result: RangeTestResult, *, beta: float = SMOOTHING) -> Report:
-    """The report of a range test; `beta` is the weight of the past in the smoothing of what is drawn."""
+def report_of(result: RangeTestResult) -> Report:
+    """The report of a range test."""
     curves, answer, own, train_steps = result.curves, result.suggestion, result.train_batch_size, result.train_steps
     facts = {
         "optimizer": result.optimizer,
@@ -97,8 +97,8 @@ def report_of(result: RangeTestResult, *, beta: float = SMOOTHING) -> Report:
     return Report(
         "Learning rate range test", curves, answer, train_steps, own,
         facts=tuple((name, value) for name, value in facts.items() if value),
-        beta=beta,
-        marks=marks_of(curves, own, answer, beta=beta),
+        beta=result.beta,
+        marks=marks_of(curves, own, answer, beta=result.beta),
         batches=result.batches,
         config=result.to_config() if result.has_suggestion else None,
     )  # fmt: skip
@@ -109,12 +109,12 @@ def marks_of(
 ) -> tuple[Mark, ...]:
     """The rules' answers at the config's settings, the suggestion last; `own`: batch size of curves without another."""
     plain = [curve for curve in curves if not curve.settings and (curve.train_batch_size or own) == own]
-    others = marks(plain, beta=beta)
-    if not others:
-        return ()
     if isinstance(answer, Refusal):
-        return (*others, Mark(OWN_RULE, None, answer.reason, ""))
-    return (*others, Mark(OWN_RULE, answer.cycle_max_lr, answer.reasons.get("cycle_max_lr", ""), answer.curve))
+        last = Mark(OWN_RULE, None, answer.reason, "")
+    else:
+        last = Mark(OWN_RULE, answer.cycle_max_lr, answer.reasons["cycle_max_lr"], answer.curve)
+    others = marks(plain, beta=beta)
+    return (*others, last) if others else ()
 
 
 # -- curves as lines -----------------------------------------------------------------------------------
@@ -244,50 +244,52 @@ class Panel:
     signs: tuple[Sign, ...] = ()
 
 
-def panels_of(report: Report, *, beta: float | None = None) -> tuple[Panel, ...]:
-    """All charts: the loss by LR, loss and LR by step, then whatever else was measured; `beta` as in the report."""
-    beta = report.beta if beta is None else beta
+Column = Literal["lrs", "steps"]  # of a curve
+
+
+def panels_of(report: Report) -> tuple[Panel, ...]:
+    """All charts: the loss by LR, loss and LR by step, then whatever else was measured."""
     groups = groups_of(report.curves, report.train_batch_size)
     main = [group for group in groups if not group.panel]
-    panels = [_by_lr(report, main, beta), _by_step("loss", " by step", main, beta), _schedules(report, main)]
-    if not main and (report.search or report.trials):  # a small budget has no range test
-        panels = []
+    panels = []
+    if main or not (report.search or report.trials):  # a small budget has no range test
+        panels = [_by_lr(report, main), _by_step("loss", " by step", report, main), _schedules(report, main)]
     if len(report.batches) > 1:
         panels.append(_batches(report))
     for name in dict.fromkeys(group.panel for group in groups if group.panel):
-        panels.append(_by_lr(report, [group for group in groups if group.panel == name], beta, name))
+        panels.append(_by_lr(report, [group for group in groups if group.panel == name], name))
     if report.search:
         panels.append(_search(report))
     if report.trials:
         trials = [Group(trial.curve.name, (trial.curve,), look=k) for k, trial in enumerate(report.trials)]
-        panels.append(_by_step("trials", " of the trials", trials, beta, report.winner))
+        panels.append(_by_step("trials", " of the trials", report, trials, report.winner))
     return tuple(panels)
 
 
-def _by_lr(report: Report, groups: Sequence[Group], beta: float, varied: str = "") -> Panel:
+def _by_lr(report: Report, groups: Sequence[Group], varied: str = "") -> Panel:
     """The training loss against the LR; the suggestion is in the main panel, where nothing was varied."""
     tests = [group for group in groups if group.curves[0].is_test]
-    x, y = Axis("learning rate", log=True), _loss_axis(tests, "training")
-    lines = tuple(_training_line(group, beta, lambda curve: curve.lrs) for group in tests)
-    signs = tuple(_signs(tests, lambda step, lr: (lr, None)))
+    axes = Axis("learning rate", log=True), _loss_axis(tests, "training")
+    lines, signs = tuple(_training_line(each, "lrs", report.beta) for each in tests), tuple(_signs(tests, "lrs"))
     if varied:
-        return Panel("settings", f"Training loss by {varied.replace('_', ' ')}", x, y, lines, signs=signs)
-    panel = Panel("rate", "Training loss by learning rate", x, y, lines, marks=report.marks, signs=signs)
+        return Panel("settings", f"Training loss by {varied.replace('_', ' ')}", *axes, lines, signs=signs)
     caption = "Line: smoothed; dots: as measured; cross: diverged."
-    return replace(panel, caption=caption + " Yellow: the suggested 1Cycle." * bool(report.cycle), span=report.cycle)
+    caption += " Yellow: the suggested 1Cycle." * bool(report.cycle)
+    title = "Training loss by learning rate"
+    return Panel("rate", title, *axes, lines, caption, report.cycle, marks=report.marks, signs=signs)
 
 
-def _by_step(name: str, suffix: str, groups: Sequence[Group], beta: float, best: int | None = None) -> Panel:
+def _by_step(name: str, suffix: str, report: Report, groups: Sequence[Group], best: int | None = None) -> Panel:
     """The validation loss against the step, or without one the training loss."""
     if any(curve.validation for group in groups for curve in group.curves):
         kind, lines = "validation", [_validation_line(group) for group in groups]
     else:
-        kind, lines = "training", [_training_line(group, beta, lambda curve: curve.steps) for group in groups]
+        kind, lines = "training", [_training_line(group, "steps", report.beta) for group in groups]
     caption = ""
     if best is not None:
         lines[best], caption = replace(lines[best], is_best=True), "The widest line is the winner."
-    title, signs = f"{kind.capitalize()} loss{suffix}", tuple(_signs(groups, lambda step, lr: (step, None)))
-    return Panel(name, title, Axis("step"), _loss_axis(groups, kind), tuple(lines), caption, signs=signs)
+    axes, signs = (Axis("step"), _loss_axis(groups, kind)), tuple(_signs(groups, "steps"))
+    return Panel(name, f"{kind.capitalize()} loss{suffix}", *axes, tuple(lines), caption, signs=signs)
 
 
 def _schedules(report: Report, groups: Sequence[Group]) -> Panel:
@@ -296,10 +298,10 @@ def _schedules(report: Report, groups: Sequence[Group]) -> Panel:
         curve = max(group.curves, key=lambda each: len(each.steps))
         details = (("step", curve.steps),)
         lines.append(Line(group.label, group.look, curve.steps, curve.lrs, details=details, value="LR"))
-    x, y = Axis("step"), Axis("learning rate", log=True)
-    signs = tuple(sign for sign in _signs(groups, lambda step, lr: (step, lr)) if sign.diverged)
+    axes = Axis("step"), Axis("learning rate", log=True)
+    signs = tuple(sign for sign in _signs(groups, "steps", "lrs") if sign.diverged)
     return Panel(
-        "schedule", "Learning rate by step", x, y, tuple(lines), span=report.cycle, span_on_y=True, signs=signs
+        "schedule", "Learning rate by step", *axes, tuple(lines), span=report.cycle, span_on_y=True, signs=signs
     )
 
 
@@ -323,9 +325,8 @@ def _search(report: Report) -> Panel:
                 signs.append(Sign(trial.lr, None, label, look, f"diverged at {trial.lr:.4g}"))
             else:
                 losses.setdefault(trial.lr, []).append(trial.loss)
-        lrs, orders = list(losses), zip_longest(*losses.values(), fillvalue=math.nan)
-        y, low, high = _mean(list(orders))
-        lines.append(Line(label, look, lrs, y, low, high, details=(("peak LR", lrs),), has_knots=True))
+        lrs, orders = list(losses), list(zip_longest(*losses.values(), fillvalue=math.nan))
+        lines.append(Line(label, look, lrs, *_mean(orders), details=(("peak LR", lrs),), has_knots=True))
     ends = [loss for line in lines for loss in line.y]
     least, start = min(ends, default=0.0), max(map(start_of, report.search))
     room = ROOM * (start - least)  # what went far above its start would flatten the rest
@@ -346,53 +347,52 @@ def loss_kind(trials: Sequence[Trial]) -> str:
     return "validation" if any(trial.curve.validation for trial in trials) else "training"
 
 
-def _training_line(group: Group, beta: float, x_of: Callable[[Curve], Sequence[float]]) -> Line:
+def _training_line(group: Group, column: Column, beta: float) -> Line:
     longest = max(group.curves, key=lambda curve: len(curve.steps))
-    y, low, high = _mean([smooth(curve.losses, beta) for curve in group.curves])
     details: list[tuple[str, Sequence[float]]] = [("step", longest.steps), ("LR", longest.lrs)]
     if len(group.curves) == 1:
         details.append(("loss", longest.losses))
-    raw, x = tuple((x_of(curve), curve.losses) for curve in group.curves), x_of(longest)
-    return Line(group.label, group.look, x, y, low, high, raw, tuple(details), "smoothed loss", has_knots=len(x) == 1)
+    x, raw = getattr(longest, column), tuple((getattr(curve, column), curve.losses) for curve in group.curves)
+    band = _mean([smooth(curve.losses, beta) for curve in group.curves])
+    return Line(group.label, group.look, x, *band, raw, tuple(details), "smoothed loss", has_knots=len(x) == 1)
 
 
 def _validation_line(group: Group) -> Line:
-    y, low, high = _mean([[loss for _, loss in curve.validation] for curve in group.curves])
+    band = _mean([[loss for _, loss in curve.validation] for curve in group.curves])
     x = [steps for steps, _ in max((curve.validation for curve in group.curves), key=len)]
     details = (("after step", x),)
-    return Line(group.label, group.look, x, y, low, high, (), details, "validation loss", has_knots=len(x) < 60)
+    return Line(group.label, group.look, x, *band, (), details, "validation loss", has_knots=len(x) < 60)
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
     """Mean, lowest and highest of the finite values in each column; the last two only for several rows."""
-    length = max(map(len, rows), default=0)
-    columns = [[row[k] for row in rows if k < len(row) and math.isfinite(row[k])] for k in range(length)]
+    columns = [[value for value in column if math.isfinite(value)] for column in zip_longest(*rows, fillvalue=math.nan)]
     mean, low, high = ([fold(each) if each else math.nan for each in columns] for fold in (fmean, min, max))
     return (mean, low, high) if len(rows) > 1 else (mean, [], [])
 
 
-def _signs(groups: Sequence[Group], place: Callable[[int, float], tuple[float, float | None]]) -> Iterator[Sign]:
-    """Divergences of tests and skipped steps; `place` maps step and LR to x and y."""
-    for group in groups:
-        for curve in group.curves:
-            if curve.is_test and (end := curve.diverged_at) is not None:
-                step, lr = curve.steps[end], curve.lrs[end]
-                yield Sign(*place(step, lr), group.label, group.look, f"diverged at step {step}, LR {lr:.2g}")
-            lrs = dict(zip(curve.steps, curve.lrs))
-            for step in filter(lrs.__contains__, curve.skipped):
-                text = f"step {step} was skipped: the loss scale was too high"
-                yield Sign(*place(step, lrs[step]), group.label, group.look, text, diverged=False)
+def _signs(groups: Sequence[Group], x: Column, y: Column | None = None) -> Iterator[Sign]:
+    """Divergences of tests and skipped steps, at these columns of the curve."""
+    for group, curve in [(each, curve) for each in groups for curve in each.curves]:
+        end, skipped = curve.diverged_at if curve.is_test else None, set(curve.skipped)
+        found = [] if end is None else [(end, f"diverged at step {curve.steps[end]}, LR {curve.lrs[end]:.2g}")]
+        for index, step in enumerate(curve.steps):
+            if step in skipped:
+                found.append((index, f"step {step} was skipped: the loss scale was too high"))
+        for index, text in found:
+            place = getattr(curve, x)[index], getattr(curve, y)[index] if y else None
+            yield Sign(*place, group.label, group.look, text, diverged=text.startswith("diverged"))
 
 
 def _loss_axis(groups: Sequence[Group], kind: str) -> Axis:
     """Bounds a little beyond where the runs began, so that a diverging end does not flatten the rest."""
+    is_training, title = kind == "training", f"{kind} loss"
     curves = [curve for group in groups for curve in group.curves]
-    is_training = kind == "training"
     columns = [curve.losses if is_training else [loss for _, loss in curve.validation] for curve in curves]
     losses = [finite for column in columns if (finite := [loss for loss in column if math.isfinite(loss)])]
     if not losses:
-        return Axis(f"{kind} loss")
+        return Axis(title)
     high = max(max(each[: 5 if is_training else 2]) for each in losses)
     low = min(map(min, losses))
     room = ROOM * ((high - low) or 1.0)
-    return Axis(f"{kind} loss", bounds=(0.0 if low - room < 0 <= low else low - room, high + room))
+    return Axis(title, bounds=(0.0 if low - room < 0 <= low else low - room, high + room))

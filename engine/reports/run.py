@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from redline.errors import RangeTestError
 from redline.range_test.curve import smooth
@@ -35,14 +37,9 @@ def is_run(folder: Path) -> bool:
 
 
 def load_run(folder: Path) -> RunRecord:
-    """The numbers in the folder of `redline.log_dir`, or of DeepSpeed's `csv_monitor`.
-
-    Raises:
-        RangeTestError: a file cannot be read, or has no numbers.
-    """
+    """The numbers in the folder of `redline.log_dir`, or of DeepSpeed's `csv_monitor`."""
     series = {}
-    for name in NUMBERS:
-        path = folder / f"{PREFIX}{name}.csv"
+    for name, path in ((name, folder / f"{PREFIX}{name}.csv") for name in NUMBERS):
         if not path.is_file():
             continue
         try:
@@ -61,15 +58,16 @@ def show_run(folder: Path, out: Path, *, beta: float) -> str:
     """Write picture and page of a run, as far as matplotlib and plotly are there; returns a chart and lines."""
     record = load_run(folder)
     out.mkdir(parents=True, exist_ok=True)
+    panels = record.panels(beta)
     written, lines = [], []
-    for save, name in ((record.save_picture, PICTURE_NAME), (record.save_page, PAGE_NAME)):
+    for save, name in ((save_column, PICTURE_NAME), (_save_page, PAGE_NAME)):
         try:
-            written.append(save(out / name, beta=beta).name)
+            written.append(save(panels, out / name, record.name).name)
         except RangeTestError as error:
             lines.append(f"No {name}: {error}.")
     if written:
         lines.append(f"Written to {out}: {', '.join(written)}")
-    return "\n".join([record.to_text(), "", record.summary(), *lines])
+    return "\n".join([draw_panel(record.panels(beta=0.0)[0]), "", record.summary(), *lines])
 
 
 @dataclass(frozen=True)
@@ -95,49 +93,37 @@ class RunRecord:
             lines.append(f"samples per second: {speeds[len(speeds) // 2]:.4g} in the median")
         return "\n".join(lines)
 
-    def to_text(self) -> str:
-        """The loss as a chart for a terminal."""
-        return draw_panel(self._panels(0.0)[0])
-
-    def save_picture(self, path: Path, *, beta: float) -> Path:
-        """Draw all numbers by samples; see `save_figure`. `beta` is the weight of the past in the smoothed loss."""
-        return save_column(self._panels(beta), path, self.name)
-
-    def save_page(self, path: Path, *, beta: float) -> Path:
-        """Write an interactive page that needs no network, by plotly.
-
-        Raises:
-            RangeTestError: plotly is missing.
-        """
-        try:
-            from plotly.subplots import make_subplots
-        except ImportError:
-            raise RangeTestError("a page needs plotly; install it with `pip install 'redline[report]'`") from None
-        panels = self._panels(beta)
-        titles = [panel.title for panel in panels]
-        figure = make_subplots(
-            rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.04, subplot_titles=titles
-        )
-        for row, panel in enumerate(panels, 1):
-            for line in panel.lines:
-                look = {"row": row, "col": 1, "line_color": color_of(line.look), "mode": "lines"}
-                for x, y in line.raw:
-                    figure.add_scatter(x=x, y=y, opacity=0.3, hoverinfo="skip", **look)
-                figure.add_scatter(x=list(line.x), y=list(line.y), name=panel.title, **look)
-            if panel.y.log:
-                figure.update_yaxes(type="log", dtick="D1", row=row, col=1)
-        figure.update_xaxes(title_text="samples", row=len(panels), col=1)
-        figure.update_layout(title=self.name, height=260 * len(panels), showlegend=False, template="plotly_white")
-        write_text(path, str(figure.to_html(include_plotlyjs=True)))
-        return path
-
-    def _panels(self, beta: float) -> list[Panel]:
+    def panels(self, beta: float) -> list[Panel]:
+        """A chart by samples for each of the numbers; `beta` is the weight of the past in the smoothed loss."""
         panels = []
         for look, (name, (samples, values)) in enumerate(self.series.items()):
             title, log = NUMBERS[name]
-            is_loss = name == "train_loss"
-            shown = smooth(values, beta) if is_loss and beta else values
-            line = Line(title, look, samples, shown, raw=((samples, values),) if shown is not values else ())
+            line = Line(title, look, samples, values)
+            if name == "train_loss" and beta:
+                line = Line(title, look, samples, smooth(values, beta), raw=((samples, values),))
             log = log and all(value > 0 for value in values)
             panels.append(Panel("schedule", title, Axis("samples"), Axis("", log=log), (line,)))
         return panels
+
+
+def _save_page(panels: Sequence[Panel], path: Path, title: str) -> Path:
+    """Write panels as an interactive page that needs no network, by plotly."""
+    try:
+        from plotly.subplots import make_subplots
+    except ImportError:
+        raise RangeTestError("a page needs plotly; install it with `pip install 'redline[report]'`") from None
+    titles = [panel.title for panel in panels]
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.04, subplot_titles=titles)
+    for row, panel in enumerate(panels, 1):
+        place: dict[str, Any] = {"row": row, "col": 1}
+        for line in panel.lines:
+            look = {"line_color": color_of(line.look), "mode": "lines", **place}
+            for x, y in line.raw:
+                figure.add_scatter(x=x, y=y, opacity=0.3, hoverinfo="skip", **look)
+            figure.add_scatter(x=line.x, y=line.y, name=panel.title, **look)
+        if panel.y.log:
+            figure.update_yaxes(type="log", dtick="D1", **place)
+    figure.update_xaxes(title_text="samples", row=len(panels), col=1)
+    figure.update_layout(title=title, height=260 * len(panels), showlegend=False, template="plotly_white")
+    write_text(path, str(figure.to_html(include_plotlyjs=True)))
+    return path

@@ -20,10 +20,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def draw_chart(report: Report, *, stream: Any = None, width: int | None = None) -> str:
     """The range tests of a report as loss by LR, with what is suggested as vertical lines.
 
-    Args:
-        report: what to draw.
-        stream: where it will be printed, which decides between braille dots and letters; None for standard output.
-        width: columns; None for the terminal's.
+    The stream that it will be printed to, by default standard output, decides between braille dots and letters.
     """
     panel = panels_of(report)[0]
     chart = draw_panel(panel, stream=stream, width=width)
@@ -35,9 +32,9 @@ def draw_chart(report: Report, *, stream: Any = None, width: int | None = None) 
 
 def _edges(panel: Panel) -> tuple[float, ...]:
     """The suggested range on the x axis, or the suggested peak alone."""
-    if panel.span is not None:
-        return () if panel.span_on_y else panel.span
-    return tuple(mark.lr for mark in panel.marks if mark.rule == OWN_RULE and mark.lr)
+    if panel.span is None:
+        return tuple(mark.lr for mark in panel.marks if mark.rule == OWN_RULE and mark.lr)
+    return () if panel.span_on_y else panel.span
 
 
 def draw_panel(panel: Panel, *, stream: Any = None, width: int | None = None, height: int = 18) -> str:

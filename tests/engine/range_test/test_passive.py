@@ -58,7 +58,7 @@ def run_script(folder: Path, ending: str = "") -> subprocess.CompletedProcess[st
     (folder / "config.json").write_text(json.dumps(make_config()))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, env=environment, timeout=180
     )
 
 

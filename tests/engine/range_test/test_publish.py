@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from redline import Engine, RangeTestResult, initialize, run_range_test
+from redline import Engine, RangeTestResult
 from redline.monitoring.metrics import MetricsLogger
 from redline.range_test.result import curve_report_of
 from tests.callbacks import find
 from tests.monitors import offline_comet, offline_wandb, read_comet, read_tensorboard
+from tests.range_tests import make_data, make_engine, mse, run
 from tests.records import KINDS, make_run, tuning
-
-X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-Y = X.sum(1, keepdim=True)
-
-
-def make_engine(**config: Any) -> Engine:
-    torch.manual_seed(0)
-    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}, **config}
-    return initialize(nn.Linear(4, 1), config, device="cpu")
 
 
 def measured(engine: Engine, steps: int = 25) -> RangeTestResult:
-    return run_range_test(engine, (X, Y), nn.MSELoss(), validation=(X, Y), min_lr=1e-3, rates=(5, 50), steps=steps,
-                          validations=5, progress=False)  # fmt: skip
+    return run(engine, rates=(5, 50), baseline=True, steps=steps, validation=make_data(), validations=5)
 
 
 def train(engine: Engine) -> None:
-    engine.backward(nn.functional.mse_loss(engine(X[:8]), Y[:8]))
+    x, y = make_data(8)
+    engine.backward(mse(engine(x), y))
     engine.step()
 
 

@@ -7,43 +7,28 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from redline import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
+from redline import Engine, EngineError, RangeTestError, RangeTestResult
 from redline.range_test import Suggestion
+from tests import range_tests
 from tests.distributed import run_ranks
+from tests.range_tests import loss_of
 
 PLAIN = {"rates": [5, 50, 500], "steps": 40}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}}
 
-
-def make_engine(**config: Any) -> Engine:
-    torch.manual_seed(0)
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-        "gradient_clipping": 0,
-        **config,
-    }
-    return initialize(nn.Linear(4, 1), config, device="cpu")
-
-
-def make_data(size: int = 64) -> tuple[Tensor, Tensor]:
-    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
-    return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
-
-
-def mse(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+make_data = partial(range_tests.make_data, noise=0.0)
+make_engine = partial(range_tests.make_engine, micro_batch=4)
 
 
 def run(engine: Engine, loss: Any, data: Any = None, **arguments: Any) -> RangeTestResult:
-    arguments = {"rates": [5], "steps": 30, "min_lr": 1e-3, "baseline": False, "progress": False, **arguments}
-    return run_range_test(engine, make_data() if data is None else data, loss, **arguments)
+    return range_tests.run(engine, make_data() if data is None else data, loss, **{"steps": 30, **arguments})
 
 
 class On:
@@ -54,7 +39,7 @@ class On:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         self.calls += 1
-        value = mse(model, batch)
+        value = loss_of(model, batch)
         return self._spoil(value) if self._spoils and self.calls >= self._call else value
 
 
@@ -73,7 +58,7 @@ def on_each_rank() -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def of_its_own(model: nn.Module, batch: Any) -> Tensor:
-        return mse(model, batch) * (1 + 9 * rank)
+        return loss_of(model, batch) * (1 + 9 * rank)
 
     everything: dict[str, Any] = {"seeds": 2, "batch_sizes": [16]}
     shared = FP16 | {"zero_optimization": {"stage": 3}}
@@ -86,14 +71,14 @@ def on_each_rank() -> dict[str, Any]:
         found[f"own losses, {name}"] = run(each, of_its_own, rates=[5, 5000], **more)
         found[f"nan, {name}"] = run(each, On(rank == 1, 14, lambda value: value * math.nan), steps=20)
     with pytest.raises(RangeTestError) as refusal:
-        run(engine, mse, batch_sizes=[12])
+        run(engine, loss_of, batch_sizes=[12])
     found["refusal"] = str(refusal.value)
 
     interrupted = On(rank == 1, 5, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(engine, interrupted)
     found["interrupted"] = interrupted.calls
-    found["after it"] = run(engine, mse, steps=5)
+    found["after it"] = run(engine, loss_of, steps=5)
 
     # Last: rank 1 leaves for good, and rank 0 is not to wait for ever.
     begin, weights = time.monotonic(), torch.cat([part.flatten() for part in engine.parameters()]).tolist()
@@ -186,7 +171,7 @@ def test_loaders_of_different_lengths_and_little_validation_data_are_enough(rank
 def validate_unevenly(size: int) -> list[float]:
     """Validation losses at stage 3, where every forward is a collective, with fewer batches on one rank."""
     engine = make_engine(zero_optimization={"stage": 3}, train_micro_batch_size_per_gpu=1)
-    result = run(engine, mse, steps=4, validation=make_data(size), validations=2)
+    result = run(engine, loss_of, steps=4, validation=make_data(size), validations=2)
     return [loss for _, loss in result.curves[0].validation]
 
 

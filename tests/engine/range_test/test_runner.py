@@ -15,40 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from redline import Engine, EngineError, RangeTestError, RangeTestResult, initialize, run_range_test
-from redline.range_test.curve import Curve
-
-mse = nn.functional.mse_loss
-
-
-def make_data(size: int = 64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, 4, generator=generator)
-    return x, x @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]]) + 0.1 * torch.randn(size, 1, generator=generator)
-
-
-def make_engine(*, lr: float = 0.01, accumulation: int = 1, micro_batch: int = 8, **config: Any) -> Engine:
-    torch.manual_seed(0)
-    config = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0,
-        "optimizer": {"type": "SGD", "params": {"lr": lr}},
-        **config,
-    }
-    return initialize(nn.Linear(4, 1), config, device="cpu")
-
-
-def run(engine: Engine | None = None, data: Any = None, loss: Any = None, **arguments: Any) -> RangeTestResult:
-    arguments = {"rates": [5], "steps": 20, "min_lr": 1e-3, "baseline": False, "progress": False, **arguments}
-    data = make_data() if data is None else data
-    return run_range_test(engine or make_engine(), data, loss or nn.MSELoss(), **arguments)
-
-
-def only(result: RangeTestResult) -> Curve:
-    (curve,) = result.curves
-    return curve
-
+from redline import EngineError, RangeTestError, initialize, run_range_test
+from tests.range_tests import make_data, make_engine, mse, only, run
 
 # -- the runs ------------------------------------------------------------------------------------------------
 
@@ -300,24 +268,19 @@ def test_a_scale_at_its_minimum_ends_the_run_and_not_the_script() -> None:
 # -- losses and data of every form ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (3, "data: got int; expected a dataset, tensors, or a loader of batches"),
-        (TensorDataset(torch.zeros(0, 4), torch.zeros(0, 1)), "data: the dataset is empty"),
-        (DataLoader(TensorDataset(*make_data(4)), batch_size=8, drop_last=True), "data: it yields no batch"),
-        ([(*make_data(8), 1)], r"data: a batch is tuple of 3 \(Tensor, Tensor, int\); the criterion expects"),
-        ([torch.ones(3)], "data: a batch is a tensor of shape.*; the criterion expects"),
-    ],
-)
-def test_data_that_cannot_be_used_is_refused_by_name(data: Any, message: str) -> None:
-    with pytest.raises(RangeTestError, match=message):
-        run(data=data)
+TOO_SHORT = DataLoader(TensorDataset(*make_data(4)), batch_size=8, drop_last=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"data": 3}, "data: got int; expected a dataset, tensors, or a loader of batches"),
+        ({"data": TensorDataset(torch.zeros(0, 4), torch.zeros(0, 1))}, "data: the dataset is empty"),
+        ({"data": TOO_SHORT}, "data: it yields no batch"),
+        ({"data": [(*make_data(8), 1)]}, r"data: a batch is tuple of 3 \(Tensor, Tensor, int\); the criterion expects"),
+        ({"data": [torch.ones(3)]}, "data: a batch is a tensor of shape.*; the criterion expects"),
+        ({"validation": []}, "validation: it yields no sample; is it empty"),
+        ({"validation": TOO_SHORT}, "validation: it yields no sample; is it empty"),
         ({"rates": []}, "rates: got none; give at least one"),
         ({"rates": [0]}, "rates: got 0; expected numbers > 0"),
         ({"rates": [math.inf]}, "rates: got inf"),
@@ -418,12 +381,6 @@ def test_a_loss_of_one_element_is_one_in_training_and_in_validation() -> None:
 
     curve, plain = only(run(loss=loss, validation=make_data(8))), only(run(validation=make_data(8)))
     assert (curve.losses, curve.validation) == (plain.losses, plain.validation)
-
-
-@pytest.mark.parametrize("validation", [[], DataLoader(TensorDataset(*make_data(8)), 9, drop_last=True)])
-def test_validation_data_without_a_sample_is_refused(validation: Any) -> None:
-    with pytest.raises(RangeTestError, match="validation: it yields no sample; is it empty"):
-        run(validation=validation)
 
 
 # -- the result ----------------------------------------------------------------------------------------------

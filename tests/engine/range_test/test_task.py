@@ -256,20 +256,17 @@ def test_batches_begin_again_when_they_end_and_there_must_be_one() -> None:
         next(batches([], CPU))
 
 
-def test_an_iterator_is_refused() -> None:
-    for data in (iter([1]), (x for x in [1]), zip([1])):
-        with pytest.raises(RangeTestError, match=r"which can be read only once; give a dataset or a loader"):
-            loader_of(data, ALONE, micro_batch=1)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (iter([1]), "validation: got list_iterator, which can be read only once"),
-        (TensorDataset(torch.ones(0, 1)), "validation: the dataset is empty"),
-        (3, "validation: got int; expected a dataset"),
+        (iter([1]), "got list_iterator, which can be read only once; give a dataset or a loader"),
+        ((x for x in [1]), "got generator, which can be read only once"),
+        (zip([1]), "got zip, which can be read only once"),
+        (TensorDataset(torch.ones(0, 1)), "the dataset is empty"),
+        (3, "got int; expected a dataset"),
     ],
 )
-def test_validation_data_that_cannot_be_used_is_called_by_its_name(data: Any, message: str) -> None:
-    with pytest.raises(RangeTestError, match=message):
-        loader_of(data, ALONE, micro_batch=1, for_validation=True)
+def test_data_that_cannot_be_used_are_called_by_their_name(data: Any, message: str) -> None:
+    for name in ("data", "validation"):
+        with pytest.raises(RangeTestError, match=f"{name}: {message}"):
+            loader_of(data, ALONE, micro_batch=1, for_validation=name == "validation")

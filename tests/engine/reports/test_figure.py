@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from redline import RangeTestError
-from redline.range_test import Curve, RangeTestResult
 from redline.reports import report_of, save_figure
 from redline.reports.model import Report, color_of
-from tests import records
+from tests.records import KINDS, make_result, make_run, tuning
 
 matplotlib = pytest.importorskip("matplotlib")
 
-FALLING = [2.3 - 0.02 * k for k in range(60)]
-
-
-def make_curve(rate: float | None, *, steps: int = 60, losses: Any = None, validation: Any = ()) -> Curve:
-    lrs = tuple(1e-4 * (1 + (rate or 0) * k / 5) for k in range(steps))
-    losses = tuple(losses if losses is not None else [max(0.3, 2.3 - 0.05 * k) for k in range(steps)])
-    return Curve("fixed" if rate is None else f"rate {rate:g}", rate, tuple(range(steps)), lrs, losses, validation)
-
-
-def make_result(*curves: Curve, world_size: int = 1) -> RangeTestResult:
-    return RangeTestResult(curves, {}, 8, world_size, "AdamW", 1000)
+RUN = make_run(50, updates=60)
 
 
 @pytest.fixture
@@ -50,15 +40,13 @@ def legend(figure: Any) -> list[str]:
     return [text.get_text() for legend in figure.subfigs[0].legends for text in legend.get_texts()]
 
 
-KINDS = {
-    "nan at the end": [make_curve(50, losses=[*FALLING[:-1], math.nan])],
-    "infinite validation": [make_curve(50, losses=[*FALLING[:-1], math.inf], validation=((0, 2.0), (60, math.inf)))],
-    "nan at once": [make_curve(50, steps=1, losses=[math.nan])],
-    "nothing": [make_curve(50, steps=0)],
-    "no curves": [],
+CURVES = {
+    "nan at the end": replace(RUN, losses=(*RUN.losses[:-1], math.nan)),
+    "infinite validation": replace(RUN, losses=(*RUN.losses[:-1], math.inf), validation=((0, 2.0), (60, math.inf))),
+    "nan at once": replace(make_run(50, updates=1), losses=(math.nan,)),
 }
-REPORTS = {name: report_of(make_result(*curves)) for name, curves in KINDS.items()}
-REPORTS |= {f"record: {name}": make() for name, make in records.KINDS.items() if name != "long"}
+REPORTS = {name: report_of(make_result(curve)) for name, curve in CURVES.items()}
+REPORTS |= {f"record: {name}": make() for name, make in KINDS.items() if name != "long"}
 
 
 @pytest.mark.parametrize("kind", REPORTS)
@@ -68,30 +56,30 @@ def test_reports_of_every_kind_are_drawn_without_a_warning(kind: str, draw: Any)
 
 @pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
 def test_the_suffix_gives_the_format(name: str, start: bytes, tmp_path: Path) -> None:
-    result = make_result(make_curve(50))
+    result = make_result(RUN)
     assert result.plot(tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(RangeTestError, match=r"a\.xyz: .*png"):
         result.plot(tmp_path / "a.xyz")
 
 
 def test_there_are_three_panels_and_the_suggestion_is_marked(draw: Any) -> None:
-    report = report_of(make_result(make_curve(None), make_curve(5), make_curve(50), world_size=2))
+    report = report_of(replace(make_result(make_run(None), make_run(5), make_run(50)), world_size=2))
     figure = draw(report)
     by_step, lrs, by_lr = figure.axes
     assert [axes.get_xlabel() for axes in figure.axes] == ["step", "step", "learning rate"]
     assert by_step.get_ylabel() == "training loss"
     assert lrs.get_yscale() == by_lr.get_xscale() == "log"
     *runs, cycle = legend(figure)
-    assert runs == ["fixed", "rate 5", "rate 50"]
+    assert runs == ["fixed 0.001", "rate 5", "rate 50"]
     assert cycle == f"suggested 1Cycle: {report.answer.cycle_min_lr:.2g} to {report.answer.cycle_max_lr:.2g}"
-    assert figure.get_suptitle() == "Learning rate range test: AdamW, batch size 8, 2 ranks"
-    validated = draw(report_of(make_result(make_curve(50, validation=((0, 2.4), (30, 1.0), (60, 0.5)))))).axes[0]
+    assert figure.get_suptitle() == "Learning rate range test: AdamW, batch size 32, 2 ranks"
+    validated = draw(report_of(make_result(replace(RUN, validation=((0, 2.4), (30, 1.0), (60, 0.5)))))).axes[0]
     assert validated.get_ylabel() == "validation loss"
     assert list(validated.get_lines()[0].get_ydata()) == [2.4, 1.0, 0.5]
 
 
 def test_a_divergence_is_marked_and_does_not_flatten_the_rest(draw: Any) -> None:
-    figure = draw(report_of(make_result(make_curve(50, losses=[*FALLING[:50], *[10.0**k for k in range(10)]]))))
+    figure = draw(report_of(make_result(replace(RUN, losses=(*RUN.losses[:50], *(10.0**k for k in range(10)))))))
     by_step, lrs, by_lr = figure.axes
     assert legend(figure)[0].startswith("rate 50 (x: diverged at step 5")
     assert by_lr.get_ylim()[1] < 3 and by_step.get_ylim()[1] < 3
@@ -100,7 +88,7 @@ def test_a_divergence_is_marked_and_does_not_flatten_the_rest(draw: Any) -> None
 
 
 def test_the_answers_of_the_rules_are_named_without_overlap_and_skipped_steps_marked(draw: Any) -> None:
-    by_step, lrs, by_lr = draw(records.KINDS["several"]()).axes
+    by_step, lrs, by_lr = draw(KINDS["several"]()).axes
     assert [text.get_text() for text in by_lr.texts] == ["steepest", "minimum / 10", "valley", "redline"]
     assert not by_step.texts and not lrs.texts
     at = [line.get_xdata()[0] for line in by_lr.get_lines() if line.get_linewidth() == 1.0]
@@ -108,12 +96,12 @@ def test_the_answers_of_the_rules_are_named_without_overlap_and_skipped_steps_ma
     boxes = [text.get_window_extent() for text in by_lr.texts]
     assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
     skipped = [line.get_xdata()[0] for line in by_lr.get_lines() if line.get_marker() == "^"]
-    test = records.KINDS["several"]().curves[1]
+    test = KINDS["several"]().curves[1]
     assert skipped == [test.lrs[0], test.lrs[7]]
 
 
 def test_everything_else_has_panels_in_a_second_row(draw: Any) -> None:
-    report = records.tuning()
+    report = tuning()
     figure = draw(report)
     _, _, by_lr, boundaries, sizes, settings, search, trials = figure.axes
     assert [axes.get_title() for axes in (boundaries, sizes, settings, search, trials)] == [
@@ -140,7 +128,7 @@ def test_the_saved_pixels_show_a_line_and_the_suggested_range(tmp_path: Path) ->
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    pixels = imread(save_figure(report_of(make_result(make_curve(50))), tmp_path / "a.png"))[..., :3]
+    pixels = imread(save_figure(report_of(make_result(RUN)), tmp_path / "a.png"))[..., :3]
     assert pixels.shape[:2] == (506, 1375)
     line = (abs(pixels - to_rgb(color_of(0))) < 0.02).all(axis=-1)
     assert line.sum() > 300, "the line of the run"
@@ -149,7 +137,7 @@ def test_the_saved_pixels_show_a_line_and_the_suggested_range(tmp_path: Path) ->
 
 
 def test_a_notebook_shows_the_answer_with_the_picture_and_plots_on_axes(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = make_result(make_curve(5), make_curve(50))
+    result = make_result(make_run(5), RUN)
     assert repr(result).startswith("<RangeTestResult of 2 runs, suggested learning rates: ")
     html = result._repr_html_()
     assert "Suggested 1Cycle" in html and '<img alt="The charts"' in html and "<script" not in html
@@ -165,10 +153,10 @@ def test_a_notebook_shows_the_answer_with_the_picture_and_plots_on_axes(monkeypa
 
 
 def test_titles_of_a_row_are_at_one_height(draw: Any) -> None:
-    figure = draw(records.KINDS["several"]())
+    figure = draw(KINDS["several"]())
     assert len({round(axes.title.get_window_extent().y0) for axes in figure.axes[:3]}) == 1
 
 
 def test_pyplot_is_left_alone(tmp_path: Path) -> None:
-    save_figure(report_of(make_result(make_curve(50))), tmp_path / "a.png")
+    save_figure(report_of(make_result(RUN)), tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

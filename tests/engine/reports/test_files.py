@@ -7,27 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from redline.range_test import Curve, RangeTestResult
 from redline.reports import write_report
-
-FALLING = [max(0.3, 2.3 - 0.05 * k) for k in range(100)]
-
-
-def make_result(losses: list[float]) -> RangeTestResult:
-    lrs = tuple(1e-4 * (1 + 10 * k) for k in range(len(losses)))
-    curve = Curve("rate 50", 50.0, tuple(range(len(losses))), lrs, tuple(losses))
-    config = {"train_batch_size": 8, "optimizer": {"type": "Adam"}}
-    return RangeTestResult((curve,), config, 8, 1, "AdamW", 1000)
+from tests.records import make_result, make_run
 
 
 def test_a_folder_has_the_record_the_page_the_picture_and_the_config(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    text = write_report(make_result(FALLING), tmp_path / "out")
+    text = write_report(make_result(make_run(50)), tmp_path / "out")
     assert text.splitlines()[0].startswith("Suggested OneCycle for 1000 steps")
     assert text.splitlines()[-1] == (
         f"Written to {tmp_path / 'out'}: range_test.json, range_test.csv, one_cycle.json, report.html, range_test.png"
     )
-    refused = write_report(make_result([1.0] * 100), tmp_path)
+    refused = write_report(make_result(make_run(None)), tmp_path)
     assert refused.startswith("No suggestion. ")
     assert refused.endswith(": range_test.json, range_test.csv, report.html, range_test.png")
 
@@ -35,6 +26,6 @@ def test_a_folder_has_the_record_the_page_the_picture_and_the_config(tmp_path: P
 def test_without_matplotlib_all_but_the_picture_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    *_, why, files = write_report(make_result(FALLING), tmp_path).splitlines()
+    *_, why, files = write_report(make_result(make_run(50)), tmp_path).splitlines()
     assert why == "No picture: a picture needs matplotlib; install it with `pip install 'redline[plot]'`."
     assert files.endswith(": range_test.json, range_test.csv, one_cycle.json, report.html")
