@@ -146,13 +146,9 @@ class TrainingBar(Callback):
             return
         loader = self._engine.training_dataloader
         assert loader is not None
-        try:
-            total: int | None = len(loader)
-        except TypeError:  # an iterable dataset without a length
-            total = None
         self._in_pass, self._since = True, None
         try:
-            with ProgressBar(total, unit="batch", show=not _shows_tqdm()) as bar:
+            with ProgressBar(loader.num_batches(), unit="batch", show=not _shows_tqdm()) as bar:
                 for batch in batches:
                     yield batch
                     bar.advance(1, f"epoch {loader.epoch + 1}", self._describe)
