@@ -23,6 +23,8 @@ def face_of(cls: type) -> type:
 
 
 class _Face(Optimizer):
+    """Answers for the engine, of which DeepSpeed's optimizers are a part."""
+
     deepspeed_engine: weakref.ref[Any]
 
     @property
