@@ -64,17 +64,9 @@ class Callback:
 
 
 class _BestValue(Callback):
-    """Follows a validation value and calls :meth:`on_value` with each; the same on all ranks.
+    """Follows a validation value, the same on all ranks, and calls :meth:`on_value` with each."""
 
-    Args:
-        monitor: the name of the value, where ``engine.record_validation`` is given several.
-        mode: whether lower ("min") or higher ("max") is better.
-        min_delta: a value has to be better than the best one by more than this.
-    """
-
-    def __init__(
-        self, monitor: str | None = None, mode: Literal["min", "max"] = "min", *, min_delta: float = 0.0
-    ) -> None:
+    def __init__(self, monitor: str | None, mode: Literal["min", "max"], min_delta: float) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f'mode: got {mode!r}; expected "min" or "max"')
         self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
@@ -130,7 +122,7 @@ class EarlyStopping(_BestValue):
         *,
         min_delta: float = 0.0,
     ) -> None:
-        super().__init__(monitor, mode, min_delta=min_delta)
+        super().__init__(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0  # evaluations since the best one
 
@@ -175,7 +167,7 @@ class BestCheckpoint(_BestValue):
         tag: str = "best",
         min_delta: float = 0.0,
     ) -> None:
-        super().__init__(monitor, mode, min_delta=min_delta)
+        super().__init__(monitor, mode, min_delta)
         self.directory, self.tag = directory, tag
 
     def on_value(self, engine: Any, value: float, is_best: bool) -> None:

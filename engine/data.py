@@ -29,7 +29,7 @@ from redline.first_batches import is_split
 from redline.log import log
 from redline.random_state import seed_generators
 
-__all__ = ["CollateFn", "Loader", "LoaderWrapper", "build_loader"]
+__all__ = ["CollateFn", "Loader", "LoaderWrapper", "build_loader", "fetch"]
 
 CollateFn = Callable[[list[Any]], Any]
 LoaderWrapper = Callable[[Iterator[Any]], Iterator[Any]]  # of a pass over a loader: a bar, a timer
@@ -76,6 +76,13 @@ class Loader:
     def _num_batches(self, start: int) -> int:
         batches = self._num_samples(start) / self._micro_batch
         return math.floor(batches) if self._drop_last else math.ceil(batches)
+
+    def num_batches(self, start: int = 0) -> int | None:
+        """Micro-batches from a sample on, counted over all ranks; None for data without a length."""
+        try:
+            return self._num_batches(start)
+        except TypeError:
+            return None
 
     def __iter__(self) -> Iterator[Any]:
         batches = self._pass()
@@ -138,11 +145,8 @@ class Loader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved position, also with other micro-batches or on another number of ranks."""
         self.position = (state_dict["epoch"], state_dict["samples"], True)
-        try:
-            if self.samples > 0 and self._num_batches(self.samples) == 0:
-                self.position = (self.epoch + 1, 0, True)
-        except TypeError:  # no length: an empty rest ends by itself
-            return
+        if self.samples > 0 and self.num_batches(self.samples) == 0:  # without a length an empty rest ends by itself
+            self.position = (self.epoch + 1, 0, True)
 
 
 class _MapStyleLoader(Loader):
@@ -153,13 +157,10 @@ class _MapStyleLoader(Loader):
         self.sampler, self._shuffle, self._even = sampler, shuffle, even
         self.separates_ranks = sampler is None
         self._may_be_empty = not even
-        try:
-            self._size = len(self.dataset)
-        except TypeError:
-            raise EngineError(
-                f"data: {type(self.dataset).__name__} has no length; give it a __len__, or make it a torch "
-                "IterableDataset"
-            ) from None
+        if not isinstance(self.dataset, Sized):
+            name = type(self.dataset).__name__
+            raise EngineError(f"data: {name} has no length; give it a __len__, or make it a torch IterableDataset")
+        self._size = len(self.dataset)
         if self._size == 0:
             raise EngineError("data: the dataset is empty; give it at least one sample")
 
@@ -286,9 +287,14 @@ class _SeededDataset:
         seed, indices = batch
         assert get_worker_info() is not None, "the main process keeps its own random numbers"
         seed_generators(seed, torch.default_generator.manual_seed)  # torch.manual_seed takes a millisecond, for devices
-        if getattr(self.dataset, "__getitems__", None):
-            return list(self.dataset.__getitems__(indices))
-        return [self.dataset[index] for index in indices]
+        return fetch(self.dataset, indices)
+
+
+def fetch(dataset: Any, indices: list[int]) -> list[Any]:
+    """Samples of a map-style dataset, as torch's loader fetches them."""
+    if getattr(dataset, "__getitems__", None):
+        return list(dataset.__getitems__(indices))
+    return [dataset[index] for index in indices]
 
 
 def _ignore_sigterm(worker: int, then: Callable[[int], Any] | None = None) -> None:
@@ -364,13 +370,8 @@ def build_loader(
         raise EngineError("sampler: an iterable dataset has its own order; leave the sampler out")
     else:
         loader = _StreamLoader(*arguments, split_by_rank=world.size > 1 and is_split(dataset, world, split_by_rank))
-    if drop_last:
-        try:
-            length = len(loader)
-        except TypeError:
-            return loader
-        if length == 0:  # a script would wait for batches forever
-            raise EngineError(loader._why_empty(0))
+    if drop_last and loader.num_batches() == 0:  # a script would wait for batches forever
+        raise EngineError(loader._why_empty(0))
     return loader
 
 

@@ -105,23 +105,20 @@ class _Totals:
                     "batch, or a tensor with one value for each sample, or a dict of such"
                 )
             value = torch.as_tensor(value, device=self._engine.device).to(self._dtype)  # nothing waits for the device
-            if value.ndim:
-                total, count = value.flatten(1).mean(1).sum() if value.ndim > 1 else value.sum(), len(value)
-            else:
-                total, count = value * samples, samples
+            count = len(value) if value.ndim else samples
+            total = value.reshape(count, -1).mean(1).sum() if value.ndim else value * samples
             pair = torch.stack([total, total.new_tensor(count)])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def means(self) -> Any:
         """The means over the samples of all ranks; a collective."""
         everyone = self._engine.world.gather({name: pair.tolist() for name, pair in self._sums.items()})
-        names = dict.fromkeys(name for sums in everyone for name in sums)
-        if not names:
+        means = {}
+        for name in dict.fromkeys(name for sums in everyone for name in sums):
+            totals, counts = zip(*(sums[name] for sums in everyone if name in sums))
+            means[name] = sum(totals) / sum(counts)
+        if not means:
             raise EngineError("evaluate: the data have no sample; give at least one")
-        pairs = {name: [sums[name] for sums in everyone if name in sums] for name in names}
-        means = {
-            name: sum(total for total, _ in each) / sum(count for _, count in each) for name, each in pairs.items()
-        }
         return means[""] if list(means) == [""] else means
 
 

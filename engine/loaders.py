@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from redline.data import CollateFn, Loader, build_loader
+from redline.data import CollateFn, Loader, build_loader, fetch
 from redline.distributed.process_group import World
 from redline.errors import EngineError
 from redline.random_state import random_state, seed_generators, set_random_state
@@ -52,7 +52,7 @@ def divide(
     micro_batch, shuffle = loader.batch_size, isinstance(sampler, RandomSampler)
     batches = None if micro_batch is not None else loader.batch_sampler
     if batches is not None:  # the script's own: each of its lists of indices is a sample here
-        dataset, sampler, collate, micro_batch = _Batches(dataset, collate), batches, _only, 1
+        dataset, sampler, collate, micro_batch = _Batches(dataset, collate), batches, _Only(None), 1
     elif micro_batch is None:
         collate, micro_batch = _Only(collate), 1
     own: Iterable[int] | None = None
@@ -86,18 +86,14 @@ def _is_plain(sampler: Any) -> bool:
     return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
 
 
-def _only(items: list[Any]) -> Any:
-    return items[0]
-
-
 class _Only:
     """A `collate_fn` for single samples, as of a `DataLoader` with ``batch_size=None``."""
 
     def __init__(self, convert: CollateFn | None) -> None:
-        self._convert: Callable[[Any], Any] = convert or (lambda sample: sample)
+        self._convert = convert
 
     def __call__(self, items: list[Any]) -> Any:
-        return self._convert(items[0])
+        return items[0] if self._convert is None else self._convert(items[0])
 
 
 class _Batches:
@@ -110,10 +106,7 @@ class _Batches:
         return len(self._dataset)
 
     def __getitem__(self, index: list[int] | int) -> Any:
-        indices = index if isinstance(index, list) else [index]
-        if getattr(self._dataset, "__getitems__", None):
-            return self._collate(self._dataset.__getitems__(indices))
-        return self._collate([self._dataset[index] for index in indices])
+        return self._collate(fetch(self._dataset, index if isinstance(index, list) else [index]))
 
 
 class _RankSampler:
@@ -132,10 +125,8 @@ class _RankSampler:
             self._sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        if not isinstance(self._sampler, Sized):
-            raise TypeError(f"{type(self._sampler).__name__} has no length")
         rank, ranks = self._world.rank, self._world.size
-        return (len(self._sampler) + (ranks - 1 if self._even else ranks - 1 - rank)) // ranks
+        return (len(self._sampler) + ranks - 1 - (0 if self._even else rank)) // ranks  # TypeError without a length
 
     def __iter__(self) -> Iterator[Any]:
         before = random_state()
@@ -149,6 +140,5 @@ class _RankSampler:
         finally:
             set_random_state(before)
         rank, ranks = self._world.rank, self._world.size
-        missing = -len(everything) % ranks if self._even else 0
-        return itertools.islice(itertools.chain(everything, itertools.cycle(everything)), rank,
-                                len(everything) + missing, ranks)  # fmt: skip
+        length = len(everything) + (-len(everything) % ranks if self._even else 0)
+        return itertools.islice(itertools.cycle(everything), rank, length, ranks)

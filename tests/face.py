@@ -25,7 +25,7 @@ def face() -> Iterator[Any]:
         yield importlib.import_module("deepspeed")
     finally:
         sys.path.remove(str(FACE))
-        sys.meta_path[:] = [each for each in sys.meta_path if type(each).__module__ != "deepspeed._modules"]
+        sys.meta_path[:] = [each for each in sys.meta_path if type(each).__module__ != "deepspeed._paths"]
         for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
             del sys.modules[name]
         if dist.is_initialized():

@@ -38,9 +38,8 @@ def attach_monitoring(engine: Engine) -> None:
         engine.callbacks.append(logger)
         if engine.world_size > 1 and is_first:
             weakref.finalize(engine, logger.print_summary)  # at the end of the process, too
-    charts = None
+    charts, log_dir = None, config.redline.log_dir
     sections = (config.tensorboard, config.wandb, config.csv_monitor, config.comet)
-    log_dir = config.redline.log_dir
     if log_dir is not None or any(section is not None and section.enabled for section in sections):
         from redline.monitoring.metrics import MetricsLogger
         from redline.monitoring.writers import build_writers

@@ -40,7 +40,7 @@ class CommsLogger(Callback):
         self._config, self._device = config, engine.device
         self._rank, self._size = engine.global_rank, engine.world_size
         self._stopwatch = Stopwatch(engine.device)
-        self._printed: dict[Key, Span] = {}  # totals that `verbose` has printed
+        self._since_step = Stopwatch(engine.device)  # for `verbose`
         if engine.world_size == 1:
             return
         # In the place of the engine's own, so that an engine without a logger pays nothing.
@@ -54,7 +54,10 @@ class CommsLogger(Callback):
 
     def add(self, op: str, caller: str, size: int, begin: Any, end: Any) -> None:
         """Add one collective by the timestamps of its start and end."""
-        self._stopwatch.add((op, size, caller if self._config.debug else ""), begin, end)
+        key = op, size, caller if self._config.debug else ""
+        self._stopwatch.add(key, begin, end)
+        if self._config.verbose:
+            self._since_step.add(key, begin, end)
 
     def run(self, op: str, caller: str, size: int, device: torch.device, call: Callable[[], T]) -> T:
         """Run a collective that does not return before it is queued, and add it."""
@@ -67,25 +70,17 @@ class CommsLogger(Callback):
         return result
 
     def on_step(self, engine: Engine) -> None:
-        if not self._config.verbose:
-            return
-        totals = self._stopwatch.totals()
-        for key, total in totals.items():
-            before = self._printed.get(key, Span(0, 0.0))
-            if times := total.times - before.times:
-                ms = total.ms - before.ms
-                name, size, *_, bandwidth = self._cells(key, Span(times, ms))
-                many, speed = f"{times} x " if times > 1 else "", f", {bandwidth} Gbit/s" if bandwidth else ""
-                log.info("step=%d: %s: %s%s in %.3f ms%s", engine.global_steps, name, many, size, ms, speed)
-        self._printed = totals
+        for key, span in self._since_step.take().items():
+            name, size, *_, bandwidth = self._cells(key, span)
+            many, speed = f"{span.times} x " if span.times > 1 else "", f", {bandwidth} Gbit/s" if bandwidth else ""
+            log.info("step=%d: %s: %s%s in %.3f ms%s", engine.global_steps, name, many, size, span.ms, speed)
 
     def summary(self) -> str:
         """A table of all collectives so far on this rank; waits for the device."""
         title = f"collectives of rank {self._rank} of {self._size}"
-        totals = self._stopwatch.totals()
-        if not totals:
+        rows = [self._cells(*each) for each in sorted(self._stopwatch.totals().items(), key=lambda item: -item[1].ms)]
+        if not rows:
             return f"{title}: none"
-        rows = [self._cells(key, span) for key, span in sorted(totals.items(), key=lambda item: -item[1].ms)]
         heads = ("collective", "size", "count", "ms", "ms each", "bus Gbit/s")
         return "\n".join([title, *rows_as_text(rows, heads, numbers=True)])
 

@@ -109,8 +109,7 @@ class FlopsProfiler(Callback):
         ms = {name: span.ms for name, span in self._stopwatch.totals().items()}  # empty if no step was timed
 
         def row(name: str, flops: float, ms: float | None) -> tuple[str, ...]:
-            speed = (f"{ms:.2f}", _with_unit(flops / ms * 1e3)) if ms else ("-", "-")
-            return name, _with_unit(flops), *speed
+            return name, _with_unit(flops), *((f"{ms:.2f}", _with_unit(flops / ms * 1e3)) if ms else ("-", "-"))
 
         rows = [row("forward", self.flops["fwd"], ms.get("fwd")), row("backward", self.flops["bwd"], ms.get("bwd"))]
         if ms:
@@ -125,25 +124,22 @@ class FlopsProfiler(Callback):
     def _tables(self) -> Iterator[str]:
         """The largest modules of each depth, and, if `detailed`, the tree of modules."""
         config, counts, total = self._config, self.modules(), max(1, sum(self.flops.values()))
-        modules = dict(self._engine.module.named_modules())
-        depths = {name: name.count(".") + 1 if name else 0 for name in modules}
-        share = {name: f"{100 * count / total:.1f} %" for name, count in counts.items()}
-        deepest = max(depths.values())
-        depth = deepest if config.module_depth < 0 else min(config.module_depth, deepest)
-        for level in range(1, depth + 1):
-            largest = sorted((name for name in modules if depths[name] == level), key=lambda name: -counts[name])
-            shown = [f"{name} ({type(modules[name]).__name__}) {share[name]}" for name in largest[: config.top_modules]]
-            if shown:
+        depths = {name: name.count(".") + 1 if name else 0 for name in counts}
+        deepest = max(depths.values()) if config.module_depth < 0 else config.module_depth
+        titles, rows = {}, []
+        for name, module in self._engine.module.named_modules():
+            kind, share = type(module).__name__, f"{100 * counts[name] / total:.1f} %"
+            titles[name] = f"{name} ({kind}) {share}"
+            if depths[name] <= deepest:
+                label = "  " * depths[name] + f"{name.rpartition('.')[2] or 'model'} ({kind})"
+                size = sum(param.numel() for param in module.parameters())
+                rows.append((label, _with_unit(size), _with_unit(counts[name]), share))
+        for level in range(1, deepest + 1):
+            largest = sorted((name for name in titles if depths[name] == level), key=lambda name: -counts[name])
+            if shown := [titles[name] for name in largest[: config.top_modules]]:
                 yield f"  most at depth {level}: {', '.join(shown)}"
-        if not config.detailed:
-            return
-        rows = []
-        for name, module in modules.items():
-            if depths[name] <= depth:
-                label = "  " * depths[name] + f"{name.rpartition('.')[2] or 'model'} ({type(module).__name__})"
-                size = sum(parameter.numel() for parameter in module.parameters())
-                rows.append((label, _with_unit(size), _with_unit(counts[name]), share[name]))
-        yield from rows_as_text(rows, ("module", "parameters", "FLOPs", "share"), numbers=True)
+        if config.detailed:
+            yield from rows_as_text(rows, ("module", "parameters", "FLOPs", "share"), numbers=True)
 
 
 def _with_unit(number: float) -> str:

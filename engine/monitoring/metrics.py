@@ -54,12 +54,8 @@ class MetricsLogger(Callback):
 
     def on_step(self, engine: Engine) -> None:
         assert engine.optimizer is not None
-        values = {
-            "train_loss": engine.loss,
-            "lr": engine.optimizer.param_groups[0]["lr"],
-            "grad_norm": engine.grad_norm,
-            "loss_scale": engine.loss_scale,
-        }
+        values = {"train_loss": engine.loss, "lr": engine.optimizer.param_groups[0]["lr"],
+                  "grad_norm": engine.grad_norm, "loss_scale": engine.loss_scale}  # fmt: skip
         # Clones, since the optimizer and the next step write into these tensors.
         kept = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in values.items()}
         self._steps.append((engine.global_samples, kept))
@@ -113,15 +109,12 @@ class MetricsLogger(Callback):
         if not self._writers:
             return
         norms = _stack(steps, "grad_norm").tolist()  # in one transfer
-        scalars = []
-        for (samples, values), loss, norm in zip(steps, losses, norms):
-            read = values | {"train_loss": loss, "grad_norm": None if values["grad_norm"] is None else norm}
-            scalars += [
-                Scalar(f"Train/Samples/{name}", float(value), samples)
-                for name, value in read.items()
-                if value is not None
-            ]
-        self._write(scalars)
+        self._write([
+            Scalar(f"Train/Samples/{name}", float(value), samples)
+            for (samples, values), loss, norm in zip(steps, losses, norms)
+            for name, value in {**values, "train_loss": loss, "grad_norm": norm}.items()
+            if values[name] is not None
+        ])  # fmt: skip
 
     def _write_throughput(self, samples: int) -> None:
         """Samples per second since the last flush, the script's own time included."""
@@ -164,5 +157,5 @@ class MetricsLogger(Callback):
 
 def _stack(steps: _Steps, name: str) -> Tensor:
     """One value of each step, nan where it has none; shape (steps,), on the device."""
-    values = [values["train_loss"] * math.nan if values[name] is None else values[name] for _, values in steps]
-    return torch.stack([torch.as_tensor(value).reshape(()).float() for value in values])
+    found = [values["train_loss"] * math.nan if values[name] is None else values[name] for _, values in steps]
+    return torch.stack([torch.as_tensor(value).reshape(()).float() for value in found])

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressLine", "TrainingBar", "log_config", "memory_line"]
 
-_GIB = 1024**3
 _SECRETS = ("comet.api_key",)
 
 
@@ -59,22 +58,23 @@ class ProgressLine(Callback):
 
     def _print(self, engine: Engine) -> None:
         assert engine.loss is not None
-        values = {
+        values: dict[str, Any] = {
             "step": engine.global_steps,
             "skipped": engine.skipped_steps,
-            "loss": _format(float(engine.world.mean(engine.loss))),  # on every rank: it is a collective
-            "lr": _format(engine.get_lr()),
-            "mom": _format(engine.get_mom()),
+            "loss": engine.world.mean(engine.loss),  # on every rank: it is a collective
+            "lr": engine.get_lr(),
+            "mom": engine.get_mom(),
         }
         if engine.grad_norm is not None:
-            values["norm"] = _format(engine.grad_norm)
+            values["norm"] = engine.grad_norm
         if engine.loss_scale is not None:
-            values["loss_scale"] = _format(engine.loss_scale)
+            values["loss_scale"] = engine.loss_scale
+        text = ", ".join(f"{name}={_format(value)}" for name, value in values.items())
         # After the loss was read, when the device has done all steps.
         steps, seconds = (0, 0.0) if self._start is None else (self._steps, time.perf_counter() - self._start)
         if self._throughput and steps:
-            values["samples/s"] = f"{steps * engine.train_batch_size() / seconds:.0f}"
-        log.info("%s", ", ".join(f"{name}={value}" for name, value in values.items()))
+            text += f", samples/s={steps * engine.train_batch_size() / seconds:.0f}"
+        log.info("%s", text)
         for further in self.below:
             if text := further(engine, steps, seconds):
                 log.info("  %s", text)
@@ -88,34 +88,27 @@ def _format(value: Any) -> str:
     """
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_format, value)) + "]"
-    return "None" if value is None else f"{float(value):.6g}"
+    return str(value) if value is None or isinstance(value, int) else f"{float(value):.6g}"
 
 
 def memory_line(device: torch.device) -> str:
     """Memory now and at most so far: on CUDA the allocator's, elsewhere the resident set of this process."""
+    sizes: dict[str, float] = {}
     if device.type == "cuda":
-        sizes: dict[str, float] = {
+        sizes = {
             "allocated": torch.cuda.memory_allocated(device),
             "peak": torch.cuda.max_memory_allocated(device),
             "reserved": torch.cuda.memory_reserved(device),
         }
-    else:
-        sizes = _process_memory()
-    return "memory (GiB): " + ", ".join(f"{name}={size / _GIB:.2f}" for name, size in sizes.items())
+    elif sys.platform != "win32":
+        import resource  # POSIX only
 
-
-def _process_memory() -> dict[str, float]:
-    if sys.platform == "win32":
-        return {}
-    import resource  # POSIX only
-
-    # ru_maxrss is in bytes on macOS and in KiB on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
-    sizes = {"peak": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        sizes = {"resident": float(int(statm.read_text().split()[1]) * resource.getpagesize()), **sizes}
-    return sizes
+        if (statm := Path("/proc/self/statm")).exists():
+            sizes["resident"] = int(statm.read_text().split()[1]) * resource.getpagesize()
+        # ru_maxrss is in bytes on macOS and in KiB on Linux.
+        unit = 1 if sys.platform == "darwin" else 1024
+        sizes["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return "memory (GiB): " + ", ".join(f"{name}={size / 1024**3:.2f}" for name, size in sizes.items())
 
 
 class TrainingBar(Callback):
@@ -153,13 +146,9 @@ class TrainingBar(Callback):
             return
         loader = self._engine.training_dataloader
         assert loader is not None
-        try:
-            total: int | None = len(loader)
-        except TypeError:  # an iterable dataset without a length
-            total = None
         self._in_pass, self._since = True, None
         try:
-            with ProgressBar(total, unit="batch", show=not _shows_tqdm()) as bar:
+            with ProgressBar(loader.num_batches(), unit="batch", show=not _shows_tqdm()) as bar:
                 for batch in batches:
                     yield batch
                     bar.advance(1, f"epoch {loader.epoch + 1}", self._describe)

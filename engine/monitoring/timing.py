@@ -79,6 +79,12 @@ class Stopwatch:
         self._add_up(len(self._pending))
         return dict(self._totals)
 
+    def take(self) -> dict[Any, Span]:
+        """The same, and start again from zero."""
+        totals = self.totals()
+        self._totals.clear()
+        return totals
+
     def clear(self) -> None:
         """Forget all spans, without waiting."""
         self._pending.clear()
@@ -116,8 +122,7 @@ class WallClockBreakdown(Callback):
 
     def line(self, engine: Engine, steps: int, seconds: float) -> str:
         """Means over the steps since the last line; "" where there are none."""
-        spans = self._stopwatch.totals()
-        self._stopwatch.clear()
+        spans = self._stopwatch.take()
         if not steps:
             return ""
         means = {name: spans[name].ms / steps for name in ("data", *_METHODS) if name in spans}

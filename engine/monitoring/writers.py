@@ -12,15 +12,16 @@ import importlib.util
 import math
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from redline.errors import EngineError
 from redline.log import log
 
 if TYPE_CHECKING:
     from redline.config import EngineConfig
-    from redline.config.sections import CometConfig, CsvMonitorConfig, TensorBoardConfig, WandbConfig
+    from redline.config.sections import CometConfig, TensorBoardConfig, WandbConfig
 
 __all__ = ["CurveReport", "Line", "Scalar", "Writer", "build_writers"]
 
@@ -52,21 +53,28 @@ class CurveReport(NamedTuple):
     text: str  # the same as Markdown
 
 
-class Writer(Protocol):
+class Writer:
     """What metrics are written to."""
 
     name: str
 
-    def write(self, scalars: list[Scalar]) -> None: ...
+    def write(self, scalars: list[Scalar]) -> None:
+        raise NotImplementedError
 
     def replace_after(self, samples: int) -> None:
-        """The run was resumed there: what an earlier start has written of later samples is replaced."""
+        """The run was resumed there: replace what an earlier start has written of later samples.
 
-    def write_report(self, report: CurveReport) -> None: ...
-    def close(self) -> None: ...
+        Nothing by default: each start of wandb's and Comet's is a run of its own.
+        """
+
+    def write_report(self, report: CurveReport) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Write what is kept, and end; nothing by default."""
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """Event files in ``output_path/job_name``."""
 
     name = "tensorboard"
@@ -95,7 +103,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-class WandbWriter:
+class WandbWriter(Writer):
     """A run of Weights & Biases, which also reads its own environment variables (WANDB_MODE, WANDB_DIR, ...)."""
 
     name = "wandb"
@@ -118,9 +126,6 @@ class WandbWriter:
         for samples, values in by_samples.items():
             self._run.log(values, step=samples)
 
-    def replace_after(self, samples: int) -> None:
-        """Do nothing: each start is a run of its own, and wandb drops steps that it has already."""
-
     def write_report(self, report: CurveReport) -> None:
         """Write a chart, a table and numbers of the run, all at its current step: its steps never go back."""
         import wandb
@@ -142,7 +147,7 @@ class WandbWriter:
         self._run.finish()
 
 
-class CsvWriter:
+class CsvWriter(Writer):
     """One file for each number, such as ``Train_Samples_lr.csv``, with the columns step and lr.
 
     DeepSpeed writes the header again at every start; here a file has one.
@@ -150,8 +155,8 @@ class CsvWriter:
 
     name = "csv_monitor"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()  # the script may change its working directory
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder).absolute()  # the script may change its working directory
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, scalars: list[Scalar]) -> None:
@@ -183,9 +188,6 @@ class CsvWriter:
             self._path(name).unlink(missing_ok=True)  # of an earlier test, whose steps would be counted twice
         self.write(report.scalars)
 
-    def close(self) -> None:
-        """Do nothing: no file is open between two writes."""
-
     def _path(self, name: str) -> Path:
         return self._folder / f"{name.replace('/', '_').replace(' ', '_')}.csv"
 
@@ -198,7 +200,7 @@ def _samples(row: str) -> float:
         return math.inf
 
 
-class CometWriter:
+class CometWriter(Writer):
     """An experiment of Comet: each number once in `samples_log_interval` samples, as in DeepSpeed."""
 
     name = "comet"
@@ -226,9 +228,6 @@ class CometWriter:
                 self._last[scalar.name] = scalar.samples
                 self._experiment.log_metric(scalar.name, scalar.value, step=scalar.samples)
 
-    def replace_after(self, samples: int) -> None:
-        """Do nothing: each start is an experiment of its own, and Comet removes no points."""
-
     def write_report(self, report: CurveReport) -> None:
         for scalar in report.scalars:  # all of them: they are few, and counted in steps
             self._experiment.log_metric(scalar.name, scalar.value, step=scalar.samples)
@@ -239,15 +238,11 @@ class CometWriter:
         self._experiment.end()
 
 
-def _csv_writer(config: CsvMonitorConfig) -> CsvWriter:
-    return CsvWriter(Path(config.output_path) / config.job_name)
-
-
 # By section: its writer, and the package that this imports; the extra has the section's name.
-_WRITERS: dict[str, tuple[Any, str | None]] = {
+_WRITERS: dict[str, tuple[Callable[[Any], Writer], str | None]] = {
     "tensorboard": (TensorBoardWriter, "tensorboard"),
     "wandb": (WandbWriter, "wandb"),
-    "csv_monitor": (_csv_writer, None),
+    "csv_monitor": (lambda config: CsvWriter(Path(config.output_path, config.job_name)), None),
     "comet": (CometWriter, "comet_ml"),
 }
 
@@ -258,18 +253,17 @@ def build_writers(config: EngineConfig, *, rank: int) -> list[Writer]:
     Raises:
         EngineError: a package is not installed, which is checked on every rank; or a folder cannot be written to.
     """
-    sections = {name: getattr(config, name) for name in _WRITERS}
-    enabled = {name: section for name, section in sections.items() if section is not None and section.enabled}
-    for name in enabled:
+    sections = {name: section for name in _WRITERS if (section := getattr(config, name)) and section.enabled}
+    for name in sections:
         package = _WRITERS[name][1]
         if package is not None and importlib.util.find_spec(package) is None:
             raise EngineError(f"{name}: it needs {package}; install it with `pip install 'redline[{name}]'`")
-    own = config.redline.log_dir
     if rank:
         return []
+    log_dir = config.redline.log_dir
     try:
-        writers: list[Writer] = [_WRITERS[name][0](section) for name, section in enabled.items()]
-        return writers if own is None else [*writers, CsvWriter(Path(own))]
+        writers = [_WRITERS[name][0](section) for name, section in sections.items()]
+        return writers if log_dir is None else [*writers, CsvWriter(log_dir)]
     except OSError as error:
-        where = error.filename or " or ".join(enabled)
+        where = error.filename or " or ".join(sections)
         raise EngineError(f"monitors: cannot write to {where}: {error.strerror or error}") from error

@@ -87,43 +87,36 @@ def test_validation_losses_reach_the_callbacks() -> None:
     ]
 
 
-def test_a_callback_may_end_the_training_with_an_error() -> None:
-    class Stop(Callback):
-        def on_step(self, engine: Engine) -> None:
-            if engine.global_steps == 2:
-                raise RuntimeError("enough")
+class Stop(Callback):
+    """Raises in one of its methods, once so many steps are done."""
 
-    engine, _ = make_engine()
-    engine.callbacks.append(Stop())
-    with pytest.raises(RuntimeError, match="enough"):
-        train(engine, 5)
-    assert engine.global_steps == 2
+    def __init__(self, method: str, step: int = 1) -> None:
+        self.step = step
+        setattr(self, method, self._raise)
 
-
-def test_the_schedule_follows_a_step_whose_callback_has_raised() -> None:
-    class Stop(Callback):
-        def on_step(self, engine: Engine) -> None:
+    def _raise(self, engine: Engine, *_: Any) -> None:
+        if engine.global_steps == self.step:
             raise RuntimeError("enough")
 
-    engine, _ = make_engine()
-    engine.callbacks.append(Stop())
+
+def stopped(callback: Stop, scale: float = 1.0, **config: Any) -> Engine:
+    engine, _ = make_engine(**config)
+    engine.callbacks.append(callback)
     with pytest.raises(RuntimeError, match="enough"):
-        train(engine, 1)
-    assert (engine.global_steps, engine.get_lr()) == (1, [0.5])
+        train(engine, 5, scale)
+    return engine
+
+
+def test_a_callback_may_end_the_training_with_an_error_and_the_schedule_follows_its_step() -> None:
+    for step, lr in ((1, 0.5), (2, 0.25)):
+        engine = stopped(Stop("on_step", step))
+        assert (engine.global_steps, engine.get_lr()) == (step, [lr])
 
 
 def test_the_loss_scale_follows_a_skipped_step_whose_callback_has_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(Callback):
-        def on_skip(self, engine: Engine, step: int) -> None:
-            raise RuntimeError("enough")
-
     for reads_at_once in (("cpu",), ()):
         monkeypatch.setattr("redline.device._READ_AT_ONCE", reads_at_once)
-        engine, _ = make_engine(fp16=FP16)
-        engine.callbacks.append(Stop())
-        with pytest.raises(RuntimeError, match="enough"):
-            train(engine, 2, scale=1e4)
-        assert engine.loss_scale == 128.0
+        assert stopped(Stop("on_skip"), scale=1e4, fp16=FP16).loss_scale == 128.0
 
 
 # -- those that redline has ------------------------------------------------------------------------------

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspeed import comm
-from deepspeed._client_state import LEFT_OUT, as_data, folder_of_rank_0
-from deepspeed._config import DeepSpeedConfig, Settings, as_deepspeed, deepspeeds_errors
-from deepspeed._modules import not_built
-from deepspeed._names import ENGINE_GETTERS, NOT_BUILT, config_value
-from deepspeed.ops import face_of
+from deepspeed._config import DeepSpeedConfig, raises_as_deepspeed
+from deepspeed._engine_names import ENGINE
+from deepspeed._not_built import ATTRIBUTES, not_built
+from deepspeed._optimizer import face_of
+from deepspeed.zero import ParameterOffload, full_tensor, mark_sharded
 from redline.engine import Engine
 from redline.errors import EngineError
 from redline.log import log
@@ -27,24 +28,51 @@ __all__ = ["DeepSpeedEngine", "engine_of"]
 _engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 
 
+def _counter(name: str) -> property:
+    """A counter of the engine that scripts also set, such as micro_steps = 0 at the start of an epoch."""
+
+    def put(engine: DeepSpeedEngine, value: int) -> None:
+        setattr(engine._counters, name, value)
+        if name == "micro_steps":
+            engine._state.micro_batches = value % engine._state.steps
+
+    return property(getattr(Engine, name).fget, put)
+
+
+@dataclass(slots=True)
+class _LastStep:
+    """What changes at every step, in an object of its own: nn.Module takes a microsecond to set an attribute."""
+
+    steps: int = 0  # the counters before the last step()
+    skipped: int = 0
+    hidden: Any = ()  # parameters and gradients, which are hidden between backward() and the next or step()
+
+
 class DeepSpeedEngine(Engine):
     """Redline's engine with the other names of DeepSpeed's. Names that it does not have are the module's."""
 
-    def _wear_face(self, settings: dict[str, Any]) -> None:
-        self.config: Any = Settings(settings, self.config)
-        self._last = _LastStep(self.zero_optimization_stage())
+    config: Any  # DeepSpeedConfig
+    optimizer: Any  # None, or an optimizer with its face
+    _strategy: Any
+
+    micro_steps = _counter("micro_steps")
+    global_steps = _counter("global_steps")
+    global_samples = _counter("global_samples")
+    skipped_steps = _counter("skipped_steps")
+
+    def wear_face(self, settings: dict[str, Any]) -> None:
+        """Make an engine of Redline's, whose class was changed to this one, work as DeepSpeed's."""
+        zero = self.config.zero_optimization
+        self.config = self._config = DeepSpeedConfig(settings, loaded=self.config)
+        self._last, self._stage = _LastStep(), 0 if zero is None else zero.stage
         self._warned: set[str] = set()
         if self.optimizer is not None:
             self.optimizer.__class__ = face_of(type(self.optimizer))
-            self.__dict__["_optimizer_face"] = self.optimizer
             self.optimizer.deepspeed_engine = weakref.ref(self)
             vars(self.optimizer).pop("zero_grad", None)
-        if self._last.stage < 2:
-            strategy: Any = self._strategy
-            strategy.gradients_unchanged = partial(self._take_changes, strategy.gradients_unchanged)
-        if self.zero_optimization_stage() == 3:
-            from deepspeed.zero import ParameterOffload, mark_sharded
-
+        if self._stage < 2:
+            self._strategy.gradients_unchanged = partial(self._take_changes, self._strategy.gradients_unchanged)
+        if self._stage == 3:
             vars(self.module).pop("zero_grad", None)  # FSDP2's gradients stay, as they are hidden
             mark_sharded(self.module)
             if self.optimizer is not None:
@@ -57,34 +85,27 @@ class DeepSpeedEngine(Engine):
         except AttributeError:
             if name in ("module", "_modules") or name.startswith("__"):
                 raise
-            if name in _METHODS:
-                return partial(_METHODS[name], self)
-            if name in _VALUES:
-                return _VALUES[name](self)
-            if name in ENGINE_GETTERS:
-                return partial(config_value, self.config, name)
+            if name in ENGINE:
+                return ENGINE[name](self)
             module = super().__getattr__("module")
             if hasattr(module, name):
                 return getattr(module, name)
-            if name in NOT_BUILT:
-                return not_built(f"deepspeed.DeepSpeedEngine.{name}", NOT_BUILT[name])
+            if name in ATTRIBUTES:
+                return not_built(f"deepspeed.DeepSpeedEngine.{name}", ATTRIBUTES[name])
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'") from None
 
     # -- training ---------------------------------------------------------------------------------
 
+    @raises_as_deepspeed
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **_: Any) -> Tensor:
         self._show_gradients()
-        try:
-            loss = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        except EngineError as error:
-            raise as_deepspeed(error) from error
+        loss = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         self._hide_gradients()
         return loss
 
     def _hide_gradients(self) -> None:
         """As ZeRO does, whose `.grad` is None after backward(): what scripts do to it has no effect."""
-        stage = self._last.stage
-        if stage > 1 or (stage and self._state.is_boundary()):
+        if self._stage > 1 or (self._stage and self._state.is_boundary()):
             self._last.hidden = hidden = [(param, param.grad) for param in self._strategy.params.model]
             for param, _ in hidden:
                 param.grad = None
@@ -117,27 +138,26 @@ class DeepSpeedEngine(Engine):
         self._hide_gradients()
         return found
 
+    @raises_as_deepspeed
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """As DeepSpeed's: `lr_kwargs` are the arguments of the schedule's step()."""
         assert not self._state.in_no_sync, "It is illegal to call Engine.step() inside no_sync context manager"
         self._show_gradients()
         if not self._state.backwards and self._state.steps == 1 and self.scaler is None:
             self._take_plain_backward()
-        last, counters, schedule = self._last, self._counters, self.lr_scheduler
-        last.steps, last.skipped = counters.global_steps, counters.skipped_steps
-        if lr_kwargs and schedule is not None:
-            self.lr_scheduler = _WithArguments(schedule, lr_kwargs)
+        self._last.steps, self._last.skipped = self._counters.global_steps, self._counters.skipped_steps
+        if not lr_kwargs or self.lr_scheduler is None:
+            super().step()
+            return
+        self.lr_scheduler.step = partial(self.lr_scheduler.step, **lr_kwargs)
         try:
             super().step()
-        except EngineError as error:
-            raise as_deepspeed(error) from error
         finally:
-            if lr_kwargs and schedule is not None:
-                self.lr_scheduler = schedule
+            del self.lr_scheduler.step
 
     def no_sync(self) -> Any:
         """As DeepSpeed's: up to stage 1, and not within itself."""
-        stage = self.zero_optimization_stage()
+        stage = self._stage
         assert stage < 2, f"no_sync context manager is incompatible with ZeRO stage {stage}, which shards gradients"
         assert not self._state.in_no_sync, "no_sync context manager reentry is unsupported"
         return super().no_sync()
@@ -147,7 +167,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def overflowed(self) -> bool:
-        return self.skipped_steps > self._last.skipped
+        return bool(self.skipped_steps > self._last.skipped)
 
     def flush(self) -> bool:
         self._show_gradients()
@@ -161,18 +181,14 @@ class DeepSpeedEngine(Engine):
         state = self._state
         if not state.backwards:
             super().zero_grad(set_to_none)
-            return
-        if not state.pending and not state.micro_batches:
+        elif not state.pending and not state.micro_batches:
             self.drop_update()
-            return
-        self._warn_once("zero_grad() between two micro-batches: as in DeepSpeed it %s; leave it to step()",
-                        "clears the gradients so far" if self._clears_grads else "clears nothing here")  # fmt: skip
-        if self._clears_grads:
-            self._strategy.clear_gradients()
-
-    @property
-    def _clears_grads(self) -> bool:
-        return self.zero_optimization_stage() == 0 and self.precision.compute is torch.float32
+        else:
+            clears = self._stage == 0 and self.precision.compute is torch.float32
+            self._warn_once("zero_grad() between two micro-batches: as in DeepSpeed it %s; leave it to step()",
+                            "clears the gradients so far" if clears else "clears nothing here")  # fmt: skip
+            if clears:
+                self._strategy.clear_gradients()
 
     def _warn_once(self, message: str, *arguments: Any) -> None:
         if message not in self._warned:
@@ -184,31 +200,26 @@ class DeepSpeedEngine(Engine):
 
     # -- checkpoints ------------------------------------------------------------------------------
 
+    @raises_as_deepspeed
     def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """As DeepSpeed's. What in `client_state` is no data is left out with a warning."""
-        state = {key: as_data(value, f"client_state[{key!r}]") for key, value in (client_state or {}).items()}
-        with deepspeeds_errors():
-            return super().save_checkpoint(
-                folder_of_rank_0(str(save_dir or "")), None if tag is None else str(tag),
-                {key: value for key, value in state.items() if value is not LEFT_OUT},
-                save_latest, exclude_frozen_parameters,
-            )  # fmt: skip
+        self, save_dir: str | Path, tag: Any = None, client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
+        """As DeepSpeed's: into rank 0's folder. What in `client_state` is no data is left out with a warning."""
+        return super().save_checkpoint(
+            _folder_of_rank_0(str(save_dir or "")), None if tag is None else str(tag),
+            {} if client_state is None else _as_data(client_state, "client_state"),
+            save_latest, exclude_frozen_parameters,
+        )  # fmt: skip
 
+    @raises_as_deepspeed
     def load_checkpoint(self, load_dir: str | Path, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with deepspeeds_errors():
-            return super().load_checkpoint(load_dir, None if tag is None else str(tag), *args, **kwargs)
+        return super().load_checkpoint(load_dir, None if tag is None else str(tag), *args, **kwargs)
 
     def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False, **_: Any) -> Any:
         """The model's full state dict."""
         state = self.module.state_dict(prefix=prefix, keep_vars=keep_vars)
-        return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+        return {key: full_tensor(value) for key, value in state.items()}
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         """The full model in the dtype of the computation, on rank 0's CPU; None on other ranks. A collective."""
@@ -229,136 +240,67 @@ class DeepSpeedEngine(Engine):
     def save_fp16_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         return self.save_16bit_model(save_dir, save_filename)
 
+    # -- what a script may ask: the rest is in `_engine_names` -----------------------------------
+
     def get_global_grad_norm(self) -> Any:
         """As DeepSpeed's, a tensor in ZeRO, whose item() scripts call."""
         norm = super().get_global_grad_norm()
-        return norm if norm is None or not self._last.stage else torch.tensor(norm)
-
-    # -- what a script may ask: the rest is in _METHODS and _VALUES -------------------------------
+        return norm if norm is None or not self._stage else torch.tensor(norm)
 
     def zero_optimization_stage(self) -> int:
-        zero = self.config.zero_optimization
-        return 0 if zero is None else zero.stage
-
-    def _enabled(self, section: str) -> bool:
-        found = getattr(self.config, section)
-        return found is not None and bool(found.enabled)
-
-    def _params(self, section: str) -> dict[str, Any] | None:
-        return self.config[section].get("params", {}) if section in self.config else None
+        return self._stage
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    @property
-    def _config(self) -> DeepSpeedConfig:
-        return DeepSpeedConfig(self.config)
-
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        if self.device.type != "cpu":
-            self._move_states(torch.device("cpu"))
+        self._move_states(torch.device("cpu"))
 
     def reload_states(self, *args: Any, **kwargs: Any) -> None:
-        if self.device.type != "cpu":
-            self._move_states(self.device)
+        self._move_states(self.device)
 
     def _move_states(self, device: torch.device) -> None:
+        if self.device.type == "cpu":
+            return
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     state[key] = value.to(device, non_blocking=True)
 
 
-def _writable(name: str) -> property:
-    """A counter of the engine that scripts also set, such as micro_steps = 0 at the start of an epoch."""
-
-    def put(engine: DeepSpeedEngine, value: int) -> None:
-        setattr(engine._counters, name, value)
-        if name == "micro_steps":
-            engine._state.micro_batches = value % engine._state.steps
-
-    return property(getattr(Engine, name).fget, put)
+# -- what a script gives to save_checkpoint ------------------------------------------------------------
 
 
-for _name in ("micro_steps", "global_steps", "global_samples", "skipped_steps"):
-    setattr(DeepSpeedEngine, _name, _writable(_name))
+def _folder_of_rank_0(save_dir: str) -> str:
+    """Rank 0's folder, with a warning where this rank's differs."""
+    folders = [save_dir]
+    comm.broadcast_object_list(folders, src=0)
+    if folders[0] != save_dir:
+        log.warning("save_checkpoint: rank 0 saves into %s, this rank gave %s; rank 0's is taken", *folders, save_dir)
+    return folders[0]
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
-    "get_batch_info": lambda self: (
-        self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
-    ),
-    "zero_optimization": lambda self: self.zero_optimization_stage() > 0,
-    "zero_optimization_partition_gradients": lambda self: self.zero_optimization_stage() >= 2,
-    "zero_optimization_partition_weights": lambda self: self.zero_optimization_stage() >= 3,
-    "zero_gather_16bit_weights_on_model_save": lambda self: (
-        self.config.zero_optimization is not None
-        and self.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
-    ),
-    "fp16_enabled": lambda self: self._enabled("fp16"),
-    "bfloat16_enabled": lambda self: self._enabled("bf16"),
-    "torch_autocast_enabled": lambda self: self._enabled("torch_autocast"),
-    "dynamic_loss_scale": lambda self: self.scaler is not None and self.scaler.dynamic,
-    "optimizer_name": lambda self: None if self.config.optimizer is None else self.config.optimizer.type.lower(),
-    "optimizer_params": lambda self: self._params("optimizer"),
-    "scheduler_name": lambda self: None if self.config.scheduler is None else self.config.scheduler.type,
-    "scheduler_params": lambda self: self._params("scheduler"),
-    "get_type": lambda self: [group.get("type") for group in self.optimizer.param_groups],
-    "get_data_types": lambda self: (self.precision.compute, self.precision.accumulate),
-    "wall_clock_breakdown": lambda self: bool(self.config.wall_clock_breakdown),
-    "postscale_gradients": lambda self: not self.config.prescale_gradients,
-    "empty_partition_cache": lambda self: self.reshard(),
-    "get_sequence_parallel_group": lambda self: None,  # sequences are not split
-    "get_data_parallel_rank": lambda self: self.global_rank,
-    "get_model_parallel_rank": lambda self: 0,
-    "get_tensor_parallel_rank": lambda self: 0,
-    "is_first_weights_partition_group": lambda self: self.zero_optimization_stage() >= 3,
-    "clip_fp32_gradients": lambda self: None,  # step() clips
-    "allreduce_gradients": lambda self, *args, **kwargs: None,  # backward() has reduced them
-}  # fmt: skip
-_VALUES: dict[str, Callable[[Any], Any]] = {
-    "dp_world_size": lambda self: self.world_size,
-    "mp_world_size": lambda self: 1,
-    "data_parallel_group": lambda self: comm.get_world_group(),
-    "basic_optimizer": lambda self: self.optimizer,
-    "sparse_tensor_module_names": lambda self: set(),
-    "communication_data_type": lambda self: self.precision.reduce,
-    "mpu": lambda self: None,
-    "has_moe_layers": lambda self: False,
-    "pipeline_parallelism": lambda self: False,
-    "seq_parallel_group": lambda self: None,
-    "inside_no_sync_ctxt": lambda self: self._state.in_no_sync,
-    "tput_timer": lambda self: _THROUGHPUT,
-}
+_NOTHING = object()
 
 
-# The progress line has the throughput; scripts call this at the end of an epoch.
-_THROUGHPUT = SimpleNamespace(update_epoch_count=lambda: None, start=lambda: None, stop=lambda *args, **kwargs: None)
-
-
-class _LastStep:
-    """What changes at every step, in an object of its own: nn.Module takes a microsecond to set an attribute."""
-
-    __slots__ = ("hidden", "skipped", "stage", "steps")
-
-    def __init__(self, stage: int) -> None:
-        self.steps = self.skipped = 0  # the counters before the last step()
-        self.stage = stage
-        self.hidden: Any = ()  # gradients, which are hidden between backward() and the next or step()
-
-
-class _WithArguments:
-    """A schedule whose step() is called with a script's arguments."""
-
-    def __init__(self, schedule: Any, arguments: dict[str, Any]) -> None:
-        self._schedule, self._arguments = schedule, arguments
-
-    def step(self) -> None:
-        self._schedule.step(**self._arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._schedule, name)
+def _as_data(value: Any, where: str) -> Any:
+    """A value as a checkpoint stores it: namespaces are dicts, arrays tensors; functions and objects are left out."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        items = {key: _as_data(each, f"{where}[{key!r}]") for key, each in value.items()}
+        return {key: each for key, each in items.items() if each is not _NOTHING}
+    if isinstance(value, (list, tuple)):
+        return type(value)(each for each in (_as_data(each, where) for each in value) if each is not _NOTHING)
+    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+        return torch.from_numpy(value.copy()) if getattr(value, "ndim", 0) else value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, set)):
+        return value
+    log.warning("%s: a %s is no data, and is not saved", where, type(value).__name__)
+    return _NOTHING
 
 
 def engine_of(param: Tensor) -> DeepSpeedEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = [
     "model_parallel_cuda_manual_seed", "non_reentrant_checkpoint", "reset",
 ]  # fmt: skip
 
+checkpoint = partial(_checkpoint, use_reentrant=True)
+non_reentrant_checkpoint = partial(_checkpoint, use_reentrant=False)
 _configured = False
 
 
@@ -29,14 +32,6 @@ def is_configured() -> bool:
 
 def reset() -> None:
     """Nothing: nothing is kept between steps."""
-
-
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    return _checkpoint(function, *args, use_reentrant=True)
-
-
-def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    return _checkpoint(function, *args, use_reentrant=False)
 
 
 class CheckpointFunction:
@@ -68,47 +63,46 @@ class CudaRNGStatesTracker:
         """Begin a state from a seed."""
         if name in self.states_:
             raise Exception(f"cuda rng state {name} already exists")
-        before = _get()
+        before = _get_rng_state()
         torch.manual_seed(seed)
-        self.states_[name] = _get()
-        _set(before)
+        self.states_[name] = _get_rng_state()
+        _set_cuda_rng_state(before)
 
     @contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
         """Draw from a state within this block."""
         if name not in self.states_:
             raise Exception(f"cuda rng state {name} is not added")
-        before = _get()
-        _set(self.states_[name])
+        before = _get_rng_state()
+        _set_cuda_rng_state(self.states_[name])
         try:
             yield
         finally:
-            self.states_[name] = _get()
-            _set(before)
+            self.states_[name] = _get_rng_state()
+            _set_cuda_rng_state(before)
 
 
-def _get() -> torch.Tensor:
+def _get_rng_state() -> torch.Tensor:
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
 
 
-def _set(state: torch.Tensor, device: int = -1) -> None:
+def _set_cuda_rng_state(state: torch.Tensor, device: int = -1) -> None:
     torch.cuda.set_rng_state(state) if torch.cuda.is_available() else torch.set_rng_state(state)
 
 
-_tracker = _CUDA_RNG_STATE_TRACKER = CudaRNGStatesTracker()
+_CUDA_RNG_STATE_TRACKER = CudaRNGStatesTracker()
 _MODEL_PARALLEL_RNG_TRACKER_NAME = "model-parallel-rng"
-_set_cuda_rng_state = _set
 
 
 def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
-    return _tracker
+    return _CUDA_RNG_STATE_TRACKER
 
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
     """Seed this process and the tracker's default state."""
-    _tracker.reset()
+    _CUDA_RNG_STATE_TRACKER.reset()
     torch.manual_seed(seed)
-    _tracker.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + 2718)
+    _CUDA_RNG_STATE_TRACKER.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + 2718)
 
 
 model_parallel_reconfigure_tp_seed = model_parallel_cuda_manual_seed

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from deepspeed._modules import not_built
+from deepspeed._not_built import not_built
+
+__path__: list[str] = []  # a package in DeepSpeed: `_paths` finds what is in it
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -74,55 +76,47 @@ def configure(*args: Any, **kwargs: Any) -> None:
     """Nothing: a config's section `comms_logger` has its settings."""
 
 
-def log_summary(*args: Any, **kwargs: Any) -> None:
-    """Nothing: a config's section `comms_logger` logs collectives."""
+log_summary = configure  # a config's section `comms_logger` logs collectives
+comms_logger = SimpleNamespace(enabled=False, comms_dict={})
 
-
-def _copy_first(output: Any, value: Any, *args: Any, **kwargs: Any) -> None:
-    """What a collective of one rank comes to, into a list or a tensor."""
-    if isinstance(output, list) and isinstance(value, torch.Tensor):
-        output[0].copy_(value)
-    elif isinstance(output, list):
-        output[0] = value[0] if isinstance(value, list) else value
-    else:
-        output.copy_((value[0] if isinstance(value, list) else value).view_as(output))
-
-
-_ALONE: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(
-        ("all_reduce", "reduce", "broadcast", "barrier", "monitored_barrier", "broadcast_object_list"),
-        lambda *args, **kwargs: None,
-    ),
-    **dict.fromkeys(
-        ("all_gather", "all_gather_object", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
-         "all_to_all_single", "scatter"),
-        _copy_first,
-    ),
-}  # fmt: skip
-# DeepSpeed's other names, and what is true of every torch that Redline runs on.
+# Collectives, which without a group are those of one rank: nothing, or a copy of the input to the first output.
+_IN_PLACE = {"all_reduce", "reduce", "broadcast", "barrier", "monitored_barrier", "broadcast_object_list"}
+_COPIES = {"all_gather", "all_gather_object", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
+           "all_to_all_single", "scatter"}  # fmt: skip
 _ALIASES = {"allgather_fn": "all_gather_into_tensor", "reduce_scatter_fn": "reduce_scatter_tensor",
             "inference_all_reduce": "all_reduce"}  # fmt: skip
-_TRUE = ("has_all_gather_into_tensor", "has_reduce_scatter_tensor", "has_coalescing_manager",
-         "has_all_reduce_coalesced")  # fmt: skip
-_NOT_BUILT = ("TorchBackend", "CCLBackend", "mpi_discovery", "patch_aml_env_for_torch_nccl_backend",
-              "initialize_mesh_device", "timed_op")  # fmt: skip
-comms_logger = SimpleNamespace(enabled=False, comms_dict={})  # the config's section `comms_logger` has the engine's
-_OWN_OPTIONS = ("prof", "log_name", "debug")  # of DeepSpeed's wrappers
+# True of every torch that Redline runs on.
+_TRUE = {"has_all_gather_into_tensor", "has_reduce_scatter_tensor", "has_coalescing_manager",
+         "has_all_reduce_coalesced"}  # fmt: skip
+_NOT_BUILT = {"TorchBackend", "CCLBackend", "mpi_discovery", "patch_aml_env_for_torch_nccl_backend",
+              "initialize_mesh_device", "timed_op"}  # fmt: skip
 
 
-def _call(name: str, *args: Any, **kwargs: Any) -> Any:
-    kwargs = {key: value for key, value in kwargs.items() if key not in _OWN_OPTIONS}
-    return getattr(dist, name)(*args, **kwargs) if is_initialized() else _ALONE[name](*args, **kwargs)
+def _collective(name: str, *args: Any, prof: Any = None, log_name: Any = None, debug: Any = None, **kwargs: Any) -> Any:
+    if is_initialized():
+        return getattr(dist, name)(*args, **kwargs)
+    return _copy(*args, **kwargs) if name in _COPIES else None
+
+
+def _copy(output: Any, value: Any, *args: Any, **kwargs: Any) -> None:
+    if isinstance(value, list):
+        value = value[0]
+    if not isinstance(output, list):
+        output.copy_(value.view_as(output))
+    elif isinstance(value, torch.Tensor):
+        output[0].copy_(value)
+    else:
+        output[0] = value
 
 
 def __getattr__(name: str) -> Any:
+    name = _ALIASES.get(name, name)
+    if name in _IN_PLACE or name in _COPIES:
+        return partial(_collective, name)
     if name in _TRUE:
         return lambda: True
     if name in _NOT_BUILT:
         return not_built(f"deepspeed.comm.{name}", "use torch.distributed")
-    name = _ALIASES.get(name, name)
-    if name in _ALONE:
-        return lambda *args, **kwargs: _call(name, *args, **kwargs)
     if not name.startswith("__") and hasattr(dist, name):
         return getattr(dist, name)
     raise AttributeError(f"module 'deepspeed.comm' has no attribute {name!r}")

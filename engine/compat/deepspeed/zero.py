@@ -6,7 +6,7 @@ import enum
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,34 +15,17 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 from redline.errors import EngineError
+from redline.optimizers.state import local_tensor
 
-__all__ = [
-    "GatheredParameters", "Init", "ZeroParamStatus", "ZeroParamType", "mark_sharded", "register_external_parameter",
-    "unregister_external_parameter",
-]  # fmt: skip
+__all__ = ["GatheredParameters", "Init", "ZeroParamStatus", "ZeroParamType", "mark_sharded"]
 
 
-class ZeroParamStatus(enum.Enum):
-    """Whether a parameter is full on this rank."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
-
-
-class ZeroParamType(enum.Enum):
-    """How a parameter is divided."""
-
-    NORMAL = 1
-    PARTITIONED = 2
-    REMOTE = 3
+ZeroParamStatus = enum.Enum("ZeroParamStatus", "AVAILABLE NOT_AVAILABLE INFLIGHT")  # whether a parameter is full here
+ZeroParamType = enum.Enum("ZeroParamType", "NORMAL PARTITIONED REMOTE")
 
 
 class Init:
-    """A context in which a script makes its model. Nothing is sharded in it: `deepspeed.initialize` does that.
-
-    With a `module` it is left as it is.
-    """
+    """A context in which a script makes its model. Nothing is sharded in it: `deepspeed.initialize` does that."""
 
     def __init__(self, module: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         pass
@@ -70,13 +53,12 @@ def mark_sharded(module: nn.Module) -> None:
 
     for param in module.parameters():
         if not hasattr(param, "ds_id"):
-            marks: Any = param
-            marks.ds_id, marks.ds_numel, marks.ds_shape = next(_ids), param.numel(), param.shape
-            marks.ds_persist = not is_sharded(param)
-            marks.ds_status = ZeroParamStatus.AVAILABLE if marks.ds_persist else ZeroParamStatus.NOT_AVAILABLE
-            marks.ds_tensor = getattr(param, "_local_tensor", param).detach()
-            marks.all_gather = marks.partition = _nothing
-            marks.ds_active_sub_modules = set()
+            is_full, marks = not is_sharded(param), vars(param)
+            marks.update(ds_id=next(_ids), ds_numel=param.numel(), ds_shape=param.shape, ds_persist=is_full)
+            marks["ds_status"] = ZeroParamStatus.AVAILABLE if is_full else ZeroParamStatus.NOT_AVAILABLE
+            marks["ds_tensor"] = local_tensor(param).detach()
+            marks["all_gather"] = marks["partition"] = _nothing
+            marks["ds_active_sub_modules"] = set()
     for param, full in gathered_params(module):  # what a forward meets
         full.__dict__.update(vars(param), ds_status=ZeroParamStatus.AVAILABLE)
 
@@ -84,16 +66,14 @@ def mark_sharded(module: nn.Module) -> None:
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
-def _no_params() -> tuple[Tensor, ...]:
-    return ()
-
-
 class ParameterOffload:
     """DeepSpeed's hooks that gather parameters, which TRL takes away while a model generates. There are none here."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self.forward_hooks, self.backward_hooks = module, [], []
-        module.ds_external_parameters = _no_params
+        self.module = module
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+        module.ds_external_parameters = tuple  # which, called, is none
 
     def _register_deepspeed_module(self, module: nn.Module) -> None: ...
 
@@ -105,14 +85,15 @@ def _full_class() -> type[Tensor]:
 
     class Full(Tensor):
         __slots__ = DTensor.__slots__
-        __torch_function__ = torch._C._disabled_torch_function_impl
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
         _is_param = True  # for nn.Parameter's isinstance
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+            param: Any = nn.Parameter(self.detach(), self.requires_grad)
+            return param.__reduce_ex__(protocol)
 
     return Full
 
@@ -134,7 +115,7 @@ class GatheredParameters:
             params = params.parameters()
         elif isinstance(params, Tensor):
             params = [params]
-        self.params = [each for each in dict.fromkeys(params) if is_sharded(each)] if enabled else []
+        self.params: list[Any] = [each for each in dict.fromkeys(params) if is_sharded(each)] if enabled else []
         self._modifier = modifier_rank
         self._sharded: list[Any] = []
 
@@ -143,9 +124,8 @@ class GatheredParameters:
         for param in self.params:
             full: Any = param.full_tensor().detach().as_subclass(_full_class()).requires_grad_(param.requires_grad)
             full.__dict__.update(vars(param), ds_status=ZeroParamStatus.AVAILABLE)
-            swap_tensors(param, full)
-            full_param: Any = param
-            full_param._local_tensor = full._local_tensor  # a forward in the block, such as of generate, gathers it
+            swap_tensors(param, full)  # type: ignore[no-untyped-call]
+            param._local_tensor = full._local_tensor  # a forward in the block, such as of generate, gathers it
             self._sharded.append(full)
         return self.params
 
@@ -154,7 +134,8 @@ class GatheredParameters:
         for param, sharded in zip(self.params, self._sharded):
             del param._local_tensor
             try:
-                swap_tensors(param, sharded)  # `sharded` has the full values now
+                # `sharded` has the full values then.
+                swap_tensors(param, sharded)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
                 raise EngineError(
                     "GatheredParameters: a forward in the block has left a graph that holds its parameters; use "
@@ -179,12 +160,11 @@ def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
     """Nothing: a parameter is gathered with the module that owns it."""
 
 
-def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing, as :func:`register_external_parameter`."""
+unregister_external_parameter = register_external_parameter
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def shard_like(value: Tensor, target: Any) -> Tensor:
@@ -195,3 +175,37 @@ def shard_like(value: Tensor, target: Any) -> Tensor:
 
     value = value.to(target.device, target.dtype).contiguous()
     return distribute_tensor(value, target.device_mesh, target.placements).to_local()
+
+
+# -- how much memory a stage needs, for a model and for numbers of parameters ---------------------------------
+
+
+def _print_needs(stage: int, elements: Any, num_gpus_per_node: int, num_nodes: int) -> None:
+    from redline.distributed.memory_estimate import Bytes, estimate, shown
+
+    ranks = num_gpus_per_node * num_nodes
+    held = estimate(elements, Bytes(computed=2), ranks)[stage]
+    print(f"ZeRO stage {stage} on {ranks} ranks, bf16 with Adam: {shown(held.most)} per rank, without activations")
+
+
+def _live(stage: int, model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, *_: Any, **__: Any) -> None:
+    from redline.distributed.blocks import find_blocks
+    from redline.distributed.memory_estimate import count
+
+    _print_needs(stage, count(model, find_blocks(model), low=True), num_gpus_per_node, num_nodes)
+
+
+def _cold(
+    stage: int, total_params: int, largest_layer_params: int = 0, num_gpus_per_node: int = 1, num_nodes: int = 1,
+    *_: Any, **__: Any,
+) -> None:  # fmt: skip
+    from redline.distributed.memory_estimate import Elements
+
+    elements = Elements(total_params, rest=largest_layer_params, largest=largest_layer_params)
+    _print_needs(stage, elements, num_gpus_per_node, num_nodes)
+
+
+estimate_zero2_model_states_mem_needs_all_live = partial(_live, 2)
+estimate_zero2_model_states_mem_needs_all_cold = partial(_cold, 2)
+estimate_zero3_model_states_mem_needs_all_live = partial(_live, 3)
+estimate_zero3_model_states_mem_needs_all_cold = partial(_cold, 3)

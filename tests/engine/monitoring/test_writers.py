@@ -310,31 +310,24 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_training(section: str, 
         make_engine(**{section: {"enabled": True, "output_path": str(tmp_path / "file")}})
 
 
-def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_event_files_and_shows_each_step_of_a_resumed_run_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    writer = TensorBoardWriter(TensorBoardConfig(enabled=True, output_path=str(tmp_path), job_name="job"))
-    writer.write(POINTS)
-    writer.close()
-    events = read_tensorboard(tmp_path / "job")
-    tags = events.Tags()["scalars"]
-    assert {tag: [(each.step, round(each.value, 6)) for each in events.Scalars(tag)] for tag in tags} == {
-        "Train/Samples/train_loss": [(4, 0.5), (8, 0.25)],
-        "Train/Samples/lr": [(4, 0.01), (8, 0.02)],
-    }
 
+    def points(name: str) -> list[tuple[int, float]]:
+        return [(each.step, round(each.value, 6)) for each in read_tensorboard(tmp_path / "job").Scalars(name)]
 
-def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     config = TensorBoardConfig(enabled=True, output_path=str(tmp_path), job_name="job")
     first = TensorBoardWriter(config)
     first.write(POINTS)
     first.close()
+    assert read_tensorboard(tmp_path / "job").Tags()["scalars"] == ["Train/Samples/train_loss", "Train/Samples/lr"]
+    assert points("Train/Samples/lr") == [(4, 0.01), (8, 0.02)]
+    assert points("Train/Samples/train_loss") == [(4, 0.5), (8, 0.25)]
     resumed = TensorBoardWriter(config)
     resumed.replace_after(4)
     resumed.write([Scalar("Train/Samples/train_loss", 0.75, 8)])
     resumed.close()
-    losses = read_tensorboard(tmp_path / "job").Scalars("Train/Samples/train_loss")
-    assert [(each.step, each.value) for each in losses] == [(4, 0.5), (8, 0.75)]
+    assert points("Train/Samples/train_loss") == [(4, 0.5), (8, 0.75)]
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own
