@@ -8,7 +8,6 @@ a script does to the optimizer's groups, to `requires_grad` and to the weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from redline.distributed.sharding import Sharding
 from redline.optimizers.state import move_state
 
-__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "sum_of_bits"]
+__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "is_expanded", "sum_of_bits"]
 
 # Read for every parameter at every step: `map` over a getter takes half the time of a list comprehension.
 _requires_grad = attrgetter("requires_grad")
@@ -80,27 +79,25 @@ class MasterParams:
         """
         versions = [param._version for param in self._model]
         addresses = [param.data_ptr() for param in self._model]
-        changed: set[int] = set()
-        if versions != self._versions or addresses != self._addresses:
-            both = zip(zip(versions, addresses), zip(self._versions, self._addresses))
-            changed = {index for index, (now, then) in enumerate(both) if now != then}
-        if self._compare_values:
-            self._compare_values = False
-            self._adopt(range(len(self._model)), changed)
-        elif changed:
-            self._adopt(changed, changed)
+        compares, self._compare_values = self._compare_values, False
+        if versions == self._versions and addresses == self._addresses and not compares:
+            return
+        marks = zip(versions, self._versions, addresses, self._addresses)
+        for (version, old_version, address, old_address), param in zip(marks, self._model):
+            changed = version != old_version or address != old_address
+            if changed or compares:
+                self._adopt(param, changed=changed)
+        self._record_marks()
 
     @torch.no_grad()
-    def _adopt(self, indices: Iterable[int], changed: set[int]) -> None:
-        for index in indices:
-            param, master = self._model[index], self._masters[index]
-            local, value = self._local(master, param)
-            value = value.to(local.device)
-            same = local.to(value.dtype) == value
-            if local is not master and index in changed:
-                self._record_write(param, same)
-            torch.where(same, local, value.to(local.dtype), out=local)
-        self._record_marks()
+    def _adopt(self, param: Tensor, *, changed: bool) -> None:
+        master = self.of[param]
+        local, value = self._local(master, param)
+        value = value.to(local.device)
+        same = local.to(value.dtype) == value
+        if local is not master and changed:
+            self._record_write(param, same)
+        torch.where(same, local, value.to(local.dtype), out=local)
 
     def _local(self, master: Any, param: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of a master param, and the same part of its model parameter."""
@@ -135,7 +132,7 @@ class MasterParams:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Write the master params into the model; with sharded ones, gather them from all ranks."""
+        """Copy the master params to the model; with sharded ones, gather them from all ranks."""
         targets, sources = self._model, self._masters
         if self.sharding is not None:
             targets, sources = self.sharding.gather(self._model, self._masters)
@@ -144,21 +141,18 @@ class MasterParams:
         if self._rounded:
             self.copy_from_model()
         else:
-            self._record_versions()  # a copy in place changes no address
+            self._versions = [param._version for param in self._model]  # a copy in place changes no address
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
-        """Write the model's parameters into the master params."""
+        """Copy the model's parameters to the master params."""
         for param, master in self.of.items():
             local, value = self._local(master, param)
             local.copy_(value)
         self._record_marks()
 
-    def _record_versions(self) -> None:
-        self._versions = [param._version for param in self._model]
-
     def _record_marks(self) -> None:
-        self._record_versions()
+        self._versions = [param._version for param in self._model]
         self._addresses = [param.data_ptr() for param in self._model]
 
 
@@ -260,15 +254,13 @@ class TrainedParams:
         flags = list(map(_requires_grad, self._followed))
         if flags == self._flags and not groups_changed:
             return False
-        self._flags = flags
-        of: dict[Tensor, Tensor] = {}
+        self.model = self.updated = [param for param in self._grouped if param.requires_grad]
         if self.masters is not None:
             self._make_masters(self.masters)
-            of = self.masters.of
-        self.model = [param for param in self._grouped if param.requires_grad]
-        self.updated = [of.get(param, param) for param in self.model]
+            self.updated = [self.masters.of[param] for param in self.model]
         grouped = {id(param) for param in self._grouped}
         self.others = [param for param in self._followed if param.requires_grad and id(param) not in grouped]
+        self._flags = flags  # last, so that an interrupted refresh is made again
         return True
 
     def _read_groups(self) -> None:
@@ -310,11 +302,16 @@ def broadcast_from_rank_0(tensors: list[Tensor], world_size: int) -> None:
     if world_size == 1:
         return
     for tensor in tensors:
-        # gloo ignores strides, and an expanded tensor can't be written to.
-        data = tensor.detach().contiguous()
+        data = tensor.detach().contiguous()  # gloo ignores strides
         dist.broadcast(torch.view_as_real(data) if data.is_complex() else data, 0)
-        if data.data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():
-            if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
-                tensor.data = data
-            else:
-                tensor.detach().copy_(data)
+        if is_expanded(tensor):
+            tensor.data = data
+        elif data.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(data)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that torch cannot write to the tensor."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
