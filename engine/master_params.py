@@ -39,8 +39,6 @@ class MasterParams:
         self.of: dict[Tensor, Tensor] = {}  # the master param of each model parameter that has one, or had when frozen
         self.sharding = sharding
         self._dtype, self._rounded = dtype, rounded
-        self._model: list[Tensor] = []  # keys and values of `of`
-        self._masters: list[Tensor] = []
         # Versions and addresses of the model's parameters when they were last equal to their master params.
         self._versions: list[int] = []
         self._addresses: list[int] = []
@@ -50,7 +48,7 @@ class MasterParams:
     def take_over(self, param: Tensor, optimizer: Optimizer) -> Tensor:
         """A model parameter's master param, made from its value where there is none; it gets the optimizer's state.
 
-        :meth:`refresh` must follow.
+        :meth:`adopt_writes` must come before, and :meth:`record_marks` after it.
         """
         shard = self.sharding.shard_of if self.sharding is not None and self.sharding.divides(param) else None
         if param not in self.of:
@@ -58,12 +56,6 @@ class MasterParams:
             self.of[param] = nn.Parameter(value.clone() if shard is None else shard(value))
         move_state(optimizer, param, self.of[param], shard=shard)
         return self.of[param]
-
-    def refresh(self) -> None:
-        """Follow master params that were added."""
-        self.adopt_writes()  # with the lists of before
-        self._model, self._masters = list(self.of), list(self.of.values())
-        self._record_marks()
 
     def compare_values(self) -> None:
         """Let the next :meth:`adopt_writes` compare values, since some writes do not change a tensor's version."""
@@ -77,17 +69,17 @@ class MasterParams:
         one of a fused optimizer, changes neither. It is found when values are compared: at `train()`, at `eval()`, and
         when a checkpoint is saved.
         """
-        versions = [param._version for param in self._model]
-        addresses = [param.data_ptr() for param in self._model]
+        versions = [param._version for param in self.of]
+        addresses = [param.data_ptr() for param in self.of]
         compares, self._compare_values = self._compare_values, False
         if versions == self._versions and addresses == self._addresses and not compares:
             return
         marks = zip(versions, self._versions, addresses, self._addresses)
-        for (version, old_version, address, old_address), param in zip(marks, self._model):
+        for (version, old_version, address, old_address), param in zip(marks, self.of):
             changed = version != old_version or address != old_address
             if changed or compares:
                 self._adopt(param, changed=changed)
-        self._record_marks()
+        self.record_marks()
 
     @torch.no_grad()
     def _adopt(self, param: Tensor, *, changed: bool) -> None:
@@ -133,15 +125,15 @@ class MasterParams:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Copy the master params to the model; with sharded ones, gather them from all ranks."""
-        targets, sources = self._model, self._masters
+        targets, sources = list(self.of), list(self.of.values())
         if self.sharding is not None:
-            targets, sources = self.sharding.gather(self._model, self._masters)
+            targets, sources = self.sharding.gather(targets, sources)
         if targets:
             torch._foreach_copy_(targets, sources)
         if self._rounded:
             self.copy_from_model()
         else:
-            self._versions = [param._version for param in self._model]  # a copy in place changes no address
+            self._versions = [param._version for param in self.of]  # a copy in place changes no address
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
@@ -149,11 +141,12 @@ class MasterParams:
         for param, master in self.of.items():
             local, value = self._local(master, param)
             local.copy_(value)
-        self._record_marks()
+        self.record_marks()
 
-    def _record_marks(self) -> None:
-        self._versions = [param._version for param in self._model]
-        self._addresses = [param.data_ptr() for param in self._model]
+    def record_marks(self) -> None:
+        """Take the model's parameters as equal to their master params."""
+        self._versions = [param._version for param in self.of]
+        self._addresses = [param.data_ptr() for param in self.of]
 
 
 class _StateByParam(defaultdict[Tensor, Any]):
@@ -255,8 +248,8 @@ class TrainedParams:
         if flags == self._flags and not groups_changed:
             return False
         self.model = self.updated = [param for param in self._grouped if param.requires_grad]
-        if self.masters is not None:
-            self._make_masters(self.masters)
+        if self.masters is not None and self._optimizer is not None:
+            self._make_masters(self.masters, self._optimizer)
             self.updated = [self.masters.of[param] for param in self.model]
         grouped = {id(param) for param in self._grouped}
         self.others = [param for param in self._followed if param.requires_grad and id(param) not in grouped]
@@ -275,16 +268,16 @@ class TrainedParams:
             broadcast_from_rank_0(new, self._world_size)
         self._known |= {id(param) for param in new}
 
-    def _make_masters(self, masters: MasterParams) -> None:
+    def _make_masters(self, masters: MasterParams, optimizer: Optimizer) -> None:
         """Put master params into the groups, in the place of the model's parameters that train."""
-        for group in self._groups:
+        masters.adopt_writes()
+        for group in optimizer.param_groups:
             for index, param in enumerate(group["params"]):
                 # A frozen parameter has no master param, and costs no memory, until it is unfrozen.
                 if id(param) in self._known and param.requires_grad:
-                    assert self._optimizer is not None
-                    group["params"][index] = masters.take_over(param, self._optimizer)
+                    group["params"][index] = masters.take_over(param, optimizer)
                     self.all.append(group["params"][index])
-        masters.refresh()
+        masters.record_marks()
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
