@@ -62,7 +62,7 @@ def comparisons(machine: Machine, quick: bool) -> Iterator[Comparison]:
         yield comparison(
             f"MLP 64-64-10, batch 8, one thread, {'clipped at 1' if clip else 'not clipped'}",
             {"overhead"},
-            ("by hand, again", "Redline", "Redline, recording", *_PEERS),
+            ("by hand, again", "Redline", "Redline, recording", "Redline, as deepspeed", *_PEERS),
             workload="MLP 64-64-10",
             clip=clip,
         )

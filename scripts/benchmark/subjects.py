@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +110,18 @@ def redline(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> St
     return _driven(engine, task, loss_of, batches)
 
 
+def as_deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
+    """Our engine under DeepSpeed's names, as `redline run` has scripts import them."""
+    import redline
+
+    sys.path.insert(0, str(Path(redline.__file__).parent / "compat"))
+    import deepspeed
+
+    assert deepspeed.__redline__
+    engine, *_ = deepspeed.initialize(model=model, config={**_config(task), "steps_per_print": 10**9})
+    return _driven(engine, task, loss_of, batches)
+
+
 def deepspeed(task: Task, model: nn.Module, loss_of: Loss, batches: Batches) -> Step:
     """DeepSpeed with torch's fused AdamW: its own would first be compiled, and is slower where it was."""
     import deepspeed
@@ -197,6 +211,7 @@ BUILDERS: dict[str, Callable[[Task, nn.Module, Loss, Batches], Step]] = {
     "by hand, fp32 master params": by_hand_with_fp32_params,
     "Redline": redline,
     "Redline, recording": redline,
+    "Redline, as deepspeed": as_deepspeed,
     "DeepSpeed": deepspeed,
     **{f"Redline, ZeRO {stage}": redline for stage in (1, 2, 3)},
     **{f"DeepSpeed, ZeRO {stage}": deepspeed for stage in (1, 2, 3)},

@@ -14,6 +14,7 @@ SUBJECTS = {  # and the module that each imports
     "by hand, fp32 master params": "torch",
     "Redline": "engine",
     "Redline, recording": "engine",
+    "Redline, as deepspeed": "engine",
     **{f"Redline, ZeRO {stage}": "engine" for stage in (1, 2, 3)},
     "DeepSpeed": "deepspeed",
     **{f"DeepSpeed, ZeRO {stage}": "deepspeed" for stage in (1, 2, 3)},
