@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -64,8 +63,10 @@ class InputCasts:
         try:
             if count < _WATCHED_FORWARDS:
                 return self._call_watched(args, kwargs, kind, count)
-            with self._watch if self._watches_always else nullcontext():
-                return self._module(*args, **kwargs)
+            if self._watches_always:
+                with self._watch:
+                    return self._module(*args, **kwargs)
+            return self._module(*args, **kwargs)
         except BaseException:  # an interrupt ends a forward without its hooks
             while torch._C._len_torch_function_stack() > depth:
                 torch.overrides._pop_mode()  # type: ignore[no-untyped-call]

@@ -27,6 +27,8 @@ __all__ = ["SCHEDULED", "ScheduleStart", "ScheduleState", "load_portable", "port
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
 
 _PLAIN = frozenset((float, int, bool, str, type(None)))
+_FIXED = _PLAIN | {tuple}  # settings of these types are never written in place
+_MISSING = object()
 _NESTED = "nested schedules"  # key of `portable_state`
 _REMADE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, partial, nn.Module, Optimizer)
 
@@ -48,14 +50,15 @@ class ScheduleState:
                         self._memo[id(each)] = each
         # The attributes and not the `state_dict`: what a script's `load_state_dict` does only the script knows.
         self._saved = self._copies([_attributes(part) for part in self._parts])
-        self.groups = [
-            {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        self._groups = [
+            {key: value if type(value) in _FIXED else _copied(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
         ]
 
     def restore(self) -> None:
         """Restore everything, any number of times; a learning rate that is a tensor keeps its identity."""
         self.restore_schedule()
-        for index, (group, saved) in enumerate(zip(self._optimizer.param_groups, self.groups)):
+        for index, (group, saved) in enumerate(zip(self._optimizer.param_groups, self._groups)):
             for key in (group.keys() | saved.keys()) - {"params"}:
                 self.restore_setting(index, key)
 
@@ -73,7 +76,7 @@ class ScheduleState:
 
     def restore_setting(self, index: int, key: str) -> None:
         """Restore a setting of a group; one that it did not have is removed."""
-        group, saved = self._optimizer.param_groups[index], self.groups[index]
+        group, saved = self._optimizer.param_groups[index], self._groups[index]
         if key not in saved:
             group.pop(key, None)
         elif isinstance(now := group.get(key), Tensor) and isinstance(saved[key], (Tensor, float, int)):
@@ -151,36 +154,35 @@ def step_undoably(schedule: Any, optimizer: Optimizer) -> Callable[[], None]:
     state, before = ScheduleState(schedule, optimizer), _settings(optimizer)
     schedule.step()
     after = _settings(optimizer)
-    written = _written(before, after)
 
     def undo() -> None:
-        since = set(_written(after, _settings(optimizer)))
+        written, since = _written(before, after), _written(after, _settings(optimizer))
         state.restore_schedule()
-        for index, key in written:
-            if (index, key) not in since:
-                state.restore_setting(index, key)
+        for index, key in written - since:
+            state.restore_setting(index, key)
 
     return undo
 
 
-_Settings = dict[tuple[int, str], tuple[Any, int | None]]
+_Settings = tuple[list[dict[str, Any]], dict[int, int]]
 
 
 def _settings(optimizer: Optimizer) -> _Settings:
-    """The groups' settings by group and name, each with its version, which a write into a tensor changes."""
-    return {
-        (index, key): (value, value._version if isinstance(value, Tensor) else None)
-        for index, group in enumerate(optimizer.param_groups)
-        for key, value in group.items()
-        if key != "params"
-    }
+    """The groups' settings, and the versions of those that are tensors, which writes in place change."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    tensors = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
+    return groups, {id(value): value._version for value in tensors}
 
 
-def _written(before: _Settings, after: _Settings) -> list[tuple[int, str]]:
-    """Which settings were assigned, written in place, added or removed in between."""
-    absent = (None, -1)
-    pairs = [(key, before.get(key, absent), after.get(key, absent)) for key in before.keys() | after.keys()]
-    return [key for key, then, now in pairs if now[0] is not then[0] or now[1] != then[1]]
+def _written(before: _Settings, after: _Settings) -> set[tuple[int, str]]:
+    """Which settings, by group and name, were assigned, written in place, added or removed in between."""
+    found = set()
+    for index, (then, now) in enumerate(zip(before[0], after[0])):
+        for key in (then.keys() | now.keys()) - {"params"}:
+            value = now.get(key, _MISSING)
+            if value is not then.get(key, _MISSING) or before[1].get(id(value)) != after[1].get(id(value)):
+                found.add((index, key))
+    return found
 
 
 def portable_state(schedule: Any) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def _attributes(part: Any) -> dict[str, Any]:
 
 
 def _copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    if type(value) in _PLAIN or (type(value) is tuple and all(type(each) in _PLAIN for each in value)):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.detach().clone()
