@@ -41,7 +41,7 @@ class AccumulationState:
         self.no_graph = False  # whether a loss on this rank had no graph, which is reported when the ranks reduce
         self.shown_exception: object = None  # the last exception that Python had shown at the last backward
         self.loss: Tensor | None = None  # the sum of the backwards' losses, on the device, in fp32 or wider
-        self._divided = 0  # backwards whose loss was divided by `steps`
+        self.divided = 0  # backwards whose loss was divided by `steps`
 
     def is_boundary(self) -> bool:
         """Whether the current micro-batch is the last one of its optimizer step; see `Engine`."""
@@ -55,7 +55,7 @@ class AccumulationState:
             loss = loss.float()
         self.loss = loss if self.loss is None else self.loss + loss
         self.backwards += 1
-        self._divided += divided
+        self.divided += divided
         self.pending = not self.in_no_sync
 
     def end_micro_batch(self) -> bool:
@@ -71,15 +71,6 @@ class AccumulationState:
         if not self.managed or not self.backwards:
             return self.backwards
         return max(self.micro_batches + self.pending, 1)
-
-    @property
-    def scaling(self) -> str:
-        """Who has divided the losses so far: "engine", "script", "both", or "none" before the first backward."""
-        if self.backwards == 0:
-            return "none"
-        if self._divided == 0:
-            return "script"
-        return "engine" if self._divided == self.backwards else "both"
 
 
 class Accumulation:
@@ -112,14 +103,7 @@ class Accumulation:
             )
         if self._strategy.gradients_unchanged():
             return
-        if self.state.backwards:
-            raise EngineError(
-                f"{method}: gradients of the current accumulation were changed since the last engine.backward(): "
-                "cleared by zero_grad(), added to by a plain loss.backward(), or written into; call "
-                "engine.backward(loss) for every loss and leave clearing to engine.step(), or begin the accumulation "
-                "anew with engine.drop_update()"
-            )
-        raise EngineError(_FOREIGN_GRADIENTS.format(method))
+        raise EngineError((_CHANGED_GRADIENTS if self.state.backwards else _FOREIGN_GRADIENTS).format(method))
 
     def refresh_params(self, method: str) -> None:
         """Follow changes of which parameters train.
@@ -175,13 +159,15 @@ class Accumulation:
         if self.state.reached and gradients:
             return gradients
         self.reset()
+        if not self._strategy.params.model:
+            raise EngineError(
+                "step: none of the optimizer's parameters requires gradients now, so that there is nothing to train; "
+                "thaw some with requires_grad_(True)"
+            )
         raise EngineError(
             f"step: no loss has reached any of the {len(self._strategy.params.model)} parameters that train, on any "
             "rank; compute the loss from the model's output, without detach() or torch.no_grad(), or give the "
             "optimizer the parameters that it depends on"
-            if self._strategy.params.model
-            else "step: none of the optimizer's parameters requires gradients now, so that there is nothing to train; "
-            "thaw some with requires_grad_(True)"
         )
 
     def _reduce(self) -> list[Tensor]:
@@ -208,24 +194,23 @@ class Accumulation:
             EngineError: on all ranks: some losses were scaled by the engine and others by the script.
         """
         state = self.state
-        own, scaling = state.accumulated, state.scaling
-        counts = [own, scaling == "engine", scaling in ("script", "both"), scaling == "both"]
+        counts = [state.accumulated, state.divided, state.backwards - state.divided]
         if self._world.size > 1:
             counts = self._world.sum(torch.tensor(counts, device=self._world.device)).tolist()
-        total, engine_scaled, script_scaled, mixed = counts
+        total, divided_by_engine, left_to_script = counts
         if total == 0:
             return None
-        if mixed or (engine_scaled and script_scaled):
+        if divided_by_engine and left_to_script:
             raise EngineError(
                 "flush: some losses of this accumulation were divided by gradient_accumulation_steps and others were "
                 "not (scale_wrt_gas=False), so that their mean is not known; scale all of them in one way"
             )
         self.refresh_params("flush")
         gradients = self.reduce()
-        if engine_scaled:
+        if divided_by_engine:
             scale_by(gradients, state.steps * self._world.size / total)
-        if state.loss is not None and scaling == "engine":
-            state.loss = state.loss * (state.steps / own)
+            if state.loss is not None:
+                state.loss = state.loss * (state.steps / state.accumulated)
         return gradients
 
     def reset(self) -> None:
@@ -250,6 +235,11 @@ class Accumulation:
             self.drop("an exception came between its backward() and its step()")
 
 
+_CHANGED_GRADIENTS = (
+    "{}: gradients of the current accumulation were changed since the last engine.backward(): cleared by zero_grad(), "
+    "added to by a plain loss.backward(), or written into; call engine.backward(loss) for every loss and leave "
+    "clearing to engine.step(), or begin the accumulation anew with engine.drop_update()"
+)
 _FOREIGN_GRADIENTS = (
     "{}: the parameters have gradients that did not come from engine.backward(), such as those of a plain "
     "loss.backward() or, at ZeRO stage 3, of torch.autograd.grad(); call engine.backward(loss) for every loss, or "

@@ -83,38 +83,28 @@ def _recomputed(plain: Any) -> type[Any]:
         run = functools.partial(plain.forward, self) if own is None else own
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
+        before: list[_State] = []
+
+        def run_again(*flat: Any) -> Any:
+            named = dict(zip(kwargs, flat[len(args) :], strict=True))
+            if torch.compiler.is_compiling():  # compiled code recomputes values only and writes once
+                return run(*flat[: len(args)], **named)
+            if before:
+                with before[0].restored():
+                    return run(*flat[: len(args)], **named)
+            before.append(_State(self, flat))
+            result = run(*flat[: len(args)], **named)
+            before[0].free_unwritten()
+            return result
+
         # As one flat list: a keyword of the block's may be one of checkpoint's, too.
-        twice = _Forward(self, run, tuple(kwargs))
-        return checkpoint(twice, *args, *kwargs.values(), use_reentrant=False)
+        return checkpoint(run_again, *args, *kwargs.values(), use_reentrant=False)
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace |= {name: vars(plain)[name] for name in ("__doc__", "__module__") if name in vars(plain)}
         namespace |= {"__qualname__": plain.__qualname__, "_recompute_plain": plain, "forward": forward}
 
     return types.new_class(plain.__name__, (_Recomputed, plain), exec_body=fill)
-
-
-class _Forward:
-    """One forward of a block, which backward calls again."""
-
-    def __init__(self, block: nn.Module, run: Callable[..., Any], names: tuple[str, ...]) -> None:
-        self._block, self._run, self._names = block, run, names
-        self._before: _State | None = None
-
-    def __call__(self, *flat: Any) -> Any:
-        if torch.compiler.is_compiling():  # compiled code recomputes values only and writes once
-            return self._call(flat)
-        if self._before is None:
-            self._before = _State(self._block, flat)
-            result = self._call(flat)
-            self._before.free_unwritten()
-            return result
-        with self._before.restored():
-            return self._call(flat)
-
-    def _call(self, flat: tuple[Any, ...]) -> Any:
-        positional = len(flat) - len(self._names)
-        return self._run(*flat[:positional], **dict(zip(self._names, flat[positional:], strict=True)))
 
 
 class _State:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from redline import schedulers
 from redline.activation_checkpointing import recompute
 from redline.compiled import plain_names
-from redline.data import CollateFn, build_loader
+from redline.data import CollateFn, Loader, build_loader
 from redline.distributed.blocks import MetaModel, find_blocks
 from redline.distributed.ddp import DDPStrategy
 from redline.distributed.process_group import World, join_alone
@@ -24,7 +24,7 @@ from redline.engine import Engine
 from redline.errors import EngineError
 from redline.gradients import Reduction
 from redline.log import log
-from redline.master_params import MasterParams, TrainedParams, broadcast_from_rank_0
+from redline.master_params import MasterParams, TrainedParams, broadcast_from_rank_0, is_expanded
 from redline.optimizers import build_optimizer, guard_steps, unfuse_on_shards
 from redline.optimizers.state import carry_over, replace_params
 from redline.precision import Precision, build_loss_scale
@@ -66,6 +66,8 @@ def build_engine(
     reduction = Reduction.of(config, world.size, precision.reduce)
     if optimizer is not None or config.optimizer is not None:
         _refuse_expanded(module, optimizer if isinstance(optimizer, Optimizer) else None)
+    if stage and world.size == 1:
+        join_alone(world)  # torch's sharding needs a process group
 
     # The model first: sharding and materializing it replaces parameters that the script has given to its optimizer.
     shards, moved = _place(config, world, module, stage, precision, reduction)
@@ -75,25 +77,15 @@ def build_engine(
     if model_parameters is not None:
         model_parameters = carry_over(model_parameters, moved)
     chosen = _choose_optimizer(config, module, optimizer, model_parameters)
+    if isinstance(chosen, SparseAdam) and sharding is not None:
+        raise EngineError(
+            "optimizer SparseAdam: it takes sparse gradients only, and ZeRO stages 1 and 2 make them dense to shard "
+            "them; use zero_optimization.stage 0 or 3, or an optimizer such as Adam"
+        )
     if chosen is not None and stage:
-        if isinstance(chosen, SparseAdam) and sharding is not None:
-            raise EngineError(
-                "optimizer SparseAdam: it takes sparse gradients only, and ZeRO stages 1 and 2 make them dense to "
-                "shard them; use zero_optimization.stage 0 or 3, or an optimizer such as Adam"
-            )
         unfuse_on_shards(chosen)
     schedule = _choose_schedule(config, chosen, lr_scheduler)
-    loader = None
-    if training_data is not None:
-        loader = build_loader(
-            training_data,
-            world,
-            micro_batch=config.train_micro_batch_size_per_gpu,
-            collate_fn=collate_fn,
-            drop_last=config.dataloader_drop_last,
-            survives_sigterm=config.redline.checkpoint.save_on_sigterm is not None,
-            **config.redline.data.arguments(),
-        )
+    loader = None if training_data is None else _training_loader(config, world, training_data, collate_fn)
 
     # The master params get the model's values before these are cast.
     masters = MasterParams(precision.stored, sharding, rounded=precision.rounded) if precision.has_masters else None
@@ -153,30 +145,38 @@ def _place(
             )
         for block in blocks.values():
             recompute(block)
-    if stage < 3:
-        moved = MetaModel(module, world.device).fill(module.named_modules())
-        module.to(world.device)
-        # Buffers start as rank 0's and then stay each rank's own, as in DeepSpeed.
-        broadcast_from_rank_0([*module.parameters(), *module.buffers()], world.size)
-        return None, moved
-    from redline.distributed.fsdp import shard_model  # here, not above: FSDP2 takes longer to import than all the rest
+    if stage == 3:
+        from redline.distributed.fsdp import shard_model  # here: FSDP2 takes longer to import than all the rest
 
-    if world.size == 1:
-        join_alone(world)
-    shards = shard_model(module, world, config, blocks, precision, reduction)
-    return shards, shards.moved
+        shards = shard_model(module, world, config, blocks, precision, reduction)
+        return shards, shards.moved
+    moved = MetaModel(module, world.device).fill(module.named_modules())
+    module.to(world.device)
+    # Buffers start as rank 0's and then stay each rank's own, as in DeepSpeed.
+    broadcast_from_rank_0([*module.parameters(), *module.buffers()], world.size)
+    return None, moved
 
 
 def _sharding(config: EngineConfig, world: World) -> Sharding:
     """How stages 1 and 2 divide master params and optimizer state."""
     zero = config.zero_optimization
     assert zero is not None
-    if world.size == 1:
-        join_alone(world)
     offloads = zero.offloads and world.device.type == "cuda"
     device = torch.device("cpu") if offloads else world.device
     log.info("zero stage %d: %d ranks share master params, gradients and optimizer state", zero.stage, world.size)
     return Sharding(make_mesh(world.device, world.size, zero.mics_shard_size), device, pinned=zero.pins_memory)
+
+
+def _training_loader(config: EngineConfig, world: World, data: Dataset[Any], collate_fn: CollateFn | None) -> Loader:
+    return build_loader(
+        data,
+        world,
+        micro_batch=config.train_micro_batch_size_per_gpu,
+        collate_fn=collate_fn,
+        drop_last=config.dataloader_drop_last,
+        survives_sigterm=config.redline.checkpoint.save_on_sigterm is not None,
+        **config.redline.data.arguments(),
+    )
 
 
 # -- the optimizer -------------------------------------------------------------------------------------
@@ -185,17 +185,19 @@ def _sharding(config: EngineConfig, world: World) -> Sharding:
 def _choose_optimizer(
     config: EngineConfig, module: nn.Module, given: OptimizerLike | None, parameters: Iterable[Any] | None
 ) -> Optimizer | None:
-    """The script's optimizer if it gave one, else the config's."""
+    """The script's optimizer if it gave one, else the config's; both may get their parameters here."""
     if given is None and config.optimizer is None:
         return None
-    if isinstance(given, Optimizer):
-        optimizer = given
-    else:
-        every = module.parameters() if parameters is None else parameters
-        parameters = [each for each in every if parameters is not None or each.requires_grad]
+    optimizer: object = given
+    if not isinstance(given, Optimizer):
+        if parameters is None:
+            parameters = (param for param in module.parameters() if param.requires_grad)
+        parameters = list(parameters)
         if not parameters:
             raise _nothing_to_train(module)
-        optimizer = _make_optimizer(config, module, given, parameters)
+        optimizer = _configs_optimizer(config, module, parameters) if given is None else given(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
     if given is not None:
         optimizer = guard_steps(optimizer)
         if config.optimizer is not None:
@@ -217,15 +219,7 @@ def _choose_optimizer(
     return optimizer
 
 
-def _make_optimizer(
-    config: EngineConfig, module: nn.Module, make: Callable[..., Any] | None, parameters: list[Any]
-) -> Optimizer:
-    """What the script's function makes, or the config's optimizer."""
-    if make is not None:
-        optimizer = make(parameters)
-        if not isinstance(optimizer, Optimizer):
-            raise EngineError(f"optimizer: got {type(optimizer).__name__}; expected a torch optimizer or a function")
-        return optimizer
+def _configs_optimizer(config: EngineConfig, module: nn.Module, parameters: list[Any]) -> Optimizer:
     assert config.optimizer is not None
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     optimizer = build_optimizer(config.optimizer.type, config.optimizer.arguments(), parameters, names=names)
@@ -248,13 +242,11 @@ def _nothing_to_train(module: nn.Module) -> EngineError:
 
 def _refuse_expanded(module: nn.Module, optimizer: Optimizer | None) -> None:
     """Refuse parameters that torch cannot write to; sharding and casts would turn their one number into many."""
-    groups = None if optimizer is None else optimizer.param_groups
-    trained = None if groups is None else {id(param) for group in groups for param in group["params"]}
+    trained = None
+    if optimizer is not None:
+        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, param in module.named_parameters():
-        if not param.requires_grad or param.layout is not torch.strided or param.numel() == 0:
-            continue
-        expanded = any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape))
-        if expanded and (trained is None or id(param) in trained):
+        if param.requires_grad and is_expanded(param) and (trained is None or id(param) in trained):
             raise EngineError(
                 f"model: parameter {name} of shape {tuple(param.shape)} is an expanded tensor, whose elements share "
                 "memory; torch cannot train it; make it nn.Parameter(tensor.clone()), or expand it in forward"
@@ -264,41 +256,30 @@ def _refuse_expanded(module: nn.Module, optimizer: Optimizer | None) -> None:
 # -- the schedule --------------------------------------------------------------------------------------
 
 
-def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: ScheduleLike | None) -> Schedule | None:
-    """The script's schedule if it gave one, else the config's."""
-    schedule: Schedule | None
-    if given is None and config.scheduler is None:
-        return None
-    if given is not None:
-        schedule = _given_schedule(optimizer, given)
+def _choose_schedule(config: EngineConfig, optimizer: Optimizer | None, given: Any) -> Schedule | None:
+    """The script's schedule, or what its function makes of the optimizer, if it gave one; else the config's."""
+    if given is None:
+        schedule = None if optimizer is None else build_schedule(config, optimizer)
+        if isinstance(schedule, schedulers.Schedule):
+            _log_quirks(schedule)
+    else:
+        schedule = given
+        if isinstance(given, type) or not hasattr(given, "step"):
+            if optimizer is None:
+                raise EngineError("lr_scheduler: a function of the optimizer was given, but there is no optimizer")
+            schedule = given(optimizer)
+        scheduled = getattr(schedule, "optimizer", None)
+        if isinstance(scheduled, Optimizer) and scheduled is not optimizer:
+            raise EngineError(
+                "lr_scheduler: it moves another optimizer than the engine's; give initialize that optimizer, too, "
+                "or a function of the optimizer that makes the schedule"
+            )
+        _check_step("lr_scheduler", schedule)
         if config.scheduler is not None:
             log.warning("lr_scheduler: the script's own is used; the config's %s is not", config.scheduler.type)
-    else:
-        assert optimizer is not None  # `initialize` has refused a schedule without one
-        schedule = build_schedule(config, optimizer)
-    if (violation := find_violation(schedule)) is not None:
+    if schedule is not None and (violation := find_violation(schedule)) is not None:
         log.warning("scheduler %s: %s", type(schedule).__name__, violation)
-    if given is None and isinstance(schedule, schedulers.Schedule):
-        _log_quirks(schedule)
     return schedule
-
-
-def _given_schedule(optimizer: Optimizer | None, given: Any) -> Schedule:
-    """A script's schedule, or what its function makes of the optimizer."""
-    schedule = given
-    if isinstance(given, type) or not hasattr(given, "step"):
-        if optimizer is None:
-            raise EngineError("lr_scheduler: a function of the optimizer was given, but there is no optimizer")
-        schedule = given(optimizer)
-    scheduled = getattr(schedule, "optimizer", None)
-    if isinstance(scheduled, Optimizer) and scheduled is not optimizer:
-        raise EngineError(
-            "lr_scheduler: it moves another optimizer than the engine's; give initialize that optimizer, too, "
-            "or a function of the optimizer that makes the schedule"
-        )
-    _check_step("lr_scheduler", schedule)
-    checked: Schedule = schedule
-    return checked
 
 
 def build_schedule(config: EngineConfig, optimizer: Optimizer) -> Schedule | None:
@@ -347,8 +328,6 @@ def _check_step(where: str, schedule: Any) -> None:
             "metric or an epoch only the script has: leave the schedule out of initialize, make it of "
             "engine.optimizer, and step it in your script, for example after each evaluation"
         ) from None
-    except ValueError:  # it does not tell
-        pass
 
 
 def _log_quirks(schedule: schedulers.Schedule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any
@@ -53,20 +53,15 @@ def map_tensors(
         return value
     if change_object is not None and callable(getattr(value, "to", None)):
         return change_object(value)
-
-    def walk(items: Iterable[Any], rebuild: Callable[[list[Any]], Any]) -> Any:
-        old = list(items)
-        new = [map_tensors(item, change, change_object) for item in old]
-        return value if all(one is other for one, other in zip(new, old)) else rebuild(new)
-
+    items: dict[Any, Any]
     if isinstance(value, Mapping):
-        return walk(value.values(), lambda items: _mapping_like(value, dict(zip(value, items))))
-    if isinstance(value, (tuple, MutableSequence)):
-        return walk(value, lambda items: _sequence_like(value, items))
-    if isinstance(value, AbstractSet):
-        return walk(value, type(value))
-    names = [name for name in fields_of(value) if hasattr(value, name)]
-    return walk([getattr(value, name) for name in names], lambda items: _object_like(value, dict(zip(names, items))))
+        items = dict(value.items())
+    elif isinstance(value, (tuple, MutableSequence, AbstractSet)):
+        items = dict(enumerate(value))
+    else:
+        items = {name: getattr(value, name) for name in fields_of(value) if hasattr(value, name)}
+    changed = {key: map_tensors(item, change, change_object) for key, item in items.items()}
+    return value if all(changed[key] is items[key] for key in items) else _copy_with(value, changed)
 
 
 def fields_of(value: Any) -> Iterator[str]:
@@ -79,36 +74,28 @@ def fields_of(value: Any) -> Iterator[str]:
         yield from vars(value)
 
 
-def _object_like(value: Any, items: dict[str, Any]) -> Any:
-    new = copy.copy(value)
-    for name, item in items.items():
-        object.__setattr__(new, name, item)  # past the guard of a frozen class
-    return new
-
-
-def _mapping_like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    if type(mapping) is dict:
+def _copy_with(value: Any, items: dict[Any, Any]) -> Any:
+    """A copy of a container with other items, by key, index or name; it keeps its type and its other attributes."""
+    if type(value) is dict:
         return items
-    if isinstance(mapping, MutableMapping):
-        new = copy.copy(mapping)  # with a default factory and attributes
-        for key, item in items.items():  # not update(), which ModelOutput forbids
-            new[key] = item
+    if isinstance(value, tuple):
+        new: Any = value._make(items.values()) if hasattr(value, "_make") else type(value)(items.values())
+        if hasattr(value, "__dict__"):
+            new.__dict__.update(vars(value))
         return new
-    try:
-        return type(mapping)(items)  # type: ignore[call-arg]
-    except TypeError:  # its constructor takes something else
-        return items
-
-
-def _sequence_like(sequence: Any, items: list[Any]) -> Any:
-    if isinstance(sequence, MutableSequence):
-        new: Any = copy.copy(sequence)  # with a deque's maxlen and attributes
-        for index, item in enumerate(items):
-            new[index] = item
-        return new
-    new = type(sequence)._make(items) if hasattr(sequence, "_make") else type(sequence)(items)
-    if hasattr(sequence, "__dict__"):
-        new.__dict__.update(vars(sequence))
+    if isinstance(value, AbstractSet):
+        return type(value)(items.values())  # type: ignore[call-arg]
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        try:
+            return type(value)(items)  # type: ignore[call-arg]
+        except TypeError:  # its constructor takes something else
+            return items
+    new = copy.copy(value)  # with a default factory, a deque's maxlen
+    for key, item in items.items():
+        if isinstance(value, (MutableMapping, MutableSequence)):
+            new[key] = item  # not update(), which ModelOutput forbids
+        else:
+            object.__setattr__(new, key, item)  # past the guard of a frozen class
     return new
 
 

@@ -167,7 +167,7 @@ class Engine(ResumableLoop):
             EngineError: it is no `DataLoader`; its batches are not the micro-batches of the config.
         """
         size, micro_batch = getattr(loader, "batch_size", None), self.config.train_micro_batch_size_per_gpu
-        if size is not None and size != micro_batch:
+        if size not in (None, micro_batch):
             raise EngineError(
                 f"prepare: the DataLoader has batch_size {size}, and train_micro_batch_size_per_gpu is {micro_batch}; "
                 "make it with batch_size=engine.train_micro_batch_size_per_gpu(), or change the config"
@@ -204,14 +204,13 @@ class Engine(ResumableLoop):
         Raises:
             EngineError: the data are empty, or divided already; what `metric` returned is no number.
         """
-        seed = self.config.redline.data.seed
         if isinstance(data, Loader):
             raise EngineError(
                 "evaluate: got a loader of the engine's, which has divided the samples already, and repeats some to be "
                 "even; give the DataLoader or the dataset itself"
             )
         if isinstance(data, DataLoader):
-            loader = divide(data, self.world, seed=seed, even=False, method="evaluate")
+            loader = divide(data, self.world, seed=self.config.redline.data.seed, even=False, method="evaluate")
         else:
             micro_batch = self.config.train_micro_batch_size_per_gpu
             loader = build_loader(data, self.world, micro_batch=micro_batch, shuffle=False, even=False)
@@ -251,7 +250,11 @@ class Engine(ResumableLoop):
         Returns:
             Micro-batches on the device, as many on every rank; some samples are repeated where needed.
         """
-        data = self.config.redline.data
+        settings = self.config.redline.data.arguments()
+        settings |= {"shuffle": settings["shuffle"] and route == "train", "pin_memory": pin_memory}
+        settings["split_by_rank"] = bool(settings["split_by_rank"])  # not compared: one rank alone may call this
+        if num_local_io_workers is not None:
+            settings["workers"] = num_local_io_workers
         if collate_fn is None and self.training_dataloader is not None:
             collate_fn = self.training_dataloader.collate_fn
         return build_loader(
@@ -260,14 +263,9 @@ class Engine(ResumableLoop):
             micro_batch=self.config.train_micro_batch_size_per_gpu if batch_size is None else batch_size,
             collate_fn=collate_fn,
             sampler=data_sampler,
-            shuffle=data.shuffle and route == "train",
-            seed=data.seed,
             drop_last=self.config.dataloader_drop_last,
-            workers=data.workers if num_local_io_workers is None else num_local_io_workers,
-            prefetch_factor=data.prefetch_factor,
-            pin_memory=pin_memory,
-            split_by_rank=bool(data.split_by_rank),  # not compared here: one rank alone may call this
             survives_sigterm=self.config.redline.checkpoint.save_on_sigterm is not None,
+            **settings,
         )
 
     # -- checkpoints -----------------------------------------------------------------------------

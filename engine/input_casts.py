@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from redline.device import map_tensors
+from redline.errors import EngineError
 from redline.log import log
 
 __all__ = ["InputCasts", "explain_error"]
@@ -54,38 +55,33 @@ class InputCasts:
         self._watches_always = False
         self._add_hooks()
 
-    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``model(*args, **kwargs)`` with casts where they are needed."""
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output, with casts where they are needed."""
         kind = _kind_of(self._module, args, kwargs)
         count = self._num_forwards.get(kind, 0)
         depth = torch._C._len_torch_function_stack()
         try:
             if count < _WATCHED_FORWARDS:
-                return self._call_watched(model, args, kwargs, kind, count)
+                return self._call_watched(args, kwargs, kind, count)
             if self._watches_always:
                 with self._watch:
-                    return model(*args, **kwargs)
-            return model(*args, **kwargs)
+                    return self._module(*args, **kwargs)
+            return self._module(*args, **kwargs)
         except BaseException:  # an interrupt ends a forward without its hooks
             while torch._C._len_torch_function_stack() > depth:
                 torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
             for mode in self._modes.values():
                 mode.depth = 0
+            self._num_forwards.clear()  # a layer whose hook was removed may have met another dtype after all
             raise
 
-    def watch_again(self) -> None:
-        """Begin anew, as with the first forward: a layer whose hook was removed has met another dtype after all."""
-        self._num_forwards.clear()
-
-    def _call_watched(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, count: int
-    ) -> Any:
+    def _call_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, count: int) -> Any:
         if count == 0:
             self._add_hooks()
         self._watch.begin(self._module)
         try:
             with self._watch:
-                outputs = model(*args, **kwargs)
+                outputs = self._module(*args, **kwargs)
         finally:
             found = self._watch.end()
         for module in found:
@@ -347,10 +343,11 @@ _MIXED_DTYPES = re.compile(
 _NO_KERNEL = re.compile(r"not implemented for '(BFloat16|Half)'|low precision dtypes not supported", re.IGNORECASE)
 
 
-def explain_error(method: str, error: Exception, module: nn.Module, dtype: torch.dtype) -> str | None:
-    """What helps against an error of a forward or backward that dtypes or sharding explain; None for any other."""
+def explain_error(error: BaseException, method: str, module: nn.Module, dtype: torch.dtype) -> None:
+    """Raise an EngineError that says what helps, if dtypes or sharding explain this error; else return."""
+    if not isinstance(error, RuntimeError):
+        return
     text = str(error)
-    reason = next((line for line in text.splitlines() if line), "")
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     is_mixed = _MIXED_DTYPES.search(text) is not None
     buffers = [key for key, buffer in module.named_buffers() if buffer.dtype in _FLOATS and buffer.dtype is not dtype]
@@ -381,5 +378,6 @@ def explain_error(method: str, error: Exception, module: nn.Module, dtype: torch
         what = f"{name} parameters met a tensor of another dtype"
         remedy = f"cast it in the model, as in x.to(self.weight.dtype), or use torch_autocast in place of {name}"
     else:
-        return None
-    return f"{method}: {what} ({reason}); {remedy}"
+        return
+    reason = next((line for line in text.splitlines() if line), "")
+    raise EngineError(f"{method}: {what} ({reason}); {remedy}") from error

@@ -8,7 +8,6 @@ a script does to the optimizer's groups, to `requires_grad` and to the weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from redline.distributed.sharding import Sharding
 from redline.optimizers.state import move_state
 
-__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "sum_of_bits"]
+__all__ = ["MasterParams", "TrainedParams", "broadcast_from_rank_0", "is_expanded", "sum_of_bits"]
 
 # Read for every parameter at every step: `map` over a getter takes half the time of a list comprehension.
 _requires_grad = attrgetter("requires_grad")
@@ -40,8 +39,6 @@ class MasterParams:
         self.of: dict[Tensor, Tensor] = {}  # the master param of each model parameter that has one, or had when frozen
         self.sharding = sharding
         self._dtype, self._rounded = dtype, rounded
-        self._model: list[Tensor] = []  # keys and values of `of`
-        self._masters: list[Tensor] = []
         # Versions and addresses of the model's parameters when they were last equal to their master params.
         self._versions: list[int] = []
         self._addresses: list[int] = []
@@ -51,7 +48,7 @@ class MasterParams:
     def take_over(self, param: Tensor, optimizer: Optimizer) -> Tensor:
         """A model parameter's master param, made from its value where there is none; it gets the optimizer's state.
 
-        :meth:`refresh` must follow.
+        :meth:`adopt_writes` must come before, and :meth:`record_marks` after it.
         """
         shard = self.sharding.shard_of if self.sharding is not None and self.sharding.divides(param) else None
         if param not in self.of:
@@ -59,12 +56,6 @@ class MasterParams:
             self.of[param] = nn.Parameter(value.clone() if shard is None else shard(value))
         move_state(optimizer, param, self.of[param], shard=shard)
         return self.of[param]
-
-    def refresh(self) -> None:
-        """Follow master params that were added."""
-        self.adopt_writes()  # with the lists of before
-        self._model, self._masters = list(self.of), list(self.of.values())
-        self._record_marks()
 
     def compare_values(self) -> None:
         """Let the next :meth:`adopt_writes` compare values, since some writes do not change a tensor's version."""
@@ -78,29 +69,27 @@ class MasterParams:
         one of a fused optimizer, changes neither. It is found when values are compared: at `train()`, at `eval()`, and
         when a checkpoint is saved.
         """
-        versions = [param._version for param in self._model]
-        addresses = [param.data_ptr() for param in self._model]
-        changed: set[int] = set()
-        if versions != self._versions or addresses != self._addresses:
-            both = zip(zip(versions, addresses), zip(self._versions, self._addresses))
-            changed = {index for index, (now, then) in enumerate(both) if now != then}
-        if self._compare_values:
-            self._compare_values = False
-            self._adopt(range(len(self._model)), changed)
-        elif changed:
-            self._adopt(changed, changed)
+        versions = [param._version for param in self.of]
+        addresses = [param.data_ptr() for param in self.of]
+        compares, self._compare_values = self._compare_values, False
+        if versions == self._versions and addresses == self._addresses and not compares:
+            return
+        marks = zip(versions, self._versions, addresses, self._addresses)
+        for (version, old_version, address, old_address), param in zip(marks, self.of):
+            changed = version != old_version or address != old_address
+            if changed or compares:
+                self._adopt(param, changed=changed)
+        self.record_marks()
 
     @torch.no_grad()
-    def _adopt(self, indices: Iterable[int], changed: set[int]) -> None:
-        for index in indices:
-            param, master = self._model[index], self._masters[index]
-            local, value = self._local(master, param)
-            value = value.to(local.device)
-            same = local.to(value.dtype) == value
-            if local is not master and index in changed:
-                self._record_write(param, same)
-            torch.where(same, local, value.to(local.dtype), out=local)
-        self._record_marks()
+    def _adopt(self, param: Tensor, *, changed: bool) -> None:
+        master = self.of[param]
+        local, value = self._local(master, param)
+        value = value.to(local.device)
+        same = local.to(value.dtype) == value
+        if local is not master and changed:
+            self._record_write(param, same)
+        torch.where(same, local, value.to(local.dtype), out=local)
 
     def _local(self, master: Any, param: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of a master param, and the same part of its model parameter."""
@@ -135,31 +124,29 @@ class MasterParams:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Write the master params into the model; with sharded ones, gather them from all ranks."""
-        targets, sources = self._model, self._masters
+        """Copy the master params to the model; with sharded ones, gather them from all ranks."""
+        targets, sources = list(self.of), list(self.of.values())
         if self.sharding is not None:
-            targets, sources = self.sharding.gather(self._model, self._masters)
+            targets, sources = self.sharding.gather(targets, sources)
         if targets:
             torch._foreach_copy_(targets, sources)
         if self._rounded:
             self.copy_from_model()
         else:
-            self._record_versions()  # a copy in place changes no address
+            self._versions = [param._version for param in self.of]  # a copy in place changes no address
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
-        """Write the model's parameters into the master params."""
+        """Copy the model's parameters to the master params."""
         for param, master in self.of.items():
             local, value = self._local(master, param)
             local.copy_(value)
-        self._record_marks()
+        self.record_marks()
 
-    def _record_versions(self) -> None:
-        self._versions = [param._version for param in self._model]
-
-    def _record_marks(self) -> None:
-        self._record_versions()
-        self._addresses = [param.data_ptr() for param in self._model]
+    def record_marks(self) -> None:
+        """Take the model's parameters as equal to their master params."""
+        self._versions = [param._version for param in self.of]
+        self._addresses = [param.data_ptr() for param in self.of]
 
 
 class _StateByParam(defaultdict[Tensor, Any]):
@@ -260,15 +247,13 @@ class TrainedParams:
         flags = list(map(_requires_grad, self._followed))
         if flags == self._flags and not groups_changed:
             return False
-        self._flags = flags
-        of: dict[Tensor, Tensor] = {}
-        if self.masters is not None:
-            self._make_masters(self.masters)
-            of = self.masters.of
-        self.model = [param for param in self._grouped if param.requires_grad]
-        self.updated = [of.get(param, param) for param in self.model]
+        self.model = self.updated = [param for param in self._grouped if param.requires_grad]
+        if self.masters is not None and self._optimizer is not None:
+            self._make_masters(self.masters, self._optimizer)
+            self.updated = [self.masters.of[param] for param in self.model]
         grouped = {id(param) for param in self._grouped}
         self.others = [param for param in self._followed if param.requires_grad and id(param) not in grouped]
+        self._flags = flags  # last, so that an interrupted refresh is made again
         return True
 
     def _read_groups(self) -> None:
@@ -283,16 +268,16 @@ class TrainedParams:
             broadcast_from_rank_0(new, self._world_size)
         self._known |= {id(param) for param in new}
 
-    def _make_masters(self, masters: MasterParams) -> None:
+    def _make_masters(self, masters: MasterParams, optimizer: Optimizer) -> None:
         """Put master params into the groups, in the place of the model's parameters that train."""
-        for group in self._groups:
+        masters.adopt_writes()
+        for group in optimizer.param_groups:
             for index, param in enumerate(group["params"]):
                 # A frozen parameter has no master param, and costs no memory, until it is unfrozen.
                 if id(param) in self._known and param.requires_grad:
-                    assert self._optimizer is not None
-                    group["params"][index] = masters.take_over(param, self._optimizer)
+                    group["params"][index] = masters.take_over(param, optimizer)
                     self.all.append(group["params"][index])
-        masters.refresh()
+        masters.record_marks()
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
@@ -310,11 +295,16 @@ def broadcast_from_rank_0(tensors: list[Tensor], world_size: int) -> None:
     if world_size == 1:
         return
     for tensor in tensors:
-        # gloo ignores strides, and an expanded tensor can't be written to.
-        data = tensor.detach().contiguous()
+        data = tensor.detach().contiguous()  # gloo ignores strides
         dist.broadcast(torch.view_as_real(data) if data.is_complex() else data, 0)
-        if data.data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():
-            if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
-                tensor.data = data
-            else:
-                tensor.detach().copy_(data)
+        if is_expanded(tensor):
+            tensor.data = data
+        elif data.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(data)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that torch cannot write to the tensor."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))

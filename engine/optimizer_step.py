@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from redline.device import HostCopy, reads_cost_nothing
 from redline.distributed.process_group import World
@@ -46,9 +45,7 @@ class OptimizerStep:
         self.loss: Tensor | None = None  # this rank's mean over the micro-batches of the last step
         self.grad_norm: Tensor | float | None = None  # of the last step, before clipping, over all ranks
         self.pending: PendingStep | None = None  # the last step, while its overflow check is on the device
-        self.undo: Callable[[], None] = (
-            _nothing  # undoes the host's part of the last step, if the device has skipped it
-        )
+        self.undo: Callable[[], None] = _nothing  # the host's part of the last step, if the device has skipped it
         if optimizer is not None:
             count_steps(optimizer)
         self._num_steps = 0 if optimizer is None else optimizer.num_steps  # when it was last called from here
@@ -82,64 +79,61 @@ class OptimizerStep:
             Whether it was skipped; None while only the device knows.
         """
         optimizer, params = self._optimizer, self._strategy.params
+        self.loss, self.undo = loss, _nothing
         norm = self._strategy.grad_norm(gradients)
         scale = 1.0 if self._scaler is None else self._scaler.value
-        self.undo = _nothing
         # Two kinds of steps wait for the norm on CUDA, too: those that create an optimizer's state, unless its kernels
         # can skip, and those of optimizers that may keep state elsewhere.
         free = reads_cost_nothing(gradients[0].device)
         puts_back = not free and self._skips and not can_skip(optimizer)
-        reads_norm = free or (puts_back and not (can_put_back(optimizer) and self._has_state(optimizer)))
+        known = free or (puts_back and not (can_put_back(optimizer) and self._has_state()))
         if params.masters is not None:
             params.masters.adopt_writes()
-        self._moving = True
-        if reads_norm:
+        value: float | None = None
+        if known:
             self.grad_norm = value = (norm.item() if free else HostCopy(norm).read()[0]) / scale
             if self._skips and not math.isfinite(value):
-                self._moving = False
-                self.loss = loss
                 return True
-            self._unscale_and_clip_by(value, gradients, norm, scale)
-            self._strategy.run_optimizer(optimizer)
-            self._stepped = params.updated, 0 if free else num_state_tensors(optimizer)
         else:
             self.grad_norm = norm / scale if scale != 1.0 else norm
-            self._unscale_and_clip_on_device(gradients, norm, scale)
-            self._run_optimizer_unless_infinite(optimizer, norm, puts_back=puts_back)
+        self._unscale_and_clip(gradients, norm, scale, value)
+        self._moving = True
+        if known or not self._skips:
+            self._strategy.run_optimizer(optimizer)
+        else:
+            self._run_optimizer_if_finite(norm, puts_back=puts_back)
+        if known and not free:
+            self._stepped = params.updated, num_state_tensors(optimizer)
         params.copy_to_model()
         self._moving = False
         self._strategy.reshard()
         self._num_steps = optimizer.num_steps
-        self.loss = loss
-        return False if reads_norm else None
+        return False if known or not self._skips else None
 
-    def _unscale_and_clip_by(self, value: float, gradients: list[Tensor], norm: Tensor, scale: float) -> None:
+    def _unscale_and_clip(self, gradients: list[Tensor], norm: Tensor, scale: float, value: float | None) -> None:
+        """Both at once, as DeepSpeed does; `value` is the unscaled norm, where the host knows it."""
         limit = self._clip_norm
-        clips = limit > 0 and not value + 1e-6 <= limit
-        if scale != 1.0:  # both at once, as DeepSpeed does
-            scale_by(gradients, 1.0 / (scale * (value + 1e-6) / limit if clips else scale))
+        clips = limit > 0 and (value is None or not value + 1e-6 <= limit)
+        if scale == 1.0:
+            if clips:
+                clip(gradients, norm, limit)
+            return
+        divisor: Any = scale
+        if clips and value is not None:
+            divisor = scale * (value + 1e-6) / limit
         elif clips:
-            clip(gradients, norm, limit)
+            divisor = scale * torch.clamp((norm / scale + 1e-6) / limit, min=1.0)
+        scale_by(gradients, 1.0 / divisor)
 
-    def _unscale_and_clip_on_device(self, gradients: list[Tensor], norm: Tensor, scale: float) -> None:
-        limit = self._clip_norm
-        if scale != 1.0:
-            larger = torch.clamp((norm / scale + 1e-6) / limit, min=1.0) if limit > 0 else 1.0
-            scale_by(gradients, 1.0 / (scale * larger))
-        elif limit > 0:
-            clip(gradients, norm, limit)
-
-    def _has_state(self, optimizer: Optimizer) -> bool:
+    def _has_state(self) -> bool:
         """Whether the optimizer has all state that its step needs, as an earlier step left it."""
         if self._stepped is None or self._stepped[0] is not self._strategy.params.updated:
             return False
-        return self._stepped[1] == num_state_tensors(optimizer)
+        return self._stepped[1] == num_state_tensors(self._optimizer)
 
-    def _run_optimizer_unless_infinite(self, optimizer: Any, norm: Tensor, *, puts_back: bool) -> None:
-        """Call the optimizer; where steps may be skipped, the device skips it if the norm is not finite."""
-        if not self._skips:
-            self._strategy.run_optimizer(optimizer)
-            return
+    def _run_optimizer_if_finite(self, norm: Tensor, *, puts_back: bool) -> None:
+        """Call the optimizer; the device skips its step, or puts it back, if the norm is not finite."""
+        optimizer = self._optimizer
         found_inf = norm.isfinite().logical_not().float()
         if puts_back:
             self.undo = step_or_put_back(optimizer, lambda: self._strategy.run_optimizer(optimizer), found_inf)
@@ -169,7 +163,7 @@ class FiniteCheck:
     """
 
     def __init__(self, world: World) -> None:
-        self._rank = world.rank if world.size > 1 else None
+        self._place = f" on rank {world.rank}" if world.size > 1 else ""
         self.enabled = True  # False where losses are meant to diverge, as in a range test
         self._count = 0
         self._arriving: deque[tuple[int, HostCopy]] = deque()
@@ -186,38 +180,29 @@ class FiniteCheck:
             self._check(earlier, *values.read())
         self._arriving.append((step, HostCopy(loss, norm)))
 
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._log(
+                f"step {step}", loss, norm,
+                "the weights have been updated with it; lower the learning rate, clip gradients, or look at this "
+                "step's data",
+            )  # fmt: skip
+
     def skipped(self, step: int, loss: Tensor, norm: float, scaler: LossScale | None) -> None:
         """Report a step that was skipped."""
-        if self.enabled and self._is_reported():
-            scale = "" if scaler is None else f"; the loss scale was {scaler.value:g}"
-            value = float(loss)
-            log.warning(
-                "step %d is skipped: its gradient norm is %g, its loss%s; weights and schedule are unchanged%s%s",
-                step, norm, self._describe(value), scale, self._so_far(), extra=_from(value),
-            )  # fmt: skip
+        if self.enabled:
+            scale = "" if scaler is None else f"the loss scale was {scaler.value:g}; "
+            self._log(f"step {step} is skipped", float(loss), norm, f"{scale}weights and schedule are unchanged")
 
-    def _check(self, step: int, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)) and self._is_reported():
-            log.warning(
-                "step %d: its gradient norm is %g, its loss%s, and the weights have been updated with it; lower the "
-                "learning rate, clip gradients, or look at this step's data%s",
-                step, norm, self._describe(loss), self._so_far(), extra=_from(loss),
-            )  # fmt: skip
-
-    def _describe(self, loss: float) -> str:
-        if self._rank is None:
-            return f" is {loss:g}"
-        elsewhere = " (a rank whose loss is not finite logs that itself)" if math.isfinite(loss) else ""
-        return f" on rank {self._rank} is {loss:g}{elsewhere}"
-
-    def _is_reported(self) -> bool:
+    def _log(self, step: str, loss: float, norm: float, outcome: str) -> None:
         self._count += 1
-        return self._count & (self._count - 1) == 0
-
-    def _so_far(self) -> str:
-        return f" ({self._count} such steps so far)" if self._count > 1 else ""
-
-
-def _from(loss: float) -> dict[str, bool]:
-    """Which ranks log it: with a loss that is not finite every rank that has one, else rank 0 for all."""
-    return {"from_any_rank": not math.isfinite(loss)}
+        if self._count & (self._count - 1):
+            return
+        finite = math.isfinite(loss)
+        elsewhere = " (a rank whose loss is not finite logs that itself)" if finite and self._place else ""
+        so_far = f" ({self._count} such steps so far)" if self._count > 1 else ""
+        log.warning(
+            "%s: its gradient norm is %g, its loss%s is %g%s; %s%s",
+            step, norm, self._place, loss, elsewhere, outcome, so_far,
+            extra={"from_any_rank": not finite},
+        )  # fmt: skip

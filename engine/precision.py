@@ -8,7 +8,7 @@ params (`redline.master_params`). Buffers keep their dtype unless the config nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AmpLossScale", "LossScale", "Precision", "build_loss_scale", "call_in_autocast"]
 
-_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
 
 def _to_dtype(name: str) -> torch.dtype:
     """The dtype that a config names."""
-    dtype: torch.dtype = getattr(torch, _SHORT.get(name, name).removeprefix("torch."))
+    short = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    dtype: torch.dtype = getattr(torch, short.get(name, name).removeprefix("torch."))
     return dtype
 
 
@@ -50,18 +49,13 @@ class Precision:
     def of(cls, config: EngineConfig, stage: int = 0) -> Precision:
         """What a config asks for, at the stage of ZeRO that is in effect: 0 where nothing is sharded."""
         fp16, bf16, types = config.fp16, config.bf16, config.data_types
-        is_fp16 = fp16 is not None and fp16.enabled
-        compute, stored, rounded, skips = torch.float32, None, False, is_fp16
-        if is_fp16:
-            compute = torch.float16
+        compute, stored, autocast, rounded, skips = torch.float32, None, None, False, False
+        if fp16 is not None and fp16.enabled:
+            compute, stored, skips = torch.float16, torch.float32, True
         elif bf16 is not None and bf16.enabled:
-            compute, skips = torch.bfloat16, bf16.check_grad_overflow
-        if bf16 is not None and bf16.enabled and bf16.bf16_master_weights_and_grads:
-            stored, rounded = (compute, False) if bf16.bf16_optimizer_states else (torch.float32, True)
-        elif compute is not torch.float32:
-            stored = torch.float32
-
-        autocast = None
+            compute, stored, skips = torch.bfloat16, torch.float32, bf16.check_grad_overflow
+            if bf16.bf16_master_weights_and_grads:
+                stored, rounded = (compute, False) if bf16.bf16_optimizer_states else (torch.float32, True)
         if config.torch_autocast is not None and config.torch_autocast.enabled:
             autocast = _to_dtype(config.torch_autocast.dtype or "bf16")
         reduce = _to_dtype(config.communication_data_type or "fp32")
@@ -144,43 +138,30 @@ def build_loss_scale(config: EngineConfig) -> LossScale | None:
             window=fp16.loss_scale_window,
             hysteresis=fp16.hysteresis,
             consecutive_hysteresis=fp16.consecutive_hysteresis,
-            minimum=fp16.min_loss_scale,
+            minimum=float(fp16.min_loss_scale),
         )
     return AmpLossScale() if Precision.of(config).autocast is torch.float16 else None
 
 
+@dataclass(eq=False)
 class LossScale:
     """The factor of the loss that keeps small gradients from underflowing in fp16.
 
     Follows DeepSpeed's `DynamicLossScaler`: an overflow halves it, after the first `hysteresis` - 1 overflows; `window`
     steps without one double it.
-
-    Args:
-        scale: the first, or with `dynamic` False the only, value.
-        dynamic: whether it changes.
-        window: steps without an overflow after which it doubles.
-        hysteresis: overflows until it is halved.
-        consecutive_hysteresis: restart the count of overflows after every step without one, not only when it doubles.
-        minimum: smallest value.
     """
 
-    def __init__(
-        self,
-        scale: float,
-        *,
-        dynamic: bool,
-        window: int = 1000,
-        hysteresis: int = 2,
-        consecutive_hysteresis: bool = False,
-        minimum: float = 1.0,
-    ) -> None:
+    scale: InitVar[float]  # the first value, and the only one unless it is dynamic
+    _: KW_ONLY
+    dynamic: bool  # whether it changes
+    window: int = 1000  # steps without an overflow after which it doubles
+    hysteresis: int = 2  # overflows until it is halved
+    consecutive_hysteresis: bool = False  # count overflows anew after every step without one, not only when it doubles
+    minimum: float = 1.0
+
+    def __post_init__(self, scale: float) -> None:
         self.value = float(scale)  # the factor of the next loss
-        self.dynamic = dynamic
-        self._window = window
-        self._hysteresis = hysteresis
-        self._consecutive = consecutive_hysteresis
-        self._minimum = float(minimum)
-        self._patience = hysteresis
+        self._patience = self.hysteresis
         self._updates = 0
         self._last_overflow = -1
         self._first_bad = -1  # of the overflows since the scale last grew
@@ -201,24 +182,24 @@ class LossScale:
     def _shrink(self) -> None:
         if self._first_bad < 0 or self._last_overflow != self._updates - 1:
             self._first_bad = self._updates
-        if self._hysteresis == 1 or self._patience == 1:
-            if self.value == self._minimum:
+        if self.hysteresis == 1 or self._patience == 1:
+            if self.value == self.minimum:
                 raise LossScaleError(
                     f"fp16: the gradients of step {self._updates} are not finite, and the loss scale is at its "
                     f"minimum, {self.value:g}; the first such step in this sequence was {self._first_bad}; lower the "
                     "learning rate, warm it up, clip gradients, or train in bf16"
                 )
-            self.value = max(self.value / 2, self._minimum)
+            self.value = max(self.value / 2, self.minimum)
         else:
             self._patience -= 1
         self._last_overflow = self._updates
 
     def _grow(self) -> None:
-        if self._consecutive:
-            self._patience = self._hysteresis
         stable = self._updates - self._last_overflow - 1
-        if stable > 0 and stable % self._window == 0:
-            self._patience = self._hysteresis
+        doubles = stable > 0 and stable % self.window == 0
+        if doubles or self.consecutive_hysteresis:
+            self._patience = self.hysteresis
+        if doubles:
             self.value *= 2
 
     _STATE = ("value", "_patience", "_updates", "_last_overflow", "_first_bad")  # the keys in checkpoints
@@ -244,5 +225,5 @@ class AmpLossScale(LossScale):
         self._last_overflow = self._updates
 
     def _grow(self) -> None:
-        if (self._updates - self._last_overflow) % self._window == 0:
+        if (self._updates - self._last_overflow) % self.window == 0:
             self.value *= 2

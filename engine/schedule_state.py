@@ -26,7 +26,7 @@ __all__ = ["SCHEDULED", "ScheduleStart", "ScheduleState", "load_portable", "port
 # Settings of a parameter group that schedules write: while there is a schedule they are its own, not the optimizer's.
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
 
-_PLAIN = frozenset((float, int, bool, str, type(None), complex, bytes))
+_PLAIN = frozenset((float, int, bool, str, type(None)))
 _FIXED = _PLAIN | {tuple}  # settings of these types are never written in place
 _MISSING = object()
 _NESTED = "nested schedules"  # key of `portable_state`
@@ -39,7 +39,7 @@ class ScheduleState:
     def __init__(self, schedule: Any, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._memo: dict[int, Any] = {id(optimizer): optimizer}  # what deepcopy leaves
-        self._parts = [] if schedule is None else [schedule]  # and those that it contains
+        self._parts = [] if schedule is None else [schedule]  # and the schedules in it
         for part in self._parts:  # grows meanwhile
             self._memo[id(part)] = part
             for value in _attributes(part).values():
@@ -50,20 +50,15 @@ class ScheduleState:
                         self._memo[id(each)] = each
         # The attributes and not the `state_dict`: what a script's `load_state_dict` does only the script knows.
         self._saved = self._copies([_attributes(part) for part in self._parts])
-        self._values = [dict(group) for group in optimizer.param_groups]  # the objects themselves
-        self.groups = [dict(group) for group in optimizer.param_groups]
-        self._versions: dict[int, Any] = {}
-        for group in self.groups:
-            del group["params"]
-            for key, value in group.items():
-                if type(value) not in _FIXED:
-                    self._versions[id(value)] = _version(value)
-                    group[key] = _copied(value)
+        self._groups = [
+            {key: value if type(value) in _FIXED else _copied(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
 
     def restore(self) -> None:
         """Restore everything, any number of times; a learning rate that is a tensor keeps its identity."""
         self.restore_schedule()
-        for index, (group, saved) in enumerate(zip(self._optimizer.param_groups, self.groups)):
+        for index, (group, saved) in enumerate(zip(self._optimizer.param_groups, self._groups)):
             for key in (group.keys() | saved.keys()) - {"params"}:
                 self.restore_setting(index, key)
 
@@ -81,7 +76,7 @@ class ScheduleState:
 
     def restore_setting(self, index: int, key: str) -> None:
         """Restore a setting of a group; one that it did not have is removed."""
-        group, saved = self._optimizer.param_groups[index], self.groups[index]
+        group, saved = self._optimizer.param_groups[index], self._groups[index]
         if key not in saved:
             group.pop(key, None)
         elif isinstance(now := group.get(key), Tensor) and isinstance(saved[key], (Tensor, float, int)):
@@ -89,17 +84,6 @@ class ScheduleState:
                 now.copy_(saved[key]) if isinstance(saved[key], Tensor) else now.fill_(saved[key])
         else:
             group[key] = _copied(saved[key])
-
-    def written(self) -> list[tuple[int, str, Any, Any]]:
-        """Settings that were assigned or written in place since: group, key, value, and its version."""
-        found = []
-        for index, (group, then) in enumerate(zip(self._optimizer.param_groups, self._values)):
-            for key, value in group.items():
-                is_same, is_fixed = value is then.get(key, _MISSING), type(value) in _FIXED
-                if is_same and (is_fixed or key == "params" or _version(value) == self._versions[id(value)]):
-                    continue
-                found.append((index, key, value, None if is_fixed else _version(value)))
-        return found
 
 
 class ScheduleStart:
@@ -127,13 +111,13 @@ class ScheduleStart:
         now = ScheduleState(self.schedule, self._optimizer)
         try:
             self._state.restore()
-            start = ScheduleState(None, self._optimizer)
+            start = _settings(self._optimizer)
             self._run(steps)
             there = ScheduleState(self.schedule, self._optimizer)
             if steps == 0:  # one step more, to see what it writes
                 with contextlib.suppress(ValueError):  # it has no second step
                     self._run(1)
-            written = {*SCHEDULED, *(key for _, key, _, _ in start.written())}
+            written = {*SCHEDULED, *(key for _, key in _written(start, _settings(self._optimizer)))}
         finally:
             now.restore()
 
@@ -167,22 +151,38 @@ def step_undoably(schedule: Any, optimizer: Optimizer) -> Callable[[], None]:
     """
     if schedule is None:
         return lambda: None
-    before = ScheduleState(schedule, optimizer)
+    state, before = ScheduleState(schedule, optimizer), _settings(optimizer)
     schedule.step()
-    written = before.written()
+    after = _settings(optimizer)
 
     def undo() -> None:
-        groups = optimizer.param_groups
-        untouched = [
-            (index, key)
-            for index, key, value, version in written
-            if groups[index].get(key) is value and (version is None or _version(value) == version)
-        ]
-        before.restore_schedule()
-        for index, key in untouched:
-            before.restore_setting(index, key)
+        written, since = _written(before, after), _written(after, _settings(optimizer))
+        state.restore_schedule()
+        for index, key in written - since:
+            state.restore_setting(index, key)
 
     return undo
+
+
+_Settings = tuple[list[dict[str, Any]], dict[int, int]]
+
+
+def _settings(optimizer: Optimizer) -> _Settings:
+    """The groups' settings, and the versions of those that are tensors, which writes in place change."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    tensors = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
+    return groups, {id(value): value._version for value in tensors}
+
+
+def _written(before: _Settings, after: _Settings) -> set[tuple[int, str]]:
+    """Which settings, by group and name, were assigned, written in place, added or removed in between."""
+    found = set()
+    for index, (then, now) in enumerate(zip(before[0], after[0])):
+        for key in (then.keys() | now.keys()) - {"params"}:
+            value = now.get(key, _MISSING)
+            if value is not then.get(key, _MISSING) or before[1].get(id(value)) != after[1].get(id(value)):
+                found.add((index, key))
+    return found
 
 
 def portable_state(schedule: Any) -> dict[str, Any]:
@@ -216,24 +216,14 @@ def _attributes(part: Any) -> dict[str, Any]:
 
 
 def _copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    kind = type(value)
-    if kind in _PLAIN:
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.detach().clone()
-    if kind in (list, tuple) and all(type(each) in _PLAIN for each in value):  # ten times as fast as deepcopy
-        if kind is tuple:
-            return value
-        return value.copy() if memo is None else memo.setdefault(id(value), value.copy())
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # an open file, a lock, a generator: nothing that could be restored
         return value
-
-
-def _version(value: Any) -> Any:
-    """What changes when a value is written in place; of a tensor without waiting for the device."""
-    return value._version if isinstance(value, Tensor) else value.copy() if type(value) is list else None
 
 
 def _count(state: dict[str, Any]) -> int | None:

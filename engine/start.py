@@ -70,11 +70,15 @@ def initialize(
 
     configure()
     # The config is read before any process group is joined: a mistake in it costs nothing.
-    num_samples = _length(training_data)
+    try:
+        num_samples = len(training_data)  # type: ignore[arg-type]
+    except TypeError:  # a stream, or none
+        num_samples = None
     loaded = load_config(config, world_size=launched_ranks(), num_samples=num_samples)
     if loaded.scheduler is not None and loaded.optimizer is None and optimizer is None and lr_scheduler is None:
-        problem = loaded.as_written().problem(("scheduler",), _UNSCHEDULED)
-        raise ConfigError([problem], loaded.as_written().source)
+        document = loaded.as_written()
+        reason = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
+        raise ConfigError([document.problem(("scheduler",), reason)], document.source)
     model = unwrap_compiled(model)
     world = join_world(device, timeout=loaded.redline.distributed_timeout)
     loaded = load_config(loaded, world_size=world.size, num_samples=num_samples)
@@ -105,21 +109,10 @@ def initialize(
     return engine
 
 
-def _length(data: Any) -> int | None:
-    """How many samples there are; None where they do not tell."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-_UNSCHEDULED = 'there is no optimizer to schedule; give the config an "optimizer" section, or initialize an optimizer'
-
-
 def _log_summary(engine: Engine, elements: Elements | None) -> None:
     """Log what will run: a line, a table of dtypes, the memory that it takes, the length of an epoch."""
     config, optimizer = engine.config, engine.optimizer
-    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
+    batch, ranks = config.train_batch_size, engine.world_size
     name = "no optimizer" if optimizer is None else type(optimizer).__name__
     is_adams = name == "AdamW" and config.optimizer is not None and config.optimizer.type.lower() == "adam"
     how = ["Adam with adam_w_mode"] if is_adams else []
@@ -128,9 +121,9 @@ def _log_summary(engine: Engine, elements: Elements | None) -> None:
     schedule = "fixed learning rate" if engine.lr_scheduler is None else type(engine.lr_scheduler).__name__
     clip = f"clipped at {config.gradient_clipping:g}" if config.gradient_clipping else "not clipped"
     summary = (
-        f"redline: {ranks} on {engine.device.type}; batch {config.train_batch_size} = "
-        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x "
-        f"{engine.world_size}; {name}, {schedule}, gradients {clip}"
+        f"redline: {ranks} rank{'s' if ranks > 1 else ''} on {engine.device.type}; batch {batch} = "
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} accumulated x {ranks}; "
+        f"{name}, {schedule}, gradients {clip}"
     )
     table = engine.precision.table(has_optimizer=optimizer is not None)
     memory = describe_memory(config, engine.world, engine.module, optimizer, elements)
@@ -138,11 +131,11 @@ def _log_summary(engine: Engine, elements: Elements | None) -> None:
 
     found = config.document().get("_range_test")
     measured = found.get("train_batch_size") if isinstance(found, dict) else None
-    if isinstance(measured, int) and measured != config.train_batch_size:
+    if isinstance(measured, int) and measured != batch:
         log.warning(
-            "_range_test: this config's learning rates were found at batch size %d, and train_batch_size is %d; they "
-            "hold for the first only. Test again at %d (redline tune --batch-sizes %d,%d), or train at %d",
-            *(measured, config.train_batch_size, config.train_batch_size, measured, config.train_batch_size, measured),
+            f"_range_test: this config's learning rates were found at batch size {measured}, and train_batch_size is "
+            f"{batch}; they hold for the first only. Test again at {batch} (redline tune --batch-sizes "
+            f"{measured},{batch}), or train at {measured}"
         )
     if engine.training_dataloader is not None:
         log.info("%s", _epoch_summary(engine, engine.training_dataloader))

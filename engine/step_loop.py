@@ -79,8 +79,8 @@ class StepLoop(nn.Module):
         self.training_dataloader: Loader | None = None
         self.loader_wrappers: list[LoaderWrapper] = []  # of each pass over it, such as a bar
         self.config, self.world, self.precision = config, world, precision
-        self.device = world.device
-        self.global_rank, self.local_rank, self.world_size = world.rank, world.local_rank, world.size
+        self.device, self.global_rank, self.local_rank = world.device, world.rank, world.local_rank
+        self.world_size = world.size
         self.callbacks: list[Callback] = []
         self.client_state_on_sigterm: Callable[[], dict[str, Any]] | None = None
         self.is_compiled = False
@@ -93,8 +93,9 @@ class StepLoop(nn.Module):
         self._optimizer_step = OptimizerStep(
             optimizer, strategy, scaler, skips=precision.skips, clip_norm=config.gradient_clipping
         )
-        managed = config.managed_gradient_accumulation
-        self._state = AccumulationState(config.gradient_accumulation_steps, managed=managed)
+        self._state = AccumulationState(
+            config.gradient_accumulation_steps, managed=config.managed_gradient_accumulation
+        )
         self._accumulation = Accumulation(strategy, self._state, world, self._optimizer_step)
         self._finite_check = FiniteCheck(world)
         self._checkpointer = Checkpointer(config)
@@ -120,7 +121,6 @@ class StepLoop(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; in bf16 and fp16 layers cast fp32 inputs, see `redline.input_casts`."""
-        model: nn.Module = self._module
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled:
             if self._first_batches.watching and self._module.training:
@@ -128,18 +128,18 @@ class StepLoop(nn.Module):
             if self._strategy.params.groups_changed():  # new parameters become rank 0's before they are used
                 self._accumulation.refresh_params("forward")
             state = self._state
-            model = self._strategy.prepare_forward(
-                is_last=state.managed and state.is_boundary(), no_sync=state.in_no_sync
-            )
+            self._strategy.prepare_forward(is_last=state.managed and state.is_boundary(), no_sync=state.in_no_sync)
         try:
             if self._input_casts is not None:
-                return self._input_casts.call(model, args, kwargs)
-            if self.precision.autocast is None:
-                return model(*args, **kwargs)
-            return call_in_autocast(model, args, kwargs, self._autocast_device, self.precision.autocast)
+                return self._input_casts.call(args, kwargs)
+            if self.precision.autocast is not None:
+                return call_in_autocast(self._module, args, kwargs, self._autocast_device, self.precision.autocast)
+            return self._module(*args, **kwargs)
         except BaseException as error:
             torch.set_grad_enabled(grad_enabled)  # an interrupt may keep a hook from setting it back
-            self._clean_up_forward(error)
+            explain_failure(error, "forward")  # first: where a rank is lost, nothing can be cleaned up together
+            self._strategy.reset_forward()
+            explain_error(error, "forward", self._module, self.precision.compute)
             raise
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -181,10 +181,7 @@ class StepLoop(nn.Module):
         except BaseException as error:
             accumulation.drop(f"backward was interrupted by {type(error).__name__}")
             explain_failure(error, "backward")
-            if isinstance(error, RuntimeError):
-                reason = explain_error("backward", error, self._module, self.precision.compute)
-                if reason is not None:
-                    raise EngineError(reason) from error
+            explain_error(error, "backward", self._module, self.precision.compute)
             raise
         return loss
 
@@ -234,11 +231,9 @@ class StepLoop(nn.Module):
             counters.data_position = self.training_dataloader.position
         norm = step.grad_norm
         assert norm is not None and self.optimizer is not None
-        is_pending = skipped is None and self.precision.skips  # only the device knows yet whether it was skipped
-        if skipped:
-            self._count_skip(loss, float(norm))
-        elif not is_pending:
-            self._finite_check.taken(counters.global_steps - 1, loss, norm)
+        is_pending = skipped is None  # only the device knows yet
+        if not is_pending:
+            self._record_outcome(loss, norm, skipped=bool(skipped))
         try:
             for callback in self.callbacks:
                 callback.on_step(self)
@@ -270,33 +265,25 @@ class StepLoop(nn.Module):
             if skipped:
                 pending.undo_schedule()  # it was stepped as if this step were taken
                 step.undo()
-                self._count_skip(pending.loss, norm)
+            self._record_outcome(pending.loss, norm, skipped=skipped)
+            if skipped:
                 self._call_on_skip()
-            else:
-                self._finite_check.taken(self._counters.global_steps - 1, pending.loss, norm)
         finally:  # also where a callback raises
             if self.scaler is not None:
                 self.scaler.update(skipped)
 
-    def _count_skip(self, loss: Tensor, norm: float) -> None:
-        self._counters.skipped_steps += 1
-        self._finite_check.skipped(self._counters.global_steps - 1, loss, norm, self.scaler)
+    def _record_outcome(self, loss: Tensor, norm: Tensor | float, *, skipped: bool) -> None:
+        """Count and report the last optimizer step, once it is known whether it was skipped."""
+        self._counters.skipped_steps += skipped
+        step = self._counters.global_steps - 1
+        if skipped:
+            self._finite_check.skipped(step, loss, float(norm), self.scaler)
+        else:
+            self._finite_check.taken(step, loss, norm)
 
     def _call_on_skip(self) -> None:
         for callback in self.callbacks:
             callback.on_skip(self, self._counters.global_steps)
-
-    def _clean_up_forward(self, error: BaseException) -> None:
-        """After an exception in the model's forward; raises one that says more, where there is more to say."""
-        explain_failure(error, "forward")  # before the rest: where a rank is lost, nothing can be cleaned up together
-        self._strategy.reset_forward()
-        if not isinstance(error, RuntimeError):
-            return
-        reason = explain_error("forward", error, self._module, self.precision.compute)
-        if reason is not None:
-            if self._input_casts is not None:
-                self._input_casts.watch_again()
-            raise EngineError(reason) from error
 
     def _recover_from(self, method: str, error: BaseException, grad_enabled: bool) -> None:
         """After an exception or an interrupt in a step: drop what is unfinished, so that the next batch trains."""

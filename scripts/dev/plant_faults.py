@@ -67,9 +67,9 @@ class Fault:
 FAULTS = (
     # -- the step loop
     Fault("no clipping", "engine/optimizer_step.py",
-          "clips = limit > 0 and not value + 1e-6 <= limit", "clips = False", (ONE,)),
+          "clips = limit > 0 and (value is None or not value + 1e-6 <= limit)", "clips = False", (ONE,)),
     Fault("clips without unscaling", "engine/optimizer_step.py",
-          "1.0 / (scale * (value + 1e-6) / limit if clips else scale)", "1.0 / scale",
+          "divisor = scale * (value + 1e-6) / limit", "divisor = scale",
           ("tests/engine/test_precision.py",)),
     Fault("schedule steps on a skipped step", "engine/step_loop.py",
           "elif self.lr_scheduler is not None and not skipped:", "elif self.lr_scheduler is not None:", (ONE,)),
@@ -86,7 +86,7 @@ FAULTS = (
     Fault("half precision does not get the master params", "engine/optimizer_step.py",
           "        params.copy_to_model()\n        self._moving = False\n", "        self._moving = False\n", (ONE,)),
     Fault("the loss scale does not shrink", "engine/precision.py",
-          "self.value = max(self.value / 2, self._minimum)", "self.value = max(self.value, self._minimum)", (ONE,)),
+          "self.value = max(self.value / 2, self.minimum)", "self.value = max(self.value, self.minimum)", (ONE,)),
     Fault("the loss scale grows one step early", "engine/precision.py",
           "stable = self._updates - self._last_overflow - 1", "stable = self._updates - self._last_overflow",
           ("tests/engine/test_loss_scale.py",)),

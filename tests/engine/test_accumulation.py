@@ -292,7 +292,7 @@ def test_a_new_accumulation_keeps_what_the_script_has_set() -> None:
     state.no_graph = state.reached = True
     state.reset()
     assert (state.backwards, state.pending, state.no_graph, state.reached) == (0, False, False, False)
-    assert (state.scaling, state.boundary, state.steps) == ("none", False, 2)
+    assert (state.divided, state.boundary, state.steps) == (0, False, 2)
 
 
 # -- a step that ends in an exception ----------------------------------------------------------------

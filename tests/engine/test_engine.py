@@ -33,7 +33,7 @@ def train(engine: Engine, micro_steps: int, size: int = 4) -> list[Tensor]:
     losses = []
     for index in range(micro_steps):
         rows = slice(index * size % 16, index * size % 16 + size)
-        losses.append(engine.backward(mse(engine(X[rows]), Y[rows])).detach())
+        losses.append(engine.backward(mse(engine(X[rows]).float(), Y[rows])).detach())
         engine.step()
     return losses
 
@@ -193,15 +193,17 @@ def test_the_loss_of_an_update_is_the_mean_over_its_micro_batches_and_stays_a_te
 # -- models of every kind ------------------------------------------------------------------------------------
 
 
-def test_a_tied_parameter_is_one_and_a_frozen_one_stays() -> None:
+@pytest.mark.parametrize("dtype, config", [(torch.float32, {}), (torch.bfloat16, {"bf16": {"enabled": True}})])
+def test_a_tied_parameter_is_one_and_a_frozen_one_stays(dtype: torch.dtype, config: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
     model[1].weight = model[0].weight
     model[2].requires_grad_(False)
+    engine = make_engine(model, gradient_clipping=1.0, **config)
     tied, frozen = model[0].weight.clone(), model[2].weight.clone()
-    engine = make_engine(model, gradient_clipping=1.0)
     assert len(engine.optimizer.param_groups[0]["params"]) == 3  # a weight and two biases
     train(engine, 2)
-    assert model[0].weight is model[1].weight and not torch.equal(model[0].weight, tied)
+    assert model[0].weight is model[1].weight and model[0].weight.dtype == dtype
+    assert not torch.equal(model[0].weight, tied)
     assert torch.equal(model[2].weight, frozen) and model[2].weight.grad is None
 
 

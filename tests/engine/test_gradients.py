@@ -252,29 +252,19 @@ def test_the_wire_alone_rounds_the_sum(ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(exact, rounded, rtol=5e-3, atol=5e-4)
 
 
-def test_flush_shares_what_the_processes_have(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["flush"], ranks[1]["flush"])
-    torch.testing.assert_close(ranks[0]["flush"], ranks[0]["no flush"])
-
-
-def test_gradients_of_unmanaged_accumulation_are_shared_in_the_step(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", ["flush", "own", "forced", "sparse"])
+def test_ranks_share_gradients_whatever_ends_the_accumulation(way: str, ranks: list[dict[str, Any]]) -> None:
+    """A flush; a step() of unmanaged accumulation; a boundary that the script sets after backward; sparse ones."""
     first, second = ranks
-    assert not torch.equal(first["before step"], second["before step"])
-    assert torch.equal(first["own"], second["own"])
-
-
-def test_a_boundary_that_the_script_sets_after_backward_shares_in_the_step(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["forced"], ranks[1]["forced"])
+    assert torch.equal(first[way], second[way])
+    torch.testing.assert_close(first["flush"], first["no flush"])
+    assert not torch.equal(first["before step"], second["before step"])  # of unmanaged accumulation
 
 
 def test_one_bad_process_makes_all_skip(ranks: list[dict[str, Any]]) -> None:
     (one, ours), (other, theirs) = (found["skipped"] for found in ranks)
     assert one == other == 1
     assert torch.equal(ours, theirs)
-
-
-def test_sparse_gradients_are_shared(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["sparse"], ranks[1]["sparse"])
 
 
 def gradients_so_far(precision: str) -> list[list[float]]:

@@ -97,18 +97,6 @@ def test_batch_norm_keeps_fp32_and_trains(low: str) -> None:
     assert not torch.equal(model[1].weight, before)
 
 
-def test_tied_and_frozen_parameters_stay_so() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
-    model[1].weight = model[0].weight
-    model[2].weight.requires_grad_(False)
-    engine = make_engine(model, **on("bf16"))
-    frozen = model[2].weight.detach().clone()
-    train(engine, 2)
-    assert model[1].weight is model[0].weight and model[0].weight.dtype == torch.bfloat16
-    assert torch.equal(model[2].weight, frozen)
-    assert len(engine.optimizer.param_groups[0]["params"]) == 4  # one weight, three biases
-
-
 def test_a_client_optimizer_keeps_its_groups_and_its_state() -> None:
     model = make_model()
     optimizer = torch.optim.Adam(

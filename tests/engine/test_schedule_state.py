@@ -27,15 +27,18 @@ def without_torchs_warning() -> Iterator[None]:
         yield
 
 
-def fresh(kind: str, steps: int, groups: int, tensor: bool) -> list[Any]:
-    """What the groups hold for each of the first steps."""
-    optimizer = make_optimizer(groups=groups, tensor=tensor)
-    schedule = KINDS[kind](optimizer)
+def trace(schedule: Any, optimizer: Any, steps: int) -> list[Any]:
+    """What the groups hold for each of the next steps."""
     values = []
     for _ in range(steps):
         values.append(values_of(optimizer))
         schedule.step()
     return values
+
+
+def fresh(kind: str, steps: int, groups: int = 1, tensor: bool = False) -> list[Any]:
+    optimizer = make_optimizer(groups=groups, tensor=tensor)
+    return trace(KINDS[kind](optimizer), optimizer, steps)
 
 
 @of_every_group
@@ -99,30 +102,20 @@ def test_a_schedule_can_be_put_at_any_step_as_a_fresh_run_has_it(kind: str, grou
         put = start.at(steps)
         assert values_of(optimizer) == was, "nothing moves before it is asked for"
         put()
-        values = []
-        for _ in range(3):
-            values.append(values_of(optimizer))
-            schedule.step()
-        assert values == expected[steps : steps + 3]
+        assert trace(schedule, optimizer, 3) == expected[steps : steps + 3]
 
 
 @of_every_kind
 def test_what_another_schedule_left_in_the_groups_is_gone(kind: str) -> None:
     """Loading a checkpoint brings the settings of its groups first."""
     left = make_optimizer()
-    other = lr_scheduler.OneCycleLR(left, 0.7, 20)
-    for _ in range(5):
-        other.step()
+    trace(lr_scheduler.OneCycleLR(left, 0.7, 20), left, 5)
     optimizer = make_optimizer()
     schedule = KINDS[kind](optimizer)
     put = ScheduleStart(schedule, optimizer).at(4)
     optimizer.param_groups[0].update({k: v for k, v in left.param_groups[0].items() if k not in ("params", "eps")})
     put()
-    values = []
-    for _ in range(4):
-        values.append(values_of(optimizer))
-        schedule.step()
-    assert values == fresh(kind, 8, 1, False)[4:]
+    assert trace(schedule, optimizer, 4) == fresh(kind, 8)[4:]
 
 
 def test_settings_that_no_schedule_moves_stay_when_it_begins_again() -> None:
@@ -149,30 +142,19 @@ def test_a_schedule_that_ends_before_the_step_is_where_it_was() -> None:
 def test_a_state_can_be_put_back_more_than_once(kind: str) -> None:
     optimizer = make_optimizer()
     schedule = KINDS[kind](optimizer)
-    for _ in range(4):
-        schedule.step()
+    trace(schedule, optimizer, 4)
     state = ScheduleState(schedule, optimizer)
-    runs = []
     for _ in range(2):
         state.restore()
-        run = []
-        for _ in range(4):
-            run.append(values_of(optimizer))
-            schedule.step()
-        runs.append(run)
-    assert runs[0] == runs[1] == fresh(kind, 8, 1, False)[4:]
+        assert trace(schedule, optimizer, 4) == fresh(kind, 8)[4:]
 
 
 @of_every_kind
 def test_a_state_without_functions_and_objects_is_enough_to_go_on(kind: str) -> None:
     optimizer, again = make_optimizer(), make_optimizer()
     schedule, resumed = KINDS[kind](optimizer), KINDS[kind](again)
-    for _ in range(4):
-        schedule.step()
+    trace(schedule, optimizer, 4)
     load_portable(resumed, copy.deepcopy(portable_state(schedule)))
     for group, saved in zip(again.param_groups, optimizer.param_groups):
         group.update({key: value for key, value in saved.items() if key != "params"})
-    for _ in range(4):
-        schedule.step()
-        resumed.step()
-        assert values_of(again) == values_of(optimizer)
+    assert trace(resumed, again, 5) == trace(schedule, optimizer, 5)
