@@ -61,7 +61,10 @@ _MOVES_HELD = not isinstance(getattr(FSDPParam, "unsharded_accumulated_grad", No
 def reduce_held(model: Any) -> None:
     """Reduce the gradients that backwards have left on this rank; a collective."""
     model.set_requires_gradient_sync(True)
-    model._get_fsdp_state()._root_post_backward_final_callback()  # what FSDP2 calls at the end of a backward
+    state = model._get_fsdp_state()
+    if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # from torch 2.15 on; None after a backward
+        state._state_ctx.manual_backward_finalization_active = False
+    state._root_post_backward_final_callback()  # what FSDP2 calls at the end of a backward
 
 
 def fill_held(units: Iterable[Any]) -> None:
