@@ -30,12 +30,12 @@ class _Model(dit_model.DiT_Llama):
         super().__init__(channels, dim=64, n_layers=2, n_heads=4, num_classes=1000)
 
 
-class _Diffusion(ddpm.DDPM):
-    def __init__(self, *args):
-        super().__init__(*args)
-        for name, buffer in self.named_buffers(recurse=False):
-            setattr(self, name, buffer.bfloat16())  # as DeepSpeed did when the script was written
+def _initialize(self, *args):
+    initialize(self, *args)
+    for name, buffer in list(self.named_buffers(recurse=False)):
+        setattr(self, name, buffer.bfloat16())  # as DeepSpeed did when the script was written
 
 
-dit_model.DiT_Llama, ddpm.DDPM = _Model, _Diffusion
+initialize = ddpm.DDPM.__init__
+ddpm.DDPM.__init__, dit_model.DiT_Llama = _initialize, _Model
 stand_in.run("main.py")
