@@ -6,6 +6,7 @@ there is no terminal a bar becomes a few log lines, and a table one line for eac
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
@@ -47,10 +48,20 @@ class ProgressBar:
         unit: what is counted; "B" for bytes, which are shown in KiB, MiB and so on.
         show: True for a bar, False for nothing, None for a bar on a terminal or in a notebook and log lines elsewhere.
         log_lines: whether there is a log line for each tenth of `total` where there is no bar.
+        background: whether the bar closes when another one opens, a notebook's cell ends or the process exits, for a
+            loop whose end nobody announces.
     """
 
+    _in_background: ProgressBar | None = None  # the one that is open
+
     def __init__(
-        self, total: int | None, *, unit: str = "step", show: bool | None = None, log_lines: bool = True
+        self,
+        total: int | None,
+        *,
+        unit: str = "step",
+        show: bool | None = None,
+        log_lines: bool = True,
+        background: bool = False,
     ) -> None:
         self.total, self.done = total, 0  # the total may be changed at any time
         self._latest: tuple[str, Callable[[], str]] = "", str  # description and values
@@ -61,7 +72,14 @@ class ProgressBar:
         self._cell: Any = None  # the bar's place in a notebook
         if show or (show is None and shows_bars()):
             self._log_lines = False
+            if ProgressBar._in_background is not None:
+                ProgressBar._in_background.close()
             self._open(unit, _notebook_display())
+            if background:
+                ProgressBar._in_background = self
+                atexit.register(self.close)
+                if self._cell is not None:
+                    sys.modules["IPython"].get_ipython().events.register("post_run_cell", self._close_with_cell)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -104,15 +122,27 @@ class ProgressBar:
         """Text of a log line."""
         return f"{description}: {values}"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a bar that has not been closed."""
+        return self._bar is not None
+
     def close(self) -> None:
         """Leave the bar on the terminal as it is at the end."""
         if self._bar is None:
             return
+        if ProgressBar._in_background is self:
+            ProgressBar._in_background = None
+            atexit.unregister(self.close)
         self._refresh()
         self._bar.stop()
         self._bar = None
         for handler, stream in self._handlers:
             handler.setStream(stream)
+
+    def _close_with_cell(self, *_: Any) -> None:
+        sys.modules["IPython"].get_ipython().events.unregister("post_run_cell", self._close_with_cell)
+        self.close()
 
     @property
     def _tenth(self) -> int:

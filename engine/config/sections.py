@@ -309,7 +309,7 @@ class RedlineConfig(Section):
     data: DataConfig = key(DataConfig(), "The loader of training data.")
     zero: ZeroOptionsConfig = key(ZeroOptionsConfig(), "How ZeRO shards a model.")
     activation_checkpointing: bool = key(False, "Compute activations of the model's blocks again in backward.")
-    progress: bool | None = key(None, "A bar over the training loader on rank 0; null: on a terminal or in a notebook.")
+    progress: bool | None = key(None, "A bar over the training loop on rank 0; null: on a terminal or in a notebook.")
     log_dir: str | None = key(None, "Folder for the numbers of each step as CSV files, which `redline report` draws.")
     range_test: RangeTestConfig = key(RangeTestConfig(), "The learning rate range test.")
     checkpoint: SavingConfig = key(SavingConfig(), "How checkpoints are written and kept.")

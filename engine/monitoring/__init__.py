@@ -12,7 +12,7 @@ from datetime import timedelta
 from redline.console import shows_bars
 from redline.engine import Engine
 from redline.log import log
-from redline.monitoring.progress import LoaderBar, ProgressLine, log_config, memory_line
+from redline.monitoring.progress import ProgressLine, TrainingBar, log_config, memory_line
 
 __all__ = ["attach_monitoring", "log_comms_summary"]
 
@@ -71,7 +71,7 @@ def attach_monitoring(engine: Engine) -> None:
         log.info("steps_per_print: null; breakdowns are printed every %d steps", PRINT_EVERY)
     wants_bar = shows_bars() if config.redline.progress is None else config.redline.progress
     if wants_bar and is_first:
-        engine.callbacks.append(LoaderBar(engine))
+        engine.callbacks.append(TrainingBar(engine))
     engine.callbacks.append(line)  # always there, since steps_per_print may be set at any time
 
 

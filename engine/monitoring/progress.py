@@ -1,4 +1,4 @@
-"""What a training run prints: progress lines, memory, a bar over the data loader, the config in force.
+"""What a training run prints: progress lines, memory, a bar, the config in force.
 
 The only place in a training run that waits for the device to print something.
 """
@@ -23,7 +23,7 @@ from redline.log import log
 if TYPE_CHECKING:
     from redline.config import EngineConfig
 
-__all__ = ["LoaderBar", "ProgressLine", "log_config", "memory_line"]
+__all__ = ["ProgressLine", "TrainingBar", "log_config", "memory_line"]
 
 _GIB = 1024**3
 _SECRETS = ("comet.api_key",)
@@ -118,18 +118,33 @@ def _process_memory() -> dict[str, float]:
     return sizes
 
 
-class LoaderBar(Callback):
-    """A bar for each pass over ``engine.training_dataloader``: epoch, batches, learning rate, this rank's last loss."""
+class TrainingBar(Callback):
+    """A bar on rank 0: for each pass over ``engine.training_dataloader``, or over the steps of any other loop.
+
+    It shows learning rate, this rank's last loss and the samples per second of all ranks. A script that shows a bar of
+    tqdm's has no second one.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._in_pass = False  # over the training_dataloader
+        self._steps: ProgressBar | None = None  # of another loop
         self._last_loss: Tensor | None = None
         self._arriving: HostCopy | None = None  # loss and lr on their way from the device
         self._values = ""
+        self._since: tuple[float, int] | None = None  # time and samples when the values were last shown
         engine.loader_wrappers.append(self._show)
 
     def on_step(self, engine: Engine) -> None:
         self._last_loss = engine.loss
+        if self._in_pass or _shows_tqdm():
+            return
+        if self._steps is None or not self._steps.is_open:
+            self._since = None
+            done = 0 if self._steps is None else self._steps.done
+            self._steps = ProgressBar(None, show=True, background=True)
+            self._steps.done = done
+        self._steps.advance(1, "training", self._describe)
 
     def _show(self, batches: Iterator[Any]) -> Iterator[Any]:
         """A pass over the loader with its bar."""
@@ -142,20 +157,35 @@ class LoaderBar(Callback):
             total: int | None = len(loader)
         except TypeError:  # an iterable dataset without a length
             total = None
-        with ProgressBar(total, unit="batch", show=True) as bar:
-            for batch in batches:
-                yield batch
-                bar.advance(1, f"epoch {loader.epoch + 1}", self._describe)
+        self._in_pass, self._since = True, None
+        try:
+            with ProgressBar(total, unit="batch", show=not _shows_tqdm()) as bar:
+                for batch in batches:
+                    yield batch
+                    bar.advance(1, f"epoch {loader.epoch + 1}", self._describe)
+        finally:
+            self._in_pass = False
 
     def _describe(self) -> str:
-        """Learning rate and loss, without waiting for the device: the loss may be an earlier step's."""
+        """Learning rate, loss and speed, without waiting for the device: the loss may be an earlier step's."""
         optimizer = self._engine.optimizer
         if self._arriving is None and self._last_loss is not None and optimizer is not None:
             self._arriving = HostCopy(self._last_loss.reshape(()), optimizer.param_groups[0]["lr"])
         if self._arriving is not None and self._arriving.has_arrived():
             (loss, lr), self._arriving = self._arriving.read(), None
-            self._values = f"lr {lr:.4g}, loss {loss:.4g}"
+            now, samples = time.perf_counter(), self._engine.global_samples
+            if self._since is None or samples > self._since[1]:  # else this was shown already
+                self._values = f"lr {lr:.4g}, loss {loss:.4g}"
+                if self._since is not None:
+                    self._values += f", {(samples - self._since[1]) / (now - self._since[0]):.0f} samples/s"
+                self._since = now, samples
         return self._values
+
+
+def _shows_tqdm() -> bool:
+    """Whether a bar of tqdm's is open."""
+    tqdm = sys.modules.get("tqdm")
+    return tqdm is not None and len(getattr(tqdm.tqdm, "_instances", ())) > 0
 
 
 def log_config(config: EngineConfig) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from redline import Engine, initialize, run_range_test
 from redline.config import load_config
-from redline.monitoring.progress import LoaderBar, log_config, memory_line
+from redline.monitoring.progress import TrainingBar, log_config, memory_line
 from tests.callbacks import find
 from tests.distributed import run_ranks
 from tests.terminal import on_terminal
@@ -223,10 +223,10 @@ def test_log_lines_stay_above_the_bar(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_there_is_none_without_a_terminal_or_where_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert find(engine_with(), LoaderBar) is None
+    assert find(engine_with(), TrainingBar) is None
     on_terminal(monkeypatch)
-    assert find(engine_with(), LoaderBar) is not None
-    assert find(engine_with(redline={"progress": False}), LoaderBar) is None
+    assert find(engine_with(), TrainingBar) is not None
+    assert find(engine_with(redline={"progress": False}), TrainingBar) is None
 
 
 def test_a_prepared_loader_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,12 +273,59 @@ def test_a_range_test_over_the_engines_loader_has_no_second_bar(monkeypatch: pyt
     assert "epoch" not in terminal.getvalue()
 
 
+def own_loop(engine: Engine, steps: int) -> None:
+    for _ in range(steps):
+        engine.backward(engine(torch.ones(4, 4)).mean())
+        engine.step()
+
+
+@pytest.fixture
+def refreshed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar is drawn anew whenever it moves."""
+    monkeypatch.setattr("redline.console.REFRESH_EVERY", 0)
+
+
+@pytest.mark.usefixtures("refreshed")
+def test_a_loop_of_ones_own_has_a_bar_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    engine = engine_with(None)
+    own_loop(engine, 5)
+    find(engine, TrainingBar)._steps.close()
+    (line,) = [line for line in terminal.screen() if line.startswith("training")]
+    assert " 5/? step " in line and "lr 0.001, loss " in line and " samples/s" in line
+    assert sys.stderr is terminal
+
+
+@pytest.mark.usefixtures("refreshed")
+def test_a_pass_over_the_loader_closes_the_bar_of_steps_and_later_steps_go_on_counting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = on_terminal(monkeypatch)
+    engine = engine_with()
+    own_loop(engine, 2)
+    pass_over(engine)
+    own_loop(engine, 1)
+    find(engine, TrainingBar)._steps.close()
+    shown = [line.split(" ")[0] for line in terminal.screen() if line.startswith(("training", "epoch"))]
+    assert shown == ["training", "epoch", "training"]
+    assert " 3/? step " in [line for line in terminal.screen() if line.startswith("training")][-1]
+
+
+def test_a_script_with_a_bar_of_its_own_gets_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    terminal = on_terminal(monkeypatch)
+    engine = engine_with(None)
+    for _ in tqdm.tqdm(range(3), file=io.StringIO()):
+        own_loop(engine, 1)
+    assert "training" not in terminal.getvalue()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_cuda_a_loss_is_shown_when_it_has_arrived() -> None:
     config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD"}, "redline": {"progress": True}}
     engine = initialize(nn.Linear(4, 1), config, training_data=DATA)
     pass_over(engine)
-    bar = find(engine, LoaderBar)
+    bar = find(engine, TrainingBar)
     bar._describe()
     torch.cuda.synchronize()
     assert "loss" in bar._describe()
