@@ -87,6 +87,18 @@ class Run(NamedTuple):
     flags: tuple[str, ...] = ()  # of compare-run
 
 
+COMMITS = {  # with which docs/deepspeed.md's results came out
+    "deepspeedai/DeepSpeedExamples": "45b4b7156c",
+    "wenet-e2e/wenet": "015469960d",
+    "FunAudioLLM/CosyVoice": "ace7c47f41",
+    "liucongg/ChatGLM-Finetuning": "a137ad63ee",
+    "baichuan-inc/Baichuan-7B": "6f3ef4633a",
+    "MCG-NJU/VideoMAE": "14ef8d8562",
+    "microsoft/LMOps": "4f2a9deb5f",
+    "OpenLLMAI/OpenRLHF": "0ec540821e",
+    "cloneofsimo/min-max-in-dit": "74b6319ed8",
+    "bigohofone/assignment1-basics-solution": "83782a364c",
+}
 _EXAMPLES = "deepspeedai/DeepSpeedExamples"
 _CIFAR = ("cifar10_deepspeed.py", "--deepspeed", "--epochs", "1")
 _GAN = ("gan_deepspeed_train.py", "--dataset", "cifar10", "--workers", "0", "--batchSize", "32",
@@ -170,7 +182,7 @@ RUNS: dict[str, Run] = {
     "Baichuan-7B": Run(
         "baichuan-inc/Baichuan-7B", "", ("--data_dir", "data", "--max_length", "32", "--checkpoint_saving_path",
                                          "out.{run}", "--steps_per_epoch", "8", "--deepspeed_config",
-                                         "config/deepspeed.json"), 1, "baichuan", _LOW),
+                                         "ds.json"), 1, "baichuan", _LOW),
     "VideoMAE": Run("MCG-NJU/VideoMAE", "", _VIDEOMAE, 1, "videomae", _LOW),
     "MiniLLM, transformers 4": Run("microsoft/LMOps", "minillm", _MINILLM, 1, "minillm", _LOW),
     "OpenRLHF SFT, transformers 4": Run(
@@ -201,7 +213,8 @@ def main() -> int:
             continue
         source = options.sources / run.repository / run.folder
         if not source.is_dir():
-            print(f"{name}: there is no {source}", flush=True)
+            commit = COMMITS[run.repository]
+            print(f"{name}: there is no {source}; clone https://github.com/{run.repository} (compared at {commit})")
             continue
         with tempfile.TemporaryDirectory() as folder:
             done = _compare(options, run, Path(shutil.copytree(source, f"{folder}/run")))

@@ -22,8 +22,8 @@ class _Llm(nn.Module):
 
     def forward_dpo(self, batch, device):
         chosen, rejected = (self._logps(batch[name].to(device)) for name in ("tokens", "rejected"))
-        return {"loss": -chosen.mean(), "acc": chosen.detach().mean(), "chosen_logps": chosen.mean(1),
-                "rejected_logps": rejected.mean(1)}  # fmt: skip
+        return {"loss": -chosen.mean(), "acc": chosen.detach().mean(), "chosen_logps": chosen.mean(),
+                "rejected_logps": rejected.mean()}  # fmt: skip
 
 
 class _Data(torch.utils.data.IterableDataset):
