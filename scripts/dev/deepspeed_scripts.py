@@ -122,8 +122,8 @@ _CHAT_TRAIN = (*_CHAT, "--model_name_or_path", "tiny", "--per_device_train_batch
 _CHAT_RLHF = (*_CHAT, "--actor_model_name_or_path", "tiny", "--critic_model_name_or_path", "tiny",
               "--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "4",
               "--max_answer_seq_len", "12", "--max_prompt_seq_len", "16", "--actor_learning_rate", "1e-3",
-              "--critic_learning_rate", "1e-3", "--actor_zero_stage", "2", "--critic_zero_stage", "2", "--enable_ema", "--seed", "1",
-              "--data_split", "1,1,8")  # fmt: skip
+              "--critic_learning_rate", "1e-3", "--actor_zero_stage", "2", "--critic_zero_stage", "2", "--enable_ema",
+              "--seed", "1", "--data_split", "1,1,8")  # fmt: skip
 _OPENRLHF = ("--pretrain", "tiny", "--bf16", "--dataset", "-", "--micro_train_batch_size", "2", "--train_batch_size",
              "8", "--max_len", "64", "--learning_rate", "1e-3", "--save_path", "out.{run}", "--ckpt_path",
              "checkpoints.{run}", "--save_steps", "8")  # fmt: skip
