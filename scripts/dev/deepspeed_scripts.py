@@ -218,8 +218,8 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             done = _compare(options, run, Path(shutil.copytree(source, f"{folder}/run")))
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["nothing was printed"]
-        print(f"{name}: {last[0] if done.returncode != 1 else done.stdout + done.stderr}", flush=True)
+        last = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["nothing was printed"]
+        print(f"{name}: {last[0] if done.returncode != 1 else done.stderr + done.stdout}", flush=True)
         failed += done.returncode != 0
     return min(failed, 1)
 
