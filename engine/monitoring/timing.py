@@ -152,8 +152,12 @@ def wrap_calls(engine: Engine, callback: Callback, observe: Callable[..., Any]) 
     gets instance attributes, so that one without them pays nothing.
     """
 
-    def wrapped(name: str, call: Call) -> Call:
+    def wrapped(name: str, method: str) -> Call:
+        within = vars(engine).get(method)  # another breakdown's
+
         def choose(*args: Any, **kwargs: Any) -> Any:
+            # Looked up at each call: deepspeed.initialize changes the engine's class after this.
+            call = within or getattr(type(engine), method).__get__(engine)
             if torch.is_grad_enabled() and callback in engine.callbacks:
                 return observe(name, call, *args, **kwargs)
             return call(*args, **kwargs)
@@ -162,4 +166,4 @@ def wrap_calls(engine: Engine, callback: Callback, observe: Callable[..., Any]) 
 
     # nn.Module.__call__ looks `forward` up on the instance, so that this covers engine(x) as well.
     for name, method in _METHODS.items():
-        setattr(engine, method, wrapped(name, getattr(engine, method)))
+        setattr(engine, method, wrapped(name, method))

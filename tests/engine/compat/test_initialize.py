@@ -296,11 +296,12 @@ def test_an_overflow_shows_on_the_optimizer(deepspeed: Any) -> None:
     assert not engine.optimizer.overflow and engine.was_step_applied()
 
 
-def test_arguments_of_step_are_the_schedules(deepspeed: Any) -> None:
+@pytest.mark.parametrize("watching", [{}, {"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}])
+def test_arguments_of_step_are_the_schedules(deepspeed: Any, watching: dict[str, Any]) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch))
-    config = {"train_micro_batch_size_per_gpu": 2}
+    config = {"train_micro_batch_size_per_gpu": 2, **watching}
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, lr_scheduler=schedule)
     engine.backward(engine(X).sum())
     with pytest.warns(UserWarning, match="epoch"):
