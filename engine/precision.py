@@ -8,7 +8,7 @@ params (`redline.master_params`). Buffers keep their dtype unless the config nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,7 +143,6 @@ def build_loss_scale(config: EngineConfig) -> LossScale | None:
     return AmpLossScale() if Precision.of(config).autocast is torch.float16 else None
 
 
-@dataclass(eq=False)
 class LossScale:
     """The factor of the loss that keeps small gradients from underflowing in fp16.
 
@@ -151,16 +150,19 @@ class LossScale:
     steps without one double it.
     """
 
-    scale: InitVar[float]  # the first value, and the only one unless it is dynamic
-    _: KW_ONLY
-    dynamic: bool  # whether it changes
-    window: int = 1000  # steps without an overflow after which it doubles
-    hysteresis: int = 2  # overflows until it is halved
-    consecutive_hysteresis: bool = False  # count overflows anew after every step without one, not only when it doubles
-    minimum: float = 1.0
-
-    def __post_init__(self, scale: float) -> None:
+    def __init__(
+        self,
+        scale: float,  # the first value, and the only one unless it is dynamic
+        *,
+        dynamic: bool,
+        window: int = 1000,  # steps without an overflow after which it doubles
+        hysteresis: int = 2,  # overflows until it is halved
+        consecutive_hysteresis: bool = False,  # count overflows anew after every step without, not only when it doubles
+        minimum: float = 1.0,
+    ) -> None:
         self.value = float(scale)  # the factor of the next loss
+        self.dynamic, self.window, self.minimum = dynamic, window, minimum
+        self.hysteresis, self.consecutive_hysteresis = hysteresis, consecutive_hysteresis
         self._patience = self.hysteresis
         self._updates = 0
         self._last_overflow = -1

@@ -53,8 +53,8 @@ def policy_of(unit: Any) -> Any:
 
 # -- gradients that wait for their reduction --------------------------------------------------------------------------
 
-# Up to torch 2.14 FSDP2 moves them to `unsharded_accumulated_grad`, in the dtype of the reduction. From 2.15 on they stay
-# on the unsharded parameter, and this is a property that returns them.
+# Up to torch 2.14 FSDP2 moves them to `unsharded_accumulated_grad`, in the dtype of the reduction. From 2.15 on they
+# stay on the unsharded parameter, and this is a property that returns them.
 _MOVES_HELD = not isinstance(getattr(FSDPParam, "unsharded_accumulated_grad", None), property)
 
 
