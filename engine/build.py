@@ -322,6 +322,8 @@ def _check_step(where: str, schedule: Any) -> None:
         raise EngineError(f"{where}: got {name}; expected a schedule with step(), or a function that makes one")
     try:
         inspect.signature(schedule.step).bind()
+    except ValueError:  # of a builtin, which has no signature
+        return
     except TypeError as error:
         raise EngineError(
             f"{where} {name}: engine.step() calls its step() without arguments, and that is not enough: {error}; a "
