@@ -25,13 +25,25 @@ SEEDS = 2
 
 
 def grid_of(task: Task, out: Path) -> dict[float, float]:
-    """The mean loss at each learning rate that was trained with; inf where a training diverged."""
+    """The mean loss at each learning rate that was trained with; inf where a training diverged.
+
+    Poor rates were trained with fewer seeds than good ones, so that a mean is that of the best rate, and the mean
+    difference from it over the seeds that both have.
+    """
     path = out / "cache" / (re.sub(r"\W+", "-", task.name) + ".json")
-    losses: dict[float, list[float]] = {}
+    losses: dict[float, dict[str, float]] = {}
     for name, result in json.loads(path.read_text())["found"].items() if path.exists() else ():
         if name.startswith("train "):
-            losses.setdefault(float(name.split()[2]), []).append(math.inf if result["loss"] is None else result["loss"])
-    return {lr: statistics.fmean(of) for lr, of in sorted(losses.items())}
+            _, seed, lr = name.split()
+            losses.setdefault(float(lr), {})[seed] = math.inf if result["loss"] is None else result["loss"]
+    if not losses:
+        return {}
+    best = min(losses.values(), key=lambda of: (-len(of), statistics.fmean(of.values())))
+    mean = statistics.fmean(best.values())
+    return {
+        lr: mean + statistics.fmean(loss - best[seed] for seed, loss in of.items() if seed in best)
+        for lr, of in sorted(losses.items())
+    }
 
 
 def excess(task: Task, grid: dict[float, float], lr: float) -> float:

@@ -72,6 +72,13 @@ def test_a_tie_within_noise_is_no_cliff_and_gets_the_lower_end() -> None:
     assert found(tied).lr >= found([one._replace(noise=0.01) for one in TRIALS]).lr
 
 
+def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tried() -> None:
+    edge = [one._replace(loss=loss) for one, loss in zip(TRIALS, (0.8, 0.7, 0.6, 0.5))]  # as far as a budget went
+    assert found(edge).lr == pytest.approx(0.64 / 2, rel=0.1) and found(edge).best == 0.64
+    assert found([*edge, TRIALS[-1]]).lr == pytest.approx(0.64, rel=0.1), "the next one has diverged: it is between"
+    assert found(edge[:1]).lr == 0.01, "of one alone"
+
+
 @pytest.mark.parametrize("own", [0.16, 0.14])
 def test_an_own_rate_that_is_as_good_is_kept(own: float) -> None:
     assert found([one._replace(noise=0.02) for one in TRIALS], own=own) == Peak(
