@@ -63,6 +63,11 @@ def build_engine(
     """An engine on `world.device`; arguments as :func:`redline.initialize`."""
     stage = _effective_stage(config, world)
     precision = Precision.of(config, stage)
+    if world.device.type == "mps" and torch.float16 in (precision.compute, precision.autocast):
+        raise EngineError(
+            "fp16: its loss scale has not been built for Apple's GPU (mps); train in bf16 or fp32, or compute on the "
+            'CPU with initialize(..., device="cpu")'
+        )
     reduction = Reduction.of(config, world.size, precision.reduce)
     if optimizer is not None or config.optimizer is not None:
         _refuse_expanded(module, optimizer if isinstance(optimizer, Optimizer) else None)

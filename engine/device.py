@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy", "fields_of", "map_tensors", "numbers_on", "reads_cost_nothing", "to_device"]
+__all__ = ["HostCopy", "fields_of", "map_tensors", "numbers_on", "reads_cost_nothing", "to_device", "widest_float"]
 
 # -- batches --------------------------------------------------------------------------------------------
 
@@ -107,6 +107,11 @@ _READ_AT_ONCE = ("cpu",)
 def reads_cost_nothing(device: torch.device) -> bool:
     """Whether a tensor there can be read without waiting: its operations are done when they return."""
     return device.type in _READ_AT_ONCE
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """fp64, for sums over many values; fp32 on Apple's GPU, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def numbers_on(device: torch.device | None, numbers: Sequence[float]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from redline.data import Loader
-from redline.device import map_tensors
+from redline.device import map_tensors, widest_float
 from redline.errors import EngineError
 from redline.random_state import random_state, set_random_state
 
@@ -93,7 +93,7 @@ class _Totals:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._dtype = torch.float32 if engine.device.type == "mps" else torch.float64  # which has no other
+        self._dtype = widest_float(engine.device)
         self._sums: dict[str, Tensor] = {}  # shape (2,): the sum over samples, and their number
 
     def add(self, values: Any, samples: int) -> None:

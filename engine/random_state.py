@@ -30,6 +30,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if cuda else None,
         "cuda_device": torch.cuda.current_device() if cuda else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -54,6 +55,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(each, device)
         if state.get("cuda_device") is not None:  # the process may run on another device now
             torch.cuda.set_rng_state(state["cuda"][state["cuda_device"]])
+    if state.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def reseed(state: Mapping[str, Any], number: int) -> None:

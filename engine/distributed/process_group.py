@@ -85,7 +85,8 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
     """Join the process group of the caller or the launcher; without one, return a world of one rank.
 
     Args:
-        device: where to compute; None takes CUDA's device of the local rank where there is one, else the CPU.
+        device: where to compute; None takes CUDA's device of the local rank where there is one, on one rank Apple's
+            GPU, else the CPU.
         timeout: seconds to wait for the other ranks, here and in every collective; not of a group that the caller made.
 
     Raises:
@@ -96,7 +97,12 @@ def join_world(device: torch.device | str | None = None, *, timeout: float = 600
     _timeout = timedelta(seconds=timeout)
     own_group = _has_group()
     rank, local_rank, size = _place_in_group() if own_group else _place_by_launcher()
-    chosen = torch.device(device) if device is not None else _device_of(local_rank)
+    chosen = torch.device(device) if device is not None else _device_of(local_rank, size)
+    if chosen.type == "mps" and size > 1:
+        raise EngineError(
+            f"device: got mps on {size} ranks, and torch has no collectives there; train on one rank, or on the CPU "
+            'with initialize(..., device="cpu")'
+        )
     if chosen.type == "cuda":
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
@@ -201,9 +207,9 @@ def _find_launcher() -> tuple[str, int, int, int] | None:
     return None
 
 
-def _device_of(local_rank: int) -> torch.device:
+def _device_of(local_rank: int, size: int) -> torch.device:
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if size == 1 and torch.backends.mps.is_available() else "cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise EngineError(

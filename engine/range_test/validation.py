@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from redline.device import to_device
+from redline.device import to_device, widest_float
 from redline.engine import Engine
 from redline.errors import RangeTestError
 from redline.evaluation import in_step, num_samples
@@ -76,7 +76,9 @@ class Validation:
     def _mean_loss(self) -> tuple[float, float]:
         """The mean loss over the data, over samples and ranks, and the number of samples."""
         engine = self._engine
-        total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum of losses, number of samples
+        total = torch.zeros(
+            2, dtype=widest_float(engine.device), device=engine.device
+        )  # sum of losses, number of samples
         for batch, counts in in_step(engine, self._batches(), getattr(self.loader, "first_sample", None)):
             loss, size = scalar_of(self._loss(engine, batch)).to(total), num_samples(batch)
             if counts:

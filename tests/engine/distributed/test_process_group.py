@@ -324,6 +324,31 @@ def test_more_processes_than_gpus_is_an_error_that_says_what_to_do(monkeypatch: 
         join_world()
 
 
+@pytest.fixture
+def apple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with Apple's GPU, as far as torch's answer goes: no tensor can be made there."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes first")
+@pytest.mark.usefixtures("apple")
+def test_one_rank_computes_on_apples_gpu_and_several_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert join_world().device == torch.device("mps")
+    assert process_group._device_of(0, 2) == torch.device("cpu")
+    monkeypatch.setattr(process_group, "_place_by_launcher", lambda: (0, 0, 2))
+    with pytest.raises(EngineError, match=r"mps on 2 ranks.* on the CPU"):
+        join_world("mps")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes first")
+@pytest.mark.usefixtures("apple")
+@pytest.mark.parametrize("section, dtype", [("fp16", {}), ("torch_autocast", {"dtype": "fp16"})])
+def test_fp16_is_refused_on_apples_gpu(section: str, dtype: dict[str, str]) -> None:
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "Adam"}, section: {"enabled": True, **dtype}}
+    with pytest.raises(EngineError, match=r"fp16: .*Apple's GPU.* bf16 or fp32"):
+        initialize(make_model(), config)
+
+
 # -- other launchers, and groups that the script makes -------------------------------------------------------
 
 LAUNCHERS = {
