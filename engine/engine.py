@@ -347,6 +347,14 @@ class Engine(ResumableLoop):
         """
         self._checkpointer.wait()
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The model's state dict with full tensors in its compute dtype, on rank 0's CPU; every rank calls this.
+
+        Returns:
+            What the bare model takes with ``load_state_dict``; empty on the other ranks.
+        """
+        return self._checkpointer.full_state_dict(self)
+
     def save_16bit_model(
         self, save_dir: str | Path, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:

@@ -116,11 +116,17 @@ class Checkpointer:
         if zero is not None and zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
             log.warning(
                 "save_16bit_model: nothing is saved: zero_optimization.stage3_gather_16bit_weights_on_model_save is "
-                "false, as it is by default"
+                "false, as it is by default; set it, or save what engine.full_state_dict() returns on rank 0"
             )
             return False
         save_16bit_model(run, save_dir, filename, exclude_frozen=exclude_frozen)
         return True
+
+    def full_state_dict(self, run: Any) -> dict[str, Any]:
+        """See :meth:`redline.Engine.full_state_dict`."""
+        from redline.checkpoint.model_file import full_state_dict
+
+        return full_state_dict(run)
 
     def check(self) -> None:
         """Raise the error of an asynchronous save that has ended; once."""

@@ -34,7 +34,7 @@ from redline.errors import EngineError
 from redline.log import log
 from redline.run_state import aliases_of
 
-__all__ = ["Consolidated", "consolidate", "gather_16bit_state", "save_16bit_model"]
+__all__ = ["Consolidated", "consolidate", "full_state_dict", "save_16bit_model"]
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -341,11 +341,11 @@ def save_16bit_model(run: Any, save_dir: str | Path, filename: str, *, exclude_f
     ranks.run(write)
 
 
-def gather_16bit_state(run: Any, *, exclude_frozen: bool) -> dict[str, Tensor]:
-    """What `save_16bit_model` saves, on rank 0's CPU; empty on the other ranks. A collective."""
+def full_state_dict(run: Any, *, exclude_frozen: bool = False) -> dict[str, Any]:
+    """See :meth:`redline.Engine.full_state_dict`."""
     model = _FullModel(run, exclude_frozen)
     gathered = list(model.gather(keep=run.global_rank == 0))
     if run.global_rank != 0:
         return {}
     state = dict(zip([entry.name for entry in model.entries], gathered))
-    return state | {alias: state[name] for alias, name in model.aliases.items()}
+    return {**state, **model.others, **{alias: state[name] for alias, name in model.aliases.items()}}

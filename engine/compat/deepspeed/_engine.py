@@ -223,9 +223,9 @@ class DeepSpeedEngine(Engine):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         """The full model in the dtype of the computation, on rank 0's CPU; None on other ranks. A collective."""
-        from redline.checkpoint.model_file import gather_16bit_state
+        from redline.checkpoint.model_file import full_state_dict
 
-        return gather_16bit_state(self, exclude_frozen=exclude_frozen_parameters) or None
+        return full_state_dict(self, exclude_frozen=exclude_frozen_parameters) or None
 
     def load_module_state_dict(
         self, checkpoint: Any, strict: bool = True, custom_load_fn: Any = None, **_: Any

@@ -85,6 +85,38 @@ def test_stage_3_says_why_it_saves_nothing(tmp_path: Path, caplog: pytest.LogCap
     assert list(tmp_path.iterdir()) == []
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.norm, self.outputs = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.tied = self.outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.tied(self.norm(self.inputs(x)))
+        return output
+
+
+def full_state_after_a_step(stage: int, precision: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    engine = initialize(Tied(), {**CONFIG, "zero_optimization": {"stage": stage}, **precision}, device="cpu")
+    engine.backward(engine(torch.ones(4, 4)).float().square().mean())
+    engine.step()
+    return engine.full_state_dict()
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_the_full_state_dict_is_on_rank_0_and_the_same_at_every_stage(precision: dict[str, Any]) -> None:
+    states = []
+    for stage in (0, 2, 3):
+        state, of_other_rank = run_ranks(full_state_after_a_step, 2, stage, precision)
+        assert of_other_rank == {}
+        Tied().load_state_dict(state)
+        states.append(state)
+    assert states[0]["tied.weight"].dtype is (torch.bfloat16 if precision else torch.float32)
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0])  # types and dtypes, too
+
+
 def test_a_name_that_ends_in_safetensors_has_that_format(tmp_path: Path) -> None:
     engine = initialize(workload.build_model(), CONFIG | {"bf16": {"enabled": True}}, device="cpu")
     assert engine.save_16bit_model(tmp_path, "model.safetensors")
