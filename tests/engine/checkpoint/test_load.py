@@ -226,12 +226,13 @@ def test_a_reader_beside_a_run_that_keeps_one_checkpoint_always_finds_one(tmp_pa
     with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment, cwd=ROOT) as writer:
         try:
             engine = build(Case({"optimizer": {"type": "Adam"}}))
-            for _ in range(300):
+            loads = 0
+            while loads < 300 or engine.global_steps <= 10:  # a busy machine may starve the writer for a while
+                assert writer.poll() is None
                 assert engine.load_checkpoint(tmp_path)[0] is not None
-            assert writer.poll() is None
+                loads += 1
         finally:
             writer.kill()
-    assert engine.global_steps > 10
 
 
 def test_a_tag_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path: Path) -> None:
