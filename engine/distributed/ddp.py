@@ -55,6 +55,8 @@ class DDPStrategy(Strategy):
         self._reduced: list[Tensor] | None = None  # the gradients, where there are no others on this rank
         self._earlier: dict[Tensor, Tensor] = {}  # reduced before further backwards
         self._shards: dict[Tensor, Any] = {}  # the DTensor that is the gradient of each sharded master param
+        # The smallest target and the gradient that the reduction gave it: whether the optimizer's were cleared.
+        self._given: tuple[Tensor, Tensor | None] | None = None
         self.refresh_params()
         self.clear_gradients()
 
@@ -67,6 +69,8 @@ class DDPStrategy(Strategy):
         return self.module
 
     def gradients_unchanged(self) -> bool:
+        if self._given is not None and self._given[0].grad is not self._given[1]:
+            return False
         return self._expected.unchanged()
 
     def refresh_params(self) -> None:
@@ -112,7 +116,7 @@ class DDPStrategy(Strategy):
                 target.grad = None
         if self._token is not None:
             self._token.grad = None
-        self._reduced = None
+        self._reduced = self._given = None
 
     def collect_gradients(self) -> None:
         self._collected = True
@@ -122,8 +126,10 @@ class DDPStrategy(Strategy):
         """Take gradients that others have written into, such as by clipping, as this engine's."""
         if self._reduced is None:
             self.collect_gradients()
-        else:
-            self._expected.record(self._sources)
+            return
+        self._expected.record(self._sources)
+        if self._given is not None:
+            self._given = self._given[0], self._given[0].grad
 
     def _add_up(self, dtype: torch.dtype) -> None:
         """Add the model's gradients to the sums, and free them."""
@@ -178,6 +184,8 @@ class DDPStrategy(Strategy):
         if self.reduction.size > 1:
             if self._token is not None:
                 self._token.grad = torch.zeros_like(self._token)
+                target = min(self._targets, key=Tensor.numel)
+                self._given = target, target.grad
             self._expected.record(self._sources)
         return gradients, sums
 
@@ -257,7 +265,7 @@ class DDPStrategy(Strategy):
         for param in self.params.all:
             param.grad = None
         self._collected = self._reached = False
-        self._reduced, self._earlier, self._sums = None, {}, {}
+        self._reduced, self._given, self._earlier, self._sums = None, None, {}, {}
         for master, shard in self._shards.items():
             shard._local_tensor = master._local_tensor  # type: ignore[attr-defined]  # frees the gradient
         self._expected.record_none(self._sources)

@@ -58,6 +58,25 @@ def cleared_within_an_accumulation(case: Case, rank: int) -> str | None:
     return differences(case, engine, hand)
 
 
+def cleared_by_hand_before_the_step(case: Case, rank: int) -> str | None:
+    """Gradients of the optimizer's own parameters that are set to None, once the last backward has given them."""
+    engine, hand = pair(case)
+    assert engine.optimizer is not None
+    for number in range(case.accumulation):
+        engine.backward(loss(case, engine, 50 + number))
+        if number < case.accumulation - 1:
+            engine.step()
+    params = [param for group in engine.optimizer.param_groups for param in group["params"]]
+    had_gradients = any(param.grad is not None for param in params)  # on one rank master params get them in step()
+    for param in params:
+        param.grad = None
+    if had_gradients and (fault := refused("changed", engine.step)):
+        return fault
+    engine.drop_update()
+    step(case, engine, hand, 0)
+    return differences(case, engine, hand)
+
+
 def plain_backward(case: Case, rank: int) -> str | None:
     engine, hand = pair(case)
     loss(case, engine, 50).backward()
@@ -247,6 +266,7 @@ UNSHARDED = {"stages": (0, 1, 2)}
 KINDS: Kinds = {
     "gradients cleared between steps": (cleared_between_steps, {}),
     "gradients cleared within an accumulation": (cleared_within_an_accumulation, TWO),
+    "gradients cleared by hand before the step": (cleared_by_hand_before_the_step, {}),
     "plain backwards": (plain_backward, {}),
     "plain backwards of thawed parameters": (plain_backward_of_thawed_parameters, {}),
     "two backwards before a step": (two_backwards, {}),
