@@ -103,7 +103,8 @@ def load_checkpoint(
 
 def _look_together(ranks: RankGroup, parent: Path, tag: str | None, options: LoadOptions) -> Look:
     """What rank 0 sees; EngineError if the ranks were called with different arguments."""
-    seen = ranks.run(lambda: ((tag, str(options)), _look(parent, tag)))
+    called = f"{options}{'' if options.custom_load is None else ' and a custom_load_fn'}"
+    seen = ranks.run(lambda: ((tag, called), _look(parent, tag)))
     first, look = seen[0]
     for rank, (other, _) in enumerate(seen):
         if other != first:

@@ -280,7 +280,8 @@ class Budget(Progress):
     def format_line(self, description: str, values: str) -> str:
         assert self.total is not None
         left = timedelta(seconds=round(self.seconds / self.spent * max(0, self.total - self.spent)))
-        return f"{100 * self.spent / self.total:3.0f}%  {description}, {values}; about {left} left"
+        what = ", ".join(filter(None, (description, values)))  # a validation has no values
+        return f"{100 * self.spent / self.total:3.0f}%  {what}; about {left} left"
 
     def skip(self, steps: int) -> None:
         """A run ended early; its steps are left to the stages after it."""

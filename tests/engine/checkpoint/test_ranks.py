@@ -68,6 +68,8 @@ def scenes(folder: str) -> dict[str, Any]:
     happened["two folders"] = said(lambda: engine.save_checkpoint(there / f"own{rank}", "three"))
     happened["two tags"] = said(lambda: engine.load_checkpoint(there / "run", "one" if rank else "two"))
     happened["two wishes"] = said(lambda: engine.load_checkpoint(there / "run", load_module_only=rank == 1))
+    custom = (lambda src, dst: dst.load_state_dict(src)) if rank == 1 else None
+    happened["two functions"] = said(lambda: engine.load_checkpoint(there / "run", custom_load_fn=custom))
     happened["after that"] = sorted(os.listdir(there / "run"))
 
     import torch.distributed as dist
@@ -109,7 +111,15 @@ def test_what_is_wrong_on_one_process_is_said_on_both(tmp_path: Path) -> None:
     assert here["Ignore"] == there["Ignore"] == ("nothing", [])
     assert {path.name for path in tmp_path.iterdir() if path.name[-1].isdigit()} == {"Warn0", "Ignore0", "own0"}
 
-    for scene in ("a disk fails", "a client_state", "two folders", "two tags", "two wishes", "after that"):
+    for scene in (
+        "a disk fails",
+        "a client_state",
+        "two folders",
+        "two tags",
+        "two wishes",
+        "two functions",
+        "after that",
+    ):
         assert here[scene] == there[scene]
     assert here["a disk fails"].startswith(f"save_checkpoint: rank 1: {tmp_path}/run: Input/output error (")
     assert here["a client_state"].startswith("save_checkpoint: rank 1: client_state['x'] is of type object; expected")
@@ -117,6 +127,7 @@ def test_what_is_wrong_on_one_process_is_said_on_both(tmp_path: Path) -> None:
     assert here["two folders"].endswith(
         "which rank 0 has made, is not there; save_dir has to be one directory for all ranks"
     )
+    assert "and a custom_load_fn on rank 1; expected the same" in here["two functions"]
     assert here["two tags"].startswith("load_checkpoint: called with tag 'two' and ")
     assert here["after that"] == ["latest", "one", "two"]
     assert (tmp_path / "own0").is_dir() and not list((tmp_path / "own0").iterdir())
