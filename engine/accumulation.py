@@ -216,6 +216,7 @@ class Accumulation:
     def reset(self) -> None:
         """Forget the micro-batches since the last optimizer step, and their gradients."""
         self._strategy.clear_gradients()
+        self._strategy.reduction.own.take()
         self.state.reset()
 
     def drop(self, why: str) -> None:

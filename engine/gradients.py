@@ -6,7 +6,7 @@ The arithmetic of the sum is DeepSpeed's (`allreduce_bucket` in `deepspeed/runti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 __all__ = ["Reduction", "clip", "norm_of", "scale_by"]
 
 
+class OwnGradients:
+    """The sum of all gradients of this rank before they are reduced, which tells whose a NaN is.
+
+    After the reduction every rank has the same gradients, and a NaN is everybody's.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, buffer: Tensor) -> None:
+        """Add gradients that are about to be reduced."""
+        total = buffer.sum(dtype=torch.float32)
+        self._sum = total if self._sum is None else self._sum + total
+
+    def take(self) -> Tensor | None:
+        """The sum since the last call, a scalar tensor, not finite if a gradient is not; None where there was none."""
+        total, self._sum = self._sum, None
+        return total
+
+
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """How the gradients of all ranks become one."""
@@ -27,6 +47,7 @@ class Reduction:
     dtype: torch.dtype = torch.float32  # of the collective
     before: float = 1.0  # factor of each rank's gradient before the sum
     after: float = 1.0  # factor of the sum
+    own: OwnGradients = field(default_factory=OwnGradients, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: EngineConfig, size: int, dtype: torch.dtype) -> Reduction:
@@ -45,6 +66,7 @@ class Reduction:
 
     def start(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         """Reduce a buffer of `dtype` in place, without waiting; all ranks call this in the same order."""
+        self.own.add(buffer)
         if self.before != 1.0:
             buffer.mul_(self.before)
         work: torch.futures.Future[list[Tensor]] = dist.all_reduce(buffer, async_op=True).get_future()
@@ -58,6 +80,7 @@ class Reduction:
     def reduce_sparse(self, gradient: Tensor) -> Tensor:
         """The sum of a sparse gradient over the ranks: their rows side by side."""
         total = gradient.coalesce()
+        self.own.add(total.values())
         dist.all_reduce(total)
         factor = self.before * self.after
         return total.mul_(factor) if factor != 1.0 else total

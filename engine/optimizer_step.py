@@ -44,6 +44,7 @@ class OptimizerStep:
         self._skips, self._clip_norm = skips, clip_norm
         self.loss: Tensor | None = None  # this rank's mean over the micro-batches of the last step
         self.grad_norm: Tensor | float | None = None  # of the last step, before clipping, over all ranks
+        self.own: Tensor | None = None  # the sum of this rank's gradients before the last step's reduction
         self.pending: PendingStep | None = None  # the last step, while its overflow check is on the device
         self.undo: Callable[[], None] = _nothing  # the host's part of the last step, if the device has skipped it
         if optimizer is not None:
@@ -80,6 +81,7 @@ class OptimizerStep:
         """
         optimizer, params = self._optimizer, self._strategy.params
         self.loss, self.undo = loss, _nothing
+        self.own = self._strategy.reduction.own.take()
         norm = self._strategy.grad_norm(gradients)
         scale = 1.0 if self._scaler is None else self._scaler.value
         # Two kinds of steps wait for the norm on CUDA, too: those that create an optimizer's state, unless its kernels
@@ -159,7 +161,8 @@ class PendingStep(NamedTuple):
 class FiniteCheck:
     """Logs the 1st, 2nd, 4th, 8th... optimizer step whose loss or gradient norm is not finite.
 
-    Rank 0 does, for all; of several ranks each one whose own loss is not finite does, too, and says which it is.
+    Rank 0 does, for all; of several ranks each one whose own loss or gradients are not finite does, too, and says which
+    it is. With fp16's loss scale gradients overflow now and then, on whatever rank, so that they are nobody's.
     """
 
     def __init__(self, world: World) -> None:
@@ -168,41 +171,52 @@ class FiniteCheck:
         self._count = 0
         self._arriving: deque[tuple[int, HostCopy]] = deque()
 
-    def taken(self, step: int, loss: Tensor, norm: Tensor | float) -> None:
-        """Check a step that was taken; on CUDA some steps later, without waiting."""
+    def taken(self, step: int, loss: Tensor, norm: Tensor | float, own: Tensor | None) -> None:
+        """Check a step that was taken; on CUDA some steps later, without waiting.
+
+        `own` is the sum of this rank's own gradients; None on one rank.
+        """
         if not self.enabled:
             return
         if reads_cost_nothing(loss.device):
-            self._check(step, float(loss), float(norm))
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                self._check(step, float(loss), float(norm), 0.0 if own is None else float(own))
             return
         while self._arriving and self._arriving[0][1].has_arrived():
             earlier, values = self._arriving.popleft()
             self._check(earlier, *values.read())
-        self._arriving.append((step, HostCopy(loss, norm)))
+        self._arriving.append((step, HostCopy(loss, norm, 0.0 if own is None else own)))
 
-    def _check(self, step: int, loss: float, norm: float) -> None:
+    def _check(self, step: int, loss: float, norm: float, own: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._log(
-                f"step {step}", loss, norm,
+                f"step {step}", loss, norm, own,
                 "the weights have been updated with it; lower the learning rate, clip gradients, or look at this "
                 "step's data",
             )  # fmt: skip
 
-    def skipped(self, step: int, loss: Tensor, norm: float, scaler: LossScale | None) -> None:
+    def skipped(self, step: int, loss: Tensor, norm: float, own: Tensor | None, scaler: LossScale | None) -> None:
         """Report a step that was skipped."""
         if self.enabled:
+            own_sum = 0.0 if own is None or scaler is not None else float(own)
             scale = "" if scaler is None else f"the loss scale was {scaler.value:g}; "
-            self._log(f"step {step} is skipped", float(loss), norm, f"{scale}weights and schedule are unchanged")
+            self._log(
+                f"step {step} is skipped", float(loss), norm, own_sum, f"{scale}weights and schedule are unchanged"
+            )
 
-    def _log(self, step: str, loss: float, norm: float, outcome: str) -> None:
+    def _log(self, step: str, loss: float, norm: float, own: float, outcome: str) -> None:
         self._count += 1
         if self._count & (self._count - 1):
             return
-        finite = math.isfinite(loss)
-        elsewhere = " (a rank whose loss is not finite logs that itself)" if finite and self._place else ""
+        finite = math.isfinite(loss) and math.isfinite(own)
+        note = ""
+        if self._place and finite:
+            note = " (a rank whose loss or gradients are not finite logs that itself)"
+        elif math.isfinite(loss) and not finite:
+            note = f", and the gradients{self._place} were not finite before they were reduced"
         so_far = f" ({self._count} such steps so far)" if self._count > 1 else ""
         log.warning(
             "%s: its gradient norm is %g, its loss%s is %g%s; %s%s",
-            step, norm, self._place, loss, elsewhere, outcome, so_far,
+            step, norm, self._place, loss, note, outcome, so_far,
             extra={"from_any_rank": not finite},
         )  # fmt: skip

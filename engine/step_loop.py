@@ -275,11 +275,11 @@ class StepLoop(nn.Module):
     def _record_outcome(self, loss: Tensor, norm: Tensor | float, *, skipped: bool) -> None:
         """Count and report the last optimizer step, once it is known whether it was skipped."""
         self._counters.skipped_steps += skipped
-        step = self._counters.global_steps - 1
+        step, own = self._counters.global_steps - 1, self._optimizer_step.own
         if skipped:
-            self._finite_check.skipped(step, loss, float(norm), self.scaler)
+            self._finite_check.skipped(step, loss, float(norm), own, self.scaler)
         else:
-            self._finite_check.taken(step, loss, norm)
+            self._finite_check.taken(step, loss, norm, own)
 
     def _call_on_skip(self) -> None:
         for callback in self.callbacks:

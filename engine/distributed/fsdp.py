@@ -196,6 +196,7 @@ class FSDPStrategy(Strategy):
             unit.set_requires_gradient_sync(True, recurse=False)
         self._held = False  # whether a backward has left unsharded gradients on this rank
         self._held_expected: list[tuple[int, int]] = []
+        fsdp_state.see_gradients(self._units, reduction.own.add)
         # torch averages; the factor makes a sum of it where one is asked for.
         self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
 

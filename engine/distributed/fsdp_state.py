@@ -26,7 +26,7 @@ from redline.distributed.sharding import RunCollective
 from redline.errors import EngineError
 
 __all__ = ["adapt", "fill_held", "gathered_params", "held_versions", "observe_collectives", "policy_of", "reduce_held",
-           "replaced_params", "reset", "share_hooks", "sync_requires_grad"]  # fmt: skip
+           "replaced_params", "reset", "see_gradients", "share_hooks", "sync_requires_grad"]  # fmt: skip
 
 
 def _groups(units: Iterable[Any]) -> Iterator[Any]:
@@ -341,13 +341,25 @@ def observe_collectives(units: Iterable[Any], run_collective: RunCollective) -> 
             setattr(group, name, _ObservedCollective(getattr(group, name), op, run_collective))
 
 
+def see_gradients(units: Iterable[Any], see: Callable[[Tensor], None]) -> None:
+    """Let `see` look at this rank's own gradients before each reduce-scatter."""
+    for group in _groups(units):
+        if not isinstance(group._reduce_scatter_comm, _ObservedCollective):
+            group._reduce_scatter_comm = _ObservedCollective(group._reduce_scatter_comm)
+        group._reduce_scatter_comm.see = see
+
+
 class _ObservedCollective:
     """A collective of FSDP2's, run by an observer."""
 
-    def __init__(self, inner: Any, op: str, run_collective: RunCollective) -> None:
+    see: Callable[[Tensor], None] | None = None
+
+    def __init__(self, inner: Any, op: str = "", run_collective: RunCollective = lambda op, size, run: run()) -> None:
         self.allocate = inner.allocate
         self._inner, self._op, self._run_collective = inner, op, run_collective
 
     def __call__(self, output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.see is not None:
+            self.see(input_tensor)
         run = partial(self._inner, output_tensor, input_tensor, *args, **kwargs)
         return self._run_collective(self._op, input_tensor.nbytes, run)

@@ -230,6 +230,7 @@ class Sharding:
         full = torch.empty(self._size, sum(sizes), dtype=dtype, device=parts[0].device)
         torch._chunk_cat(parts, dim=0, num_chunks=self._size, out=full)
         del parts
+        reduction.own.add(full)
         if reduction.before != 1.0:
             full.mul_(reduction.before)
         mine = torch.empty(sum(sizes), dtype=full.dtype, device=full.device)

@@ -1,7 +1,8 @@
 """Lose one of several ranks, in every way and at every place, and count whether the others name it, and it alone.
 
-    .venv/bin/python scripts/dev/blame.py                       2, 4 and 8 ranks: some ten minutes
+    .venv/bin/python scripts/dev/blame.py                       2, 4 and 8 ranks: some minutes
     .venv/bin/python scripts/dev/blame.py --ranks 4 --part      some of it, on 4 ranks
+    .venv/bin/python scripts/dev/blame.py --stage 3             with ZeRO stage 3; the default is 0
 
 One rank is killed, is stopped, raises an exception, or gets a NaN: in forward, backward, step, save or load. A rank
 that is left is right if it ends by itself, and its last error names the lost rank and no other. A NaN ends nobody: the
@@ -55,6 +56,7 @@ class Trial(NamedTuple):
     victim: int
     fate: str
     place: str
+    stage: int = 0  # of ZeRO
 
     def __str__(self) -> str:
         return f"{self.size} ranks, rank {self.victim}, {self.fate} in {self.place}"
@@ -128,6 +130,7 @@ def train(trial: Trial, is_victim: bool, folder: Path) -> None:
         strike_before(Save, "_write_rank", lambda: model.strike("save"))
         strike_before(_Load, "read", lambda: model.strike("load"))
     config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+              "zero_optimization": {"stage": trial.stage},
               "redline": {"distributed_timeout": TIMEOUT}}  # fmt: skip
     engine = initialize(model, config, device="cpu")
     engine.callbacks.append(InStep())
@@ -242,10 +245,10 @@ def run(trials: Sequence[Trial]) -> dict[Trial, list[tuple[str, bool]]]:
     return answers
 
 
-def trials_of(size: int, *, part: bool) -> list[Trial]:
+def trials_of(size: int, stage: int, *, part: bool) -> list[Trial]:
     """All trials on so many ranks; a part of them has each fate and each place."""
     victims = itertools.cycle(dict.fromkeys([size - 1, 0, 1, size // 2]))
-    trials = [Trial(size, next(victims), fate, place) for fate, place in itertools.product(FATES, PLACES)]
+    trials = [Trial(size, next(victims), fate, place, stage) for fate, place in itertools.product(FATES, PLACES)]
     return (
         [each for index, each in enumerate(trials) if index % 5 == (index // 5 + size.bit_length()) % 5]
         if part
@@ -273,12 +276,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="default 2 4 8")
     parser.add_argument("--part", action="store_true", help="of each number of ranks four trials: each fate once")
+    parser.add_argument("--stage", type=int, default=0, choices=range(4), help="ZeRO stage; default 0")
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     initialize(nn.Linear(1, 1), config, device="cpu")  # imports what the ranks need
     gc.freeze()  # else each of them looks through all of it as it ends
-    trials = [trial for size in given.ranks for trial in trials_of(size, part=given.part)]
+    trials = [trial for size in given.ranks for trial in trials_of(size, given.stage, part=given.part)]
     return 0 if report(run(trials)) else 1
 
 

@@ -237,20 +237,33 @@ def test_what_is_clipped_is_the_gradient_without_the_loss_scale(low: str) -> Non
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def a_nan_on_rank_1() -> list[str]:
+def a_nan_on_rank_1(place: str, config: dict[str, Any]) -> list[str]:
     messages = listen()
-    engine = make_engine()
-    x = data()[0] * (float("nan") if engine.global_rank == 1 else 1.0)
-    engine.backward(engine(x).square().mean())
-    engine.step()
+    engine = make_engine(**config)
+    for _ in range(engine.gradient_accumulation_steps()):
+        output = engine(data()[0])
+        if engine.global_rank == 1 and place == "backward":  # its loss is finite
+            output.register_hook(lambda grad: grad * float("nan"))
+        factor = float("nan") if engine.global_rank == 1 and place == "forward" else 1.0
+        engine.backward((output * factor).float().square().mean())
+        engine.step()
     return [each for each in messages if "its loss" in each]
 
 
-def test_the_rank_whose_loss_is_not_finite_is_named() -> None:
-    first, second = run_ranks(a_nan_on_rank_1, 2)
-    assert "its loss on rank 1 is nan" in "".join(second)
-    assert "norm is nan, its loss on rank 0 is" in "".join(first)
-    assert "(a rank whose loss is not finite logs that itself)" in "".join(first)
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, on("bf16"), *({"zero_optimization": {"stage": n}, "gradient_accumulation_steps": 2} for n in (1, 2, 3))],
+    ids=["fp32", "bf16", "stage 1", "stage 2", "stage 3"],
+)
+def test_the_rank_whose_loss_or_gradients_are_not_finite_is_named(config: dict[str, Any], place: str) -> None:
+    first, second = ("".join(each) for each in run_ranks(a_nan_on_rank_1, 2, place, config))
+    assert "norm is nan, its loss on rank 0 is" in first
+    assert "(a rank whose loss or gradients are not finite logs that itself)" in first
+    if place == "forward":
+        assert "its loss on rank 1 is nan;" in second
+    else:
+        assert "and the gradients on rank 1 were not finite before they were reduced" in second
 
 
 def test_at_the_floor_an_overflow_is_an_error_that_names_the_first_bad_update() -> None:
