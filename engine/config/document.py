@@ -240,7 +240,7 @@ def parse(text: str, source: str = "config") -> Document:
     except _SyntaxError as found:
         error = found
     # What a dict may not hold can stand in a text, too: NaN, a huge number, half of a surrogate pair.
-    mistakes = {**parser.mistakes, **(document := copy_document(value)).mistakes}
+    mistakes = {**(document := copy_document(value)).mistakes, **parser.mistakes}
     document = replace(document, source=source, mistakes=mistakes, offsets=parser.offsets, text=parser.text)
     if error is None:
         return document
@@ -284,7 +284,10 @@ class _Parser:
     def _value(self, route: Route) -> Any:
         self.offsets.setdefault(route, self.offset)  # a key's own offset is already there
         if self.token not in ("{", "["):
-            return self._scalar()
+            token, value = self.token, self._scalar()
+            if isinstance(value, float) and math.isinf(value) and token[-1].isdigit():  # as it is written
+                self.mistakes[route] = f"got {_shorten(token)}; expected a finite number"
+            return value
         if len(route) >= _MAX_DEPTH:
             raise _SyntaxError(f"nested deeper than {_MAX_DEPTH} levels", self.offset)
         end = "}" if self.token == "{" else "]"
@@ -326,10 +329,14 @@ class _Parser:
         return value
 
     def _fail(self, expected: str) -> NoReturn:
-        found = _STRAYS.get(self.token) or (self.token if len(self.token) <= 40 else self.token[:37] + "...")
+        found = _STRAYS.get(self.token) or _shorten(self.token)
         if len(found) == 1 and not found.isascii():
             found = f"U+{ord(found):04X}"
         raise _SyntaxError(f"got {found}; expected {expected}", self.offset)
+
+
+def _shorten(token: str) -> str:
+    return token if len(token) <= 40 else token[:37] + "..."
 
 
 def _position(text: str, offset: int) -> tuple[int, int]:

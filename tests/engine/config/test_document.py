@@ -65,7 +65,7 @@ def test_a_key_given_twice_and_an_infinite_number_are_mistakes_and_the_rest_is_r
     assert document.mistakes == {
         ("b",): "got NaN; expected a finite number",
         ("a",): "given twice, on line 2 and on line 4; remove one",
-        ("c",): "got Infinity; expected a finite number",
+        ("c",): "got 1e999; expected a finite number",
         ("d",): "got half of a surrogate pair; expected an object, a list, a string, a number, true, false or null",
     }
     assert document.locate(("a",)) == (4, 1)
