@@ -214,6 +214,7 @@ class Engine(ResumableLoop):
         else:
             micro_batch = self.config.train_micro_batch_size_per_gpu
             loader = build_loader(data, self.world, micro_batch=micro_batch, shuffle=False, even=False)
+        self._strategy.begin_call("evaluate")
         return evaluate(self, loader, metric, forward)
 
     def record_validation(self, loss: Validation) -> None:
@@ -295,6 +296,7 @@ class Engine(ResumableLoop):
                 save, step, flush or :meth:`wait_for_checkpoint` raises it.
         """
         self.resolve_pending_step()
+        self._strategy.begin_call("save_checkpoint")
         return self._checkpointer.save(
             self, save_dir, tag, client_state or {}, save_latest=save_latest, exclude_frozen=exclude_frozen_parameters
         )
@@ -328,6 +330,7 @@ class Engine(ResumableLoop):
                 this engine. The engine is unchanged.
         """
         self.resolve_pending_step()
+        self._strategy.begin_call("load_checkpoint")
         return self._checkpointer.load(
             self,
             load_dir,
@@ -353,6 +356,7 @@ class Engine(ResumableLoop):
         Returns:
             What the bare model takes with ``load_state_dict``; empty on the other ranks.
         """
+        self._strategy.begin_call("full_state_dict")
         return self._checkpointer.full_state_dict(self)
 
     def save_16bit_model(

@@ -22,7 +22,10 @@ from redline.gradients import Reduction, norm_of
 from redline.master_params import TrainedParams
 from redline.optimizers.state import local_tensor
 
-__all__ = ["ExpectedGradients", "Reduced", "Strategy", "refuse_replaced"]
+__all__ = ["CALLS", "EVALUATES", "ExpectedGradients", "Reduced", "Strategy", "refuse_replaced"]
+
+EVALUATES = "forward to evaluate"
+CALLS = ("forward", EVALUATES, "evaluate", "save_checkpoint", "load_checkpoint", "full_state_dict")  # of a script
 
 # The gradients of all ranks, as an optimizer step takes them (plain tensors, full ones or this rank's rows; they count
 # in the norm and are clipped), and the sums over the ranks of the numbers that each rank gave, on the device (None
@@ -46,6 +49,9 @@ class Strategy(ABC):
         self._reached = False  # whether a backward has left a gradient
         self._num_sharded = 0  # of the gradients that were reduced last: these come first
         self._expected = expected
+
+    def begin_call(self, call: str) -> None:  # noqa: B027
+        """Called before the collectives of one of the :data:`CALLS`."""
 
     @abstractmethod
     def prepare_forward(self, *, is_last: bool, no_sync: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +125,34 @@ def test_data_that_are_divided_already_or_empty_are_refused() -> None:
         engine.evaluate(loader, nn.functional.mse_loss)
     with pytest.raises(EngineError, match="empty"):
         engine.evaluate(rows(0), nn.functional.mse_loss)
+
+
+def evaluate_unequally(then: str, folder: str) -> str:
+    torch.manual_seed(0)
+    config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 3}}
+    engine = initialize(nn.Sequential(nn.Linear(DIMS, 8), nn.Linear(8, 1)), config, device="cpu")
+    x, _ = rows(4).tensors
+    try:
+        with torch.no_grad():
+            for _ in range(2 + engine.global_rank):
+                engine(x)
+        if then == "save":
+            engine.save_checkpoint(folder)
+        elif then == "evaluate":
+            engine.evaluate(rows(4), nn.functional.mse_loss)
+        elif then == "train":
+            engine(x)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("then", "named"), [("save", "save_checkpoint"), ("evaluate", "evaluate"), ("train", "forward")]
+)
+def test_at_stage_3_ranks_that_evaluate_unequal_numbers_of_batches_are_told(
+    then: str, named: str, tmp_path: Path
+) -> None:
+    first, second = run_ranks(evaluate_unequally, 2, then, str(tmp_path))
+    assert first == second
+    assert first.startswith(f"rank 0 called {named}, rank 1 called forward to evaluate: at ZeRO stage 3")
