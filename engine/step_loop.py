@@ -28,9 +28,10 @@ from redline.callbacks import Callback
 from redline.checkpoint import Checkpointer
 from redline.data import Loader, LoaderWrapper
 from redline.device import HostCopy
+from redline.distributed.call_order import EVALUATES, TRAINS
 from redline.distributed.failure import explain_failure
 from redline.distributed.process_group import World
-from redline.distributed.strategy import EVALUATES, Strategy
+from redline.distributed.strategy import Strategy
 from redline.errors import EngineError
 from redline.first_batches import FirstBatches
 from redline.input_casts import InputCasts, explain_error
@@ -122,7 +123,7 @@ class StepLoop(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; in bf16 and fp16 layers cast fp32 inputs, see `redline.input_casts`."""
         grad_enabled = torch.is_grad_enabled()
-        self._strategy.begin_call("forward" if grad_enabled and self._module.training else EVALUATES)
+        self._strategy.begin_call(TRAINS if grad_enabled and self._module.training else EVALUATES)
         if grad_enabled:
             if self._first_batches.watching and self._module.training:
                 self._first_batches.see(args, kwargs)

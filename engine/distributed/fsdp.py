@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 from redline.device import numbers_on
 from redline.distributed import fsdp_state
 from redline.distributed.blocks import MetaModel, unsharded_params
-from redline.distributed.failure import explains_failures, name_ranks
+from redline.distributed.call_order import CallOrder
 from redline.distributed.memory_estimate import accumulates_unsharded, memory_of
-from redline.distributed.process_group import World, can_reduce_on_host
+from redline.distributed.process_group import World
 from redline.distributed.sharding import RunCollective, all_reduce, make_mesh
-from redline.distributed.strategy import CALLS, EVALUATES, ExpectedGradients, Reduced, Strategy, refuse_replaced
+from redline.distributed.strategy import ExpectedGradients, Reduced, Strategy, refuse_replaced
 from redline.errors import EngineError
 from redline.gradients import Reduction, scale_by
 from redline.log import log
@@ -197,7 +197,8 @@ class FSDPStrategy(Strategy):
             unit.set_requires_gradient_sync(True, recurse=False)
         self._held = False  # whether a backward has left unsharded gradients on this rank
         self._held_expected: list[tuple[int, int]] = []
-        self._evaluates = False  # whether the last call was a forward without gradients, or in eval mode
+        # With several groups of ranks that share a model each may go its own way.
+        self._calls = CallOrder() if 1 < dist.get_world_size(group) == dist.get_world_size() else None
         fsdp_state.see_gradients(self._units, reduction.own.add)
         # torch averages; the factor makes a sum of it where one is asked for.
         self._factor = 1.0 if reduction.is_mean else reduction.before * reduction.after * reduction.size
@@ -219,30 +220,8 @@ class FSDPStrategy(Strategy):
         unfuse_on_shards(optimizer)
 
     def begin_call(self, call: str) -> None:
-        """During an evaluation, and as it ends, notice ranks of a shard group that make different calls.
-
-        Their collectives would be mixed up: gloo aborts the process, and NCCL waits. The usual cause are unequal
-        numbers of batches. In training nothing is sent.
-
-        Raises:
-            EngineError: on all ranks: they have called different methods.
-        """
-        ends, self._evaluates = self._evaluates, call == EVALUATES
-        if not (ends or self._evaluates):
-            return
-        device = "cpu" if can_reduce_on_host(self._group) else self.params.model[0].device
-        number = torch.tensor([CALLS.index(call)], device=device)
-        numbers = [torch.empty_like(number) for _ in range(dist.get_world_size(self._group))]
-        explains_failures(dist.all_gather)(numbers, number, group=self._group)
-        calls = dict(zip(dist.get_process_group_ranks(self._group), (CALLS[int(each)] for each in numbers)))
-        if len(set(calls.values())) > 1:
-            self._evaluates = False
-            who = {each: [rank for rank in calls if calls[rank] == each] for each in calls.values()}
-            made = ", ".join(f"{name_ranks(ranks)} called {call}" for call, ranks in who.items())
-            raise EngineError(
-                f"{made}: at ZeRO stage 3 all ranks have to evaluate the same number of batches; use engine.evaluate() "
-                "or a loader of engine.prepare()"
-            )
+        if self._calls is not None:
+            self._calls.begin(call)
 
     def prepare_forward(self, *, is_last: bool, no_sync: bool) -> nn.Module:
         replaced = next(fsdp_state.replaced_params(self._units), None)

@@ -134,9 +134,9 @@ def make_side_group() -> Any:
     return dist.new_group(backend="gloo", timeout=_timeout)
 
 
-def can_reduce_on_host(group: Any = None) -> bool:
-    """Whether a process group takes CPU tensors; one that a script made for NCCL alone does not. None: the default."""
-    group = group or dist.group.WORLD
+def can_reduce_on_host() -> bool:
+    """Whether the process group takes CPU tensors; one that a script made for NCCL alone does not."""
+    group: Any = dist.group.WORLD
     return group is not None and any(device.type == "cpu" for device in group._device_types)
 
 

@@ -22,10 +22,7 @@ from redline.gradients import Reduction, norm_of
 from redline.master_params import TrainedParams
 from redline.optimizers.state import local_tensor
 
-__all__ = ["CALLS", "EVALUATES", "ExpectedGradients", "Reduced", "Strategy", "refuse_replaced"]
-
-EVALUATES = "forward to evaluate"
-CALLS = ("forward", EVALUATES, "evaluate", "save_checkpoint", "load_checkpoint", "full_state_dict")  # of a script
+__all__ = ["ExpectedGradients", "Reduced", "Strategy", "refuse_replaced"]
 
 # The gradients of all ranks, as an optimizer step takes them (plain tensors, full ones or this rank's rows; they count
 # in the norm and are clipped), and the sums over the ranks of the numbers that each rank gave, on the device (None
@@ -51,7 +48,7 @@ class Strategy(ABC):
         self._expected = expected
 
     def begin_call(self, call: str) -> None:  # noqa: B027
-        """Called before the collectives of one of the :data:`CALLS`."""
+        """Called before the collectives of a call of the script, one of `call_order.CALLS`."""
 
     @abstractmethod
     def prepare_forward(self, *, is_last: bool, no_sync: bool) -> nn.Module:
