@@ -210,7 +210,8 @@ class _DirectStep(Optimizer):
         if calls is None:
             self._torchs_step()
             return loss
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        own = self.__dict__  # where GradScaler puts these; a subclass may have a slow __getattr__
+        grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
         grad_enabled = torch.is_grad_enabled()
         try:
             torch._C._set_grad_enabled(False)  # torch.no_grad() takes a microsecond longer

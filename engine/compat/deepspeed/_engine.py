@@ -111,15 +111,19 @@ class DeepSpeedEngine(Engine):
                 param.grad = None
 
     def _show_gradients(self) -> None:
-        hidden, self._last.hidden = self._last.hidden, ()
+        hidden = self._last.hidden
+        if not hidden:
+            return
+        self._last.hidden = ()
         if self._state.backwards:  # else they have been dropped
             for param, grad in hidden:
                 param.grad = grad
 
     def _take_changes(self, unchanged: Callable[[], bool]) -> bool:
         """Whether gradients are the engine's, where they are not hidden: what a script has made of them is taken."""
-        if unchanged() or not self._state.backwards:
-            return unchanged()
+        found = unchanged()
+        if found or not self._state.backwards:
+            return found
         self._warn_once("gradients were changed after backward(), as by clip_grad_norm_: the step takes them so; "
                         "gradient_clipping in the config clips by the norm of all ranks")  # fmt: skip
         self._strategy.accept_changes()  # up to stage 1, it is DDP's
