@@ -36,6 +36,10 @@ LIKE_BEST = 0.05  # of the rise to the next lower trial: what is above the best 
 # nobody knows which: the answer is half a step lower. At a budget of 30% it takes the digits from 72% above the best of
 # the grid to 5%, at 10 and 100% it changes nothing; for longer trials it loses 1%, since shorter ones went further.
 UNSEEN = 0.5
+# A training overfits as soon as it sees data again: a trial shows it by then at the earliest. At a budget of 100% this
+# takes the development task that overfits from 57% above the best of the grid to 1%, and changes no other.
+OVERFITS_FROM = 2.0  # epochs
+NOISES = 2.0  # losses that differ by less than so many times their noise are alike
 STEEP = 4.0  # a neighbor of the best counts as no more than so many times as far above it as the other one
 
 
@@ -47,6 +51,7 @@ class Outcome(NamedTuple):
     loss: float  # at the end; inf if it diverged
     noise: float = 0.0  # standard error of that loss, from the training losses of the later half
     seed: int = 0  # of the order of the data
+    training: float = 0.0  # the mean of its last training losses
 
 
 def divide_search(steps: int, planned: int) -> tuple[int, ...]:
@@ -63,9 +68,15 @@ def divide_search(steps: int, planned: int) -> tuple[int, ...]:
 
 
 def next_trial(
-    trials: Sequence[Outcome], first: float, lengths: Sequence[int], momentum: float = 0.0
+    trials: Sequence[Outcome],
+    first: float,
+    lengths: Sequence[int],
+    momentum: float = 0.0,
+    epoch: float | None = None,
 ) -> tuple[float, int, int] | None:
     """Learning rate, steps and seed of the next trial; None where the best ones are known.
+
+    `epoch` are the steps in which a trial sees all data; None if it is unknown.
 
     >>> next_trial([], 0.1, [10]), next_trial([Outcome(0.1, 10, 0.8), Outcome(0.4, 10, 0.9)], 0.1, [10])
     ((0.1, 10, 0), (0.025, 10, 0))
@@ -81,7 +92,7 @@ def next_trial(
             return lr, steps, 0
         best = min(made, key=lambda one: one.loss).lr
         longer = next((each for each in lengths if each > steps), steps)
-        first = best * _shift(steps, longer, momentum)
+        first = best * _shift(steps, longer, momentum) * _overfitting(trials, longer, epoch)
     # The same again with the data in another order, the best one first.
     again = {one.lr for one in trials if one.steps == lengths[-1] and one.seed}
     for one in sorted(made, key=lambda one: one.loss)[:2]:
@@ -109,9 +120,16 @@ def _means(trials: Sequence[Outcome], steps: int) -> list[Outcome]:
         if one.steps == steps:
             found.setdefault(one.lr, []).append(one)
     return [
-        Outcome(lr, steps, sum(one.loss for one in same) / len(same), max(one.noise for one in same))
+        Outcome(
+            lr, steps, _mean([one.loss for one in same]), max(one.noise for one in same),
+            training=_mean([one.training for one in same]),
+        )
         for lr, same in sorted(found.items())
-    ]
+    ]  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def spread_of(trials: Sequence[Outcome]) -> float | None:
@@ -136,6 +154,25 @@ def _shift(steps: int, longer: int, momentum: float) -> float:
     return built_up(steps) / built_up(longer) / math.pow(max(1.0, longer / steps / REACH), LONGER)
 
 
+def _overfitting(trials: Sequence[Outcome], planned: int, epoch: float | None) -> float:
+    """By which factor the best peak of the longest trials is too high for a training of `planned` steps that overfits.
+
+    It will where a trial above the best one ended with a lower training loss and a higher validation loss, after two
+    epochs or more. What a model learns by heart grows with the sum of the learning rates, so that the peak falls as the
+    length grows. 1 where nothing shows that.
+    """
+    longest = max((one.steps for one in trials if one.steps < planned), default=planned)
+    sound = [one for one in _means(trials, longest) if math.isfinite(one.loss)]
+    if epoch is None or longest < OVERFITS_FROM * epoch or longest == planned or not sound:
+        return 1.0
+    best = min(sound, key=lambda one: one.loss)
+    for one in sound:
+        margin = NOISES * (best.noise + one.noise)
+        if one.lr > best.lr and one.loss > best.loss + margin and one.training < best.training - margin:
+            return longest / planned
+    return 1.0
+
+
 def _round(lr: float) -> float:
     return float(f"{lr:.3g}")
 
@@ -148,12 +185,18 @@ class Peak(NamedTuple):
     low: float  # the lower end of what is as good as that, within noise
     steps: int  # of the longest trials
     is_own: bool = False  # it is the config's own
+    overfits: bool = False  # it is lower than the trials', since these show that the training would overfit
 
 
 def find_peak(
-    trials: Sequence[Outcome], planned: int, *, own: float | None = None, momentum: float = 0.0
+    trials: Sequence[Outcome],
+    planned: int,
+    *,
+    own: float | None = None,
+    momentum: float = 0.0,
+    epoch: float | None = None,
 ) -> Peak | None:
-    """The peak for a training of `planned` steps; None if all trials diverged."""
+    """The peak for a training of `planned` steps; None if all trials diverged. `epoch` as of :func:`next_trial`."""
     lengths = sorted({one.steps for one in trials}, reverse=True)
     for steps in lengths:
         made = _means(trials, steps)
@@ -170,6 +213,9 @@ def find_peak(
         * _shift(steps, planned, momentum)
         * (HEAVY if momentum and steps < planned else 1.0)
     )
+    overfitting = _overfitting(trials, planned, epoch)
+    if steps < planned and overfitting < 1:
+        return Peak(_round2(best.lr * overfitting), best.lr, low, steps, overfits=True)
     if best is made[-1] and len(sound) > 1 and len(lengths) == 1:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
     if own is not None and lr <= own <= best.lr:

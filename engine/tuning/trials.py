@@ -76,13 +76,15 @@ def trial_of(curve: Curve, schedule: Schedule, lr: float, why: str, *, steps: in
     losses = curve.taken().losses
     later = losses[-max(LEAST_LATER, len(losses) // 2) :]
     noise = _noise_of(later) / math.sqrt(max(1, len(later)))
-    if curve.validation:
-        loss = curve.validation[-1][1]
-    else:
-        last = losses[-max(LEAST_TAIL, math.ceil(TAIL * len(losses))) :]
-        loss = sum(last) / len(last) if last else math.nan
+    loss = curve.validation[-1][1] if curve.validation else _last_losses(losses)
     diverged = len(curve.losses) < steps or not math.isfinite(loss)
     return Trial(curve, schedule, lr, steps, loss, diverged, 0.0 if diverged else noise, why)
+
+
+def _last_losses(losses: Sequence[float]) -> float:
+    """The mean training loss at the end; nan without any."""
+    last = losses[-max(LEAST_TAIL, math.ceil(TAIL * len(losses))) :]
+    return sum(last) / len(last) if last else math.nan
 
 
 def _noise_of(losses: Sequence[float]) -> float:
@@ -103,7 +105,14 @@ def _noise_of(losses: Sequence[float]) -> float:
 def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
     """The search's trials as numbers."""
     return [
-        Outcome(each.lr, each.steps, math.inf if each.diverged else each.loss, each.noise, each.curve.seed)
+        Outcome(
+            each.lr,
+            each.steps,
+            math.inf if each.diverged else each.loss,
+            each.noise,
+            each.curve.seed,
+            _last_losses(each.curve.taken().losses),
+        )
         for each in trials
     ]
 
@@ -127,7 +136,9 @@ def answer_of_search(
     outcomes = outcomes_of(search)
     low, high = min(search, key=lambda each: each.lr).lr, max(search, key=lambda each: each.lr).lr
     what = f"{len(outcomes)} trials between learning rates {low:.2g} and {high:.2g}"
-    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum)
+    longest = max((one.steps for one in outcomes), default=0)
+    part = part_of_data(longest, steps, steps_per_epoch)  # a part that is seen as often shows overfitting as it is
+    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=steps_per_epoch if part is None else None)
     if peak is None:
         reason = f"All of {what} diverged."
         return Refusal(reason, f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}.")
@@ -147,10 +158,10 @@ def answer_of_search(
         )
         if own_lr is not None:
             peak = peak._replace(lr=own_lr, is_own=True)
-    why = _why(peak, what, outcomes)
+    why = _why(peak, what, steps, outcomes)
     many = steps_per_epoch is not None and steps >= HIDDEN_EPOCHS * steps_per_epoch
     hides_overfitting = many and longest < SHOWS * steps and part_of_data(longest, steps, steps_per_epoch) is None
-    if hides_overfitting and own_lr is not None and own_lr < peak.lr:
+    if hides_overfitting and not peak.overfits and own_lr is not None and own_lr < peak.lr:
         # Short trials like rates that are the higher the less they see of what many epochs do.
         peak = peak._replace(lr=float(f"{math.sqrt(own_lr * peak.lr):.2g}"))
         why += f" They are too short to show what many epochs do: {peak.lr:.2g} is midway to the config's {own_lr:.2g}."
@@ -180,12 +191,17 @@ def _least_fall(trial: Trial, outcomes: Sequence[Outcome]) -> float:
     return _noise_of(trial.curve.losses)
 
 
-def _why(peak: Peak, what: str, outcomes: Sequence[Outcome]) -> str:
+def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome]) -> str:
     why = f"Of {what}, those of {peak.steps} steps ended lowest at {peak.best:.2g}"
     if peak.low < 0.95 * peak.best:
         why += f", and as low within noise down to {peak.low:.2g}"
     if peak.is_own:
         why += f"; the config's own {peak.lr:.2g} is kept."
+    elif peak.overfits:
+        why += (
+            "; higher ones ended with a lower training loss and a higher validation loss. So that "
+            f"{steps} steps overfit no more than these, the peak falls as the length grows: {peak.lr:.2g}."
+        )
     elif peak.lr < 0.95 * peak.low:
         why += f"; momentum is built up later, and a longer training takes less: {peak.lr:.2g}."
     else:

@@ -244,7 +244,9 @@ class Tuner:
         if session.validation:
             session.validate_initial(self._budget)
         lengths = divide_search(plan.search - FEWEST_PASSES * self._budget.pass_cost, self.known.steps)
-        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum):
+        # A trial that repeats a part of the data as often as the training repeats all shows how that overfits.
+        epoch = None if any(map(self._repeats, lengths)) else self.known.steps_per_epoch
+        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum, epoch):
             lr, steps, seed = found
             if self._budget.spent + steps + self._budget.pass_cost > most:
                 break

@@ -109,3 +109,29 @@ def test_lengths_grow_up_to_the_training_and_are_affordable(steps: int, planned:
     assert list(lengths) == sorted(set(lengths)) and lengths[0] >= 1 and lengths[-1] <= planned
     assert 5 * lengths[0] + sum(3 * length for length in lengths[1:2] if length < planned) <= steps
     assert steps < 2 * planned or lengths[-1] == planned, "a training in full"
+
+
+OVERFITTING = [
+    Outcome(0.001, 20, 2.03, 0.02, training=2.0),
+    Outcome(0.004, 20, 1.97, 0.02, training=1.9),
+    Outcome(0.016, 20, 2.09, 0.02, training=2.1),
+    Outcome(0.001, 80, 1.96, 0.01, training=1.7),
+    Outcome(0.002, 80, 2.13, 0.01, training=1.3),
+    Outcome(0.0005, 80, 1.99, 0.01, training=1.9),
+]
+
+
+def test_a_training_that_longer_trials_show_to_overfit_gets_the_sum_of_learning_rates_of_the_best_one() -> None:
+    peak = find_peak(OVERFITTING, 800, own=0.001, epoch=10)
+    assert peak is not None
+    assert (peak.lr, peak.best, peak.overfits) == (0.0001, 0.001, True)
+    assert next_trial(OVERFITTING, 0.001, (20, 80, 800), epoch=10) == (0.0001, 800, 0)
+
+
+def test_nothing_overfits_before_two_epochs_within_noise_or_without_a_lower_training_loss() -> None:
+    noisy = [one._replace(noise=0.1) for one in OVERFITTING]
+    unstable = [one._replace(training=2 + one.lr) for one in OVERFITTING]
+    for trials, epoch in ((OVERFITTING, 50.0), (OVERFITTING, None), (noisy, 10.0), (unstable, 10.0)):
+        peak = find_peak(trials, 800, own=0.0003, epoch=epoch)
+        assert peak is not None
+        assert not peak.overfits and 0.0005 <= peak.lr <= 0.001
