@@ -17,6 +17,7 @@ __all__ = ["diff", "explain", "schema", "validate"]
 @command(
     arg("configs", nargs="+", metavar="CONFIG", help="config files, DeepSpeed's JSON; - reads standard input"),
     arg("--world-size", type=positive, metavar="N", help="check batch sizes for N ranks"),
+    arg("--samples", type=positive, metavar="N", help='samples of the training data, for a total_num_steps of "auto"'),
     arg("--schema", metavar="POLICY.json", help="check this JSON Schema, with rules of your own, as well"),
     arg("--json", action="store_true", help="print a JSON object; a list of them for several configs"),
     arg("--effective", action="store_true", help="print every value in force as well, with its origin"),
@@ -30,12 +31,16 @@ def validate(options: argparse.Namespace) -> int:
     examples:
       redline validate ds_config.json
       redline validate ds_config.json --world-size 8 --json
+      redline validate ds_config.json --samples 50000   # with redline.epochs and "total_num_steps": "auto"
       python make_config.py | redline validate -
     """
     from redline.config import origins, validate
 
     sources = [sys.stdin if name == "-" else Path(name) for name in options.configs]
-    reports = [validate(source, world_size=options.world_size, policy=options.schema) for source in sources]
+    reports = [
+        validate(source, world_size=options.world_size, num_samples=options.samples, policy=options.schema)
+        for source in sources
+    ]
     if options.json:
         values = [report.to_json() for report in reports]
         for value, report in zip(values, reports):

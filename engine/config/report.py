@@ -122,13 +122,18 @@ class Report:
 
 
 def validate(
-    source: Source, *, world_size: int | None = None, policy: str | Path | dict[str, Any] | None = None
+    source: Source,
+    *,
+    world_size: int | None = None,
+    num_samples: int | None = None,
+    policy: str | Path | dict[str, Any] | None = None,
 ) -> Report:
     """Check a config without running it.
 
     Args:
         source: a path, a dict or JSON text, as for `load_config`.
         world_size: ranks that would train; default WORLD_SIZE, else 1.
+        num_samples: of the training data, as for `load_config`.
         policy: a JSON Schema with rules of your own, as a path or a dict; the document is checked against it
             as it was written, before defaults, without comment keys. What breaks it is an error.
 
@@ -138,7 +143,7 @@ def validate(
     # Read first: a broken policy is an error of its own, whatever the config is.
     rules = None if policy is None else copy_document(policy) if isinstance(policy, dict) else read(Path(policy))
     try:
-        reading = Reading(source, world_size)
+        reading = Reading(source, world_size, num_samples)
     except ConfigError as error:
         return Report(error.source, list(error.problems))
     document, errors = reading.document, reading.mistakes

@@ -249,6 +249,17 @@ def test_validate_reads_standard_input(redline: Any, monkeypatch: pytest.MonkeyP
         assert exit_code == code and json.loads(out)["valid"] == (code == 0)
 
 
+def test_validate_is_told_the_samples_for_a_number_of_steps_that_is_auto(redline: Any) -> None:
+    params = {"total_num_steps": "auto", "warmup_num_steps": 2, "warmup_max_lr": 0.1}
+    config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "redline": {"epochs": 3},
+              "scheduler": {"type": "WarmupDecayLR", "params": params}}  # fmt: skip
+    Path("auto.json").write_text(json.dumps(config))
+    assert redline("validate", "auto.json")[0] == 3
+    code, out, _ = redline("validate", "auto.json", "--samples", "40", "--effective")
+    assert code == 0
+    assert ["scheduler.params.total_num_steps", "auto", "30"] in [line.split() for line in out.splitlines()]
+
+
 def test_validate_checks_batch_sizes_for_a_world_and_a_policy(redline: Any, folder: Path) -> None:
     code, out, _ = redline("validate", "good.json", "--world-size", "4")
     assert code == 0 and "batch: 8 = 2 " in out
