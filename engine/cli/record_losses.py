@@ -42,22 +42,47 @@ def _seed(seed: int) -> None:
 
 
 def _record(path: str, steps: int) -> None:
-    """Write [engine, optimizer step, loss] at each backward(); leave the script after so many optimizer steps."""
+    """Write [engine, optimizer step, loss] at each backward(); leave the script after so many optimizer steps.
+
+    A plain ``loss.backward()`` counts for the engine whose step() comes next, if its own backward() was not called.
+    """
+    import torch
+
     engine_class: Any = importlib.import_module("deepspeed").DeepSpeedEngine
-    backward, step = engine_class.backward, engine_class.step
+    tensor_class: Any = torch.Tensor
+    backward, step, plain_backward = engine_class.backward, engine_class.step, tensor_class.backward
     numbers: dict[int, int] = {}  # of the engines, in the order in which they train
     done: dict[int, int] = {}  # optimizer steps, without those of a loaded checkpoint
+    plain: list[Any] = []  # losses of plain backwards since the last step()
+    told: set[int] = set()  # engines whose backward() was called since their last step()
 
-    @functools.wraps(backward)
-    def recorded(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+    def write(engine: Any, loss: Any) -> None:
         number = numbers.setdefault(id(engine), len(numbers))
         with open(path, "a") as file:
             json.dump([number, done.get(number, 0) + 1, loss.detach().double().mean().item()], file)
             file.write("\n")
-        return backward(engine, loss, *args, **kwargs)
+
+    @functools.wraps(backward)
+    def recorded(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        write(engine, loss)
+        told.add(id(engine))
+        before = len(plain)
+        try:
+            return backward(engine, loss, *args, **kwargs)
+        finally:
+            del plain[before:]  # its own
+
+    @functools.wraps(plain_backward)
+    def noted(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        plain.append(loss.detach())
+        return plain_backward(loss, *args, **kwargs)
 
     @functools.wraps(step)
     def counted(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        for loss in plain if id(engine) not in told else ():
+            write(engine, loss)
+        plain.clear()
+        told.discard(id(engine))
         before = engine.global_steps
         result = step(engine, *args, **kwargs)
         number = numbers.setdefault(id(engine), len(numbers))
@@ -66,7 +91,7 @@ def _record(path: str, steps: int) -> None:
             sys.exit(0)
         return result
 
-    engine_class.backward, engine_class.step = recorded, counted
+    engine_class.backward, engine_class.step, tensor_class.backward = recorded, counted, noted
 
 
 if __name__ == "__main__":

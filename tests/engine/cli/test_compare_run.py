@@ -52,9 +52,9 @@ def initialize(args, model, model_parameters):
 """
 
 
-def run(folder: Path, *flags: str, package: str | None) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *flags: str, package: str | None, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     """Run the command with a Python that has this package `deepspeed`, or none."""
-    (folder / "train.py").write_text(SCRIPT)
+    (folder / "train.py").write_text(script)
     config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     (folder / "ds.json").write_text(json.dumps(config))
     packages = folder / "packages"
@@ -91,9 +91,11 @@ def test_other_losses_and_a_script_that_fails_exit_with_1(tmp_path: Path) -> Non
     assert done.returncode == 1 and "compare-run: deepspeed: exit code 1" in done.stderr
 
 
-def test_without_deepspeed_the_losses_here_are_printed(tmp_path: Path) -> None:
-    done = run(tmp_path, "--steps", "2", package=None)
+@pytest.mark.parametrize("backward", ["engine.backward(loss)", "loss.backward()"])
+def test_without_deepspeed_the_losses_here_are_printed(backward: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "--steps", "2", package=None, script=SCRIPT.replace("engine.backward(loss)", backward))
     assert done.returncode == 3, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()[1:3]] == ["1", "2"]
     assert done.stdout.splitlines()[0].split() == ["step", "redline"]
     assert "DeepSpeed is not installed for" in done.stdout
 
