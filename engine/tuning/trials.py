@@ -218,7 +218,8 @@ def notes_on_epochs(steps: int, longest: int, steps_per_epoch: float) -> Iterato
     planned = steps / steps_per_epoch
     if planned < FEW_EPOCHS or longest >= steps:
         return
-    seen = f"the longest trial {longest / steps_per_epoch:.2g} times, which does not show overfitting"
+    trial = f"{longest / steps_per_epoch:.2g}"
+    seen = f"the longest trial {'once' if trial == '1' else f'{trial} times'}, which does not show overfitting"
     if part_of_data(longest, steps, steps_per_epoch) is not None:
         seen = f"trials saw a part of it, at most {longest / steps:.1%}, as often"
     yield (
