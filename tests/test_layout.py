@@ -39,6 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("redline.config", "redline.optimizers", "redline.distributed.failure"),
     ("redline.distributed.process_group",),
     (
+        "redline.distributed.call_order",
         "redline.distributed.consistency",
         "redline.data",
         "redline.first_batches",

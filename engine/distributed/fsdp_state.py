@@ -183,7 +183,7 @@ def adapt(model: Any, blocks: Sequence[Any]) -> None:
 
 
 def _original_class(unit: Any) -> type[nn.Module]:
-    cls: type[nn.Module] = type(unit).__mro__[type(unit)._orig_cls_mro_index]
+    cls: type[nn.Module] = type(unit).__mro__[getattr(type(unit), "_orig_cls_mro_index", 2)]  # 2 in older versions
     return cls
 
 
