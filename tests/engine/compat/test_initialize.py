@@ -288,12 +288,16 @@ def test_counters_may_be_set(deepspeed: Any) -> None:
 
 
 def test_an_overflow_shows_on_the_optimizer(deepspeed: Any) -> None:
-    engine = make(deepspeed, fp16={"enabled": True, "initial_scale_power": 4})
+    engine = make(deepspeed, fp16={"enabled": True, "initial_scale_power": 4, "loss_scale_window": 8, "hysteresis": 1})
+    scaler = engine.optimizer.loss_scaler
+    assert (scaler.cur_scale, scaler.scale_window, scaler.cur_iter) == (16, 8, 0)
     engine.backward(engine(X).sum() * float("inf"))
     engine.step()
     assert engine.optimizer.overflow and not engine.was_step_applied()
+    assert (scaler.cur_scale, scaler.cur_iter) == (8, 1)
     train(engine)
     assert not engine.optimizer.overflow and engine.was_step_applied()
+    assert (scaler.cur_scale, scaler.cur_iter) == (8, 2)
 
 
 @pytest.mark.parametrize("watching", [{}, {"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}])
