@@ -264,6 +264,16 @@ def test_the_engine_says_what_it_does(deepspeed: Any) -> None:
             list(inner)
 
 
+def test_log_level_is_that_of_the_packages_logger(deepspeed: Any) -> None:
+    assert make(deepspeed).log_level() is None
+    before = deepspeed.logger.level
+    try:
+        assert make(deepspeed, log_level="ERROR").log_level() == "ERROR"
+        assert deepspeed.logger.level == logging.ERROR
+    finally:
+        deepspeed.logger.setLevel(before)
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_plain_backward_trains_alike(stage: int, deepspeed: Any) -> None:
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": stage == 2}}
