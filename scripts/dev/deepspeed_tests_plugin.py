@@ -33,8 +33,9 @@ def _dist_run(self: Any, *args: Any) -> Any:  # its name: methods are pickled by
             leave = threading.Timer(_GRACE, os._exit, (1,))
             leave.daemon = True
             leave.start()
-        if isinstance(error, pytest.fail.Exception):
-            raise AssertionError(str(error)) from error  # the pool returns exceptions that are an Exception
+        if isinstance(error, (pytest.fail.Exception, StopIteration)):
+            # The pool returns exceptions that are an Exception; to its itertools.starmap a StopIteration is the end.
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
         raise
 
 
@@ -43,6 +44,9 @@ def _close_pool(self: Any, pool: Any, num_procs: int, force: bool = False) -> No
         _end_pool(self, pool, num_procs, force)
         return
     self._pool_cache.pop(num_procs, None)
+    # A rank that ended its process may have held the lock of the pool's queue, for which terminate() would wait.
+    pool._inqueue._rlock.acquire(timeout=2 * _GRACE)
+    pool._inqueue._rlock.release()
     pool.terminate()
     pool.join()
 
