@@ -7,6 +7,7 @@ the others' collectives fail; a test that hangs all the same fails at the harnes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -20,6 +21,9 @@ import pytest
 import torch._dynamo  # a second, of every rank of every test if it is not imported before the fork
 import torch.distributed.fsdp  # noqa: F401  the same
 from unit import common  # type: ignore[import-not-found]  # DeepSpeed's tests are on the path
+
+with contextlib.suppress(ImportError):  # it is not there with DeepSpeed
+    import redline.start  # noqa: F401  the same
 
 _run_rank, _end_pool = common.DistributedExec._dist_run, common.DistributedExec._close_pool
 _GRACE = 0.5  # seconds for a failed rank's exception to reach the parent process
