@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "get_model_parallel_rank": lambda self: 0,
     "get_tensor_parallel_rank": lambda self: 0,
     "clip_fp32_gradients": lambda self: None,  # step() clips
+    "coalesce_grad_reduction": lambda self: nullcontext(),  # several backward() calls add up, each reduced at once
     "allreduce_gradients": lambda self, *args, **kwargs: None,  # backward() has reduced them
 }  # fmt: skip
 _VALUES: dict[str, Callable[[Any], Any]] = {

@@ -285,6 +285,18 @@ def test_a_plain_backward_trains_alike(stage: int, deepspeed: Any) -> None:
     assert torch.equal(ours.module.first.weight, plain.module.first.weight)
 
 
+def test_several_backwards_add_up_under_coalesce_grad_reduction(deepspeed: Any) -> None:
+    once, twice = (make(deepspeed, zero_optimization={"stage": 2}) for _ in range(2))
+    once.backward(once(X).sum() + once(X).square().sum())
+    with twice.coalesce_grad_reduction():
+        twice.backward(twice(X).sum())
+        twice.backward(twice(X).square().sum())
+    for engine in (once, twice):
+        engine.step()
+    torch.testing.assert_close(twice.get_global_grad_norm(), once.get_global_grad_norm())
+    assert twice.global_steps == 1
+
+
 def test_counters_may_be_set(deepspeed: Any) -> None:
     engine = make(deepspeed, gradient_accumulation_steps=2)
     train(engine)
