@@ -219,6 +219,7 @@ def _choose_optimizer(
             "a module that holds the network and the weights of the loss"
         )
     for group in optimizer.param_groups:
+        group.setdefault("lr", None)  # of one around other optimizers, which have their own
         if "param_names" in group:  # it was given named parameters, perhaps of a compiled module
             group["param_names"] = plain_names(group["param_names"])
     return optimizer

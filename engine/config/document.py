@@ -117,13 +117,13 @@ def copy_document(given: Mapping[Any, Any]) -> Document:
             for key in value:
                 if not _is_text(key):
                     mistakes[route] = f"got the key {key!a:.60} ({type(key).__name__}); expected strings as keys"
-            return {str(key): copy(value[key], (*route, key)) for key in value if _is_text(key)}
+            return {str.__str__(key): copy(value[key], (*route, key)) for key in value if _is_text(key)}
         if isinstance(value, (list, tuple)):
             return [copy(item, (*route, index)) for index, item in enumerate(value)]
         if value is None or isinstance(value, bool):
             return value
         if _is_text(value):
-            return str(value)
+            return str.__str__(value)  # str() of a string enum is its member's name
         if not isinstance(value, (int, float)):
             found = "half of a surrogate pair" if isinstance(value, str) else f"a Python {type(value).__name__}"
             mistakes[route] = f"got {found}; expected an object, a list, a string, a number, true, false or null"

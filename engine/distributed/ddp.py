@@ -163,8 +163,8 @@ class DDPStrategy(Strategy):
 
     def gradient_of(self, param: Tensor) -> Tensor | None:
         if self._reduced is not None:
-            place = next(index for index, each in enumerate(self._sources) if each is param)
-            return self._targets[place].grad
+            place = next((index for index, each in enumerate(self._sources) if each is param), None)
+            return param.grad if place is None else self._targets[place].grad  # None of a frozen one
         total = self._sums.get(id(param))
         if total is None or param.grad is None:
             return param.grad if total is None else total

@@ -159,12 +159,13 @@ class TrainingBar(Callback):
         """Learning rate, loss and speed, without waiting for the device: the loss may be an earlier step's."""
         optimizer = self._engine.optimizer
         if self._arriving is None and self._last_loss is not None and optimizer is not None:
-            self._arriving = HostCopy(self._last_loss.reshape(()), optimizer.param_groups[0]["lr"])
+            lr = optimizer.param_groups[0]["lr"]  # None of an optimizer that finds its own
+            self._arriving = HostCopy(self._last_loss.reshape(()), *([] if lr is None else [lr]))
         if self._arriving is not None and self._arriving.has_arrived():
-            (loss, lr), self._arriving = self._arriving.read(), None
+            (loss, *lrs), self._arriving = self._arriving.read(), None
             now, samples = time.perf_counter(), self._engine.global_samples
             if self._since is None or samples > self._since[1]:  # else this was shown already
-                self._values = f"lr {lr:.4g}, loss {loss:.4g}"
+                self._values = ", ".join([*(f"lr {lr:.4g}" for lr in lrs), f"loss {loss:.4g}"])
                 if self._since is not None:
                     self._values += f", {(samples - self._since[1]) / (now - self._since[0]):.0f} samples/s"
                 self._since = now, samples

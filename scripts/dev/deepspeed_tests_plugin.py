@@ -7,6 +7,7 @@ the others' collectives fail; a test that hangs all the same fails at the harnes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,9 @@ import torch._dynamo  # a second, of every rank of every test if it is not impor
 import torch.distributed.fsdp  # noqa: F401  the same
 from unit import common  # type: ignore[import-not-found]  # DeepSpeed's tests are on the path
 
+with contextlib.suppress(ImportError):  # it is not there with DeepSpeed
+    import redline.start  # noqa: F401  the same
+
 _run_rank, _end_pool = common.DistributedExec._dist_run, common.DistributedExec._close_pool
 _GRACE = 0.5  # seconds for a failed rank's exception to reach the parent process
 
@@ -33,8 +37,9 @@ def _dist_run(self: Any, *args: Any) -> Any:  # its name: methods are pickled by
             leave = threading.Timer(_GRACE, os._exit, (1,))
             leave.daemon = True
             leave.start()
-        if isinstance(error, pytest.fail.Exception):
-            raise AssertionError(str(error)) from error  # the pool returns exceptions that are an Exception
+        if isinstance(error, (pytest.fail.Exception, StopIteration)):
+            # The pool returns exceptions that are an Exception; to its itertools.starmap a StopIteration is the end.
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
         raise
 
 
@@ -43,6 +48,9 @@ def _close_pool(self: Any, pool: Any, num_procs: int, force: bool = False) -> No
         _end_pool(self, pool, num_procs, force)
         return
     self._pool_cache.pop(num_procs, None)
+    # A rank that ended its process may have held the lock of the pool's queue, for which terminate() would wait.
+    pool._inqueue._rlock.acquire(timeout=2 * _GRACE)
+    pool._inqueue._rlock.release()
     pool.terminate()
     pool.join()
 

@@ -296,6 +296,25 @@ def test_an_optimizer_that_finds_its_own_learning_rate_trains() -> None:
     assert engine.get_lr() == [None]
 
 
+class Around(torch.optim.Optimizer):
+    """Two optimizers as one, whose groups have no lr."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, defaults={})
+        weight, bias = self.param_groups[0]["params"]
+        self.parts = (torch.optim.SGD([weight], lr=0.1), torch.optim.Adam([bias]))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def test_an_optimizer_around_others_trains() -> None:
+    engine = start({"train_batch_size": 4, "steps_per_print": 1}, optimizer=Around)
+    take(engine, 2)
+    assert engine.get_lr() == [None]
+
+
 @pytest.mark.parametrize(
     ("kind", "params"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -66,6 +67,8 @@ class DeepSpeedEngine(Engine):
         self.config = self._config = DeepSpeedConfig(settings, loaded=self.config)
         self._last, self._stage = _LastStep(), 0 if zero is None else zero.stage
         self._warned: set[str] = set()
+        if level := settings.get("log_level"):
+            logging.getLogger("DeepSpeed").setLevel(level.upper())  # deepspeed.utils.logger
         if self.optimizer is not None:
             self.optimizer.__class__ = face_of(type(self.optimizer))
             self.optimizer.deepspeed_engine = weakref.ref(self)

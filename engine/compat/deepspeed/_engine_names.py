@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "optimizer_params": lambda self: self.config.get("optimizer", {"params": None}).get("params", {}),
     "scheduler_name": lambda self: None if self.config.scheduler is None else self.config.scheduler.type,
     "scheduler_params": lambda self: self.config.get("scheduler", {"params": None}).get("params", {}),
+    "log_level": lambda self: self.config.get("log_level"),
     "get_type": lambda self: [group.get("type") for group in self.optimizer.param_groups],
     "get_data_types": lambda self: (self.precision.compute, self.precision.accumulate),
     "postscale_gradients": lambda self: not self.config.prescale_gradients,
@@ -38,6 +40,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "get_model_parallel_rank": lambda self: 0,
     "get_tensor_parallel_rank": lambda self: 0,
     "clip_fp32_gradients": lambda self: None,  # step() clips
+    "coalesce_grad_reduction": lambda self: nullcontext(),  # several backward() calls add up, each reduced at once
     "allreduce_gradients": lambda self, *args, **kwargs: None,  # backward() has reduced them
 }  # fmt: skip
 _VALUES: dict[str, Callable[[Any], Any]] = {
@@ -62,7 +65,7 @@ _GETTERS = """
     flops_profiler_detailed flops_profiler_module_depth flops_profiler_output_file flops_profiler_profile_step
     flops_profiler_recompute_fwd_factor flops_profiler_top_modules memory_breakdown dump_state dataloader_drop_last
     bf16_optimizer_states fp16_auto_cast fp16_enabled gradient_predivide_factor is_deepcompile_enabled
-    is_deepcompile_active is_sanity_checks_enabled load_universal_checkpoint log_level managed_gradient_accumulation
+    is_deepcompile_active is_sanity_checks_enabled load_universal_checkpoint managed_gradient_accumulation
     optimizer_legacy_fusion super_offload torch_autocast_dtype torch_autocast_enabled use_node_local_storage
     wall_clock_breakdown zero_allgather_bucket_size zero_allgather_partitions zero_allgather_sequential
     zero_allow_untested_optimizer zero_contiguous_gradients zero_elastic_checkpoint zero_force_ds_cpu_optimizer

@@ -77,7 +77,7 @@ ATTRIBUTES = _by_name({
     _DATA_PARALLEL: "grid is_first_stage is_last_stage is_pipe_parallel set_batch_fn reset_activation_shape",
     "utils.safe_get_full_grad reads gradients, and utils.safe_set_full_grad writes them": """allreduce_bucket
         allreduce_no_retain allreduce_and_copy buffered_allreduce_fallback sparse_allreduce
-        sparse_allreduce_no_retain sparse_all_gather all_gather_scalar clip_fp32_gradients coalesce_grad_reduction
+        sparse_allreduce_no_retain sparse_all_gather all_gather_scalar clip_fp32_gradients
         averaged_gradients all_grad_tensors reduce_gradients process_gradients get_grads_to_reduce
         get_fp32_grad_for_param set_fp32_grad_for_param get_fp32_grad_partitions get_local_fp32_grad_for_param
         get_all_grad_tensors fp32_groups_gradients fp32_groups_gradients_flat clear_hp_grads clear_lp_grads

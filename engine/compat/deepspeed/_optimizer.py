@@ -31,7 +31,7 @@ class _Face(Optimizer):
     def optimizer(self) -> Optimizer:
         return self
 
-    loss_scaler = optimizer  # whose loss_scale and cur_scale are read
+    loss_scaler = optimizer  # whose loss_scale, cur_scale, scale_window and cur_iter are read
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         engine = self.deepspeed_engine()
@@ -52,6 +52,8 @@ _OF_ENGINE: dict[str, Callable[[Any], Any]] = {
     "overflow": lambda engine: engine.overflowed,
     "loss_scale": lambda engine: engine.loss_scale or 1.0,
     "cur_scale": lambda engine: engine.loss_scale or 1.0,
+    "scale_window": lambda engine: engine.scaler.window,
+    "cur_iter": lambda engine: engine.scaler.state_dict()["_updates"],
     "_global_grad_norm": lambda engine: engine.get_global_grad_norm(),
     "clip_grad": lambda engine: engine.gradient_clipping(),
     "dynamic_loss_scale": lambda engine: engine.dynamic_loss_scale(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from redline.optimizers.state import without_correction
 __all__ = ["DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLamb", "FusedLion"]
 __path__: list[str] = []  # a package in DeepSpeed: `_paths` finds what is in it
 
-# Whether DeepSpeed could compile it; here these are torch's or Redline's.
-__compatible_ops__ = __installed_ops__ = dict.fromkeys(
-    ("cpu_adam", "cpu_adagrad", "cpu_lion", "fused_adam", "fused_lamb", "fused_lion"), True
+# Whether DeepSpeed could compile it; here these are torch's or Redline's, and there are no others.
+__compatible_ops__ = __installed_ops__ = defaultdict(
+    bool, dict.fromkeys(("cpu_adam", "cpu_adagrad", "cpu_lion", "fused_adam", "fused_lamb", "fused_lion"), True)
 )
 
 

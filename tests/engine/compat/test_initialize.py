@@ -264,6 +264,16 @@ def test_the_engine_says_what_it_does(deepspeed: Any) -> None:
             list(inner)
 
 
+def test_log_level_is_that_of_the_packages_logger(deepspeed: Any) -> None:
+    assert make(deepspeed).log_level() is None
+    before = deepspeed.logger.level
+    try:
+        assert make(deepspeed, log_level="ERROR").log_level() == "ERROR"
+        assert deepspeed.logger.level == logging.ERROR
+    finally:
+        deepspeed.logger.setLevel(before)
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_plain_backward_trains_alike(stage: int, deepspeed: Any) -> None:
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": stage == 2}}
@@ -273,6 +283,18 @@ def test_a_plain_backward_trains_alike(stage: int, deepspeed: Any) -> None:
         plain(X).square().mean().backward()
         plain.step()
     assert torch.equal(ours.module.first.weight, plain.module.first.weight)
+
+
+def test_several_backwards_add_up_under_coalesce_grad_reduction(deepspeed: Any) -> None:
+    once, twice = (make(deepspeed, zero_optimization={"stage": 2}) for _ in range(2))
+    once.backward(once(X).sum() + once(X).square().sum())
+    with twice.coalesce_grad_reduction():
+        twice.backward(twice(X).sum())
+        twice.backward(twice(X).square().sum())
+    for engine in (once, twice):
+        engine.step()
+    torch.testing.assert_close(twice.get_global_grad_norm(), once.get_global_grad_norm())
+    assert twice.global_steps == 1
 
 
 def test_counters_may_be_set(deepspeed: Any) -> None:
@@ -288,12 +310,16 @@ def test_counters_may_be_set(deepspeed: Any) -> None:
 
 
 def test_an_overflow_shows_on_the_optimizer(deepspeed: Any) -> None:
-    engine = make(deepspeed, fp16={"enabled": True, "initial_scale_power": 4})
+    engine = make(deepspeed, fp16={"enabled": True, "initial_scale_power": 4, "loss_scale_window": 8, "hysteresis": 1})
+    scaler = engine.optimizer.loss_scaler
+    assert (scaler.cur_scale, scaler.scale_window, scaler.cur_iter) == (16, 8, 0)
     engine.backward(engine(X).sum() * float("inf"))
     engine.step()
     assert engine.optimizer.overflow and not engine.was_step_applied()
+    assert (scaler.cur_scale, scaler.cur_iter) == (8, 1)
     train(engine)
     assert not engine.optimizer.overflow and engine.was_step_applied()
+    assert (scaler.cur_scale, scaler.cur_iter) == (8, 2)
 
 
 @pytest.mark.parametrize("watching", [{}, {"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}])

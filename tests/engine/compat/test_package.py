@@ -155,6 +155,13 @@ def test_optimizers_by_deepspeeds_names(deepspeed: Any) -> None:
         FusedAdam(model.parameters(), amsgrad=True)
 
 
+def test_scripts_may_ask_for_any_operation(deepspeed: Any) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # type: ignore[import-not-found]
+
+    ops = deepspeed.ops.__compatible_ops__
+    assert (ops[CPUAdamBuilder.NAME], ops[AsyncIOBuilder.NAME], AsyncIOBuilder.NAME) == (True, False, "async_io")
+
+
 def test_activation_checkpointing_gives_the_same_gradients(deepspeed: Any) -> None:
     deepspeed.checkpointing.configure(None, deepspeed_config={})
     assert deepspeed.checkpointing.is_configured()

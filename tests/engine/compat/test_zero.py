@@ -108,6 +108,30 @@ def test_values_by_parameter_are_the_same_at_every_stage_and_can_be_written(rank
 
 
 @with_face
+def frozen(deepspeed: Any, stage: int) -> list[Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6).requires_grad_(False), nn.Linear(6, 1))
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam"}, "bf16": {"enabled": True},
+              "zero_optimization": {"stage": stage}}  # fmt: skip
+    engine, utils = deepspeed.initialize(model=model, config=config)[0], deepspeed.utils
+    weight, trained = engine.module[0].weight, engine.module[1].weight
+    backward(engine)
+    found = [
+        utils.safe_get_full_fp32_param(weight),
+        utils.safe_get_full_grad(weight),
+        utils.safe_get_local_grad(weight),
+    ]
+    engine.step()
+    found.append(utils.safe_get_full_optimizer_state(weight, "exp_avg"))
+    return [*found, utils.safe_get_full_optimizer_state(trained, "exp_avg") is not None]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_frozen_parameter_has_none_of_them(stage: int) -> None:
+    assert run_ranks(frozen, 2, stage) == [[None, None, None, None, True]] * 2
+
+
+@with_face
 def clipped(deepspeed: Any) -> list[float]:
     norms = []
     for precision in ("fp32", "bf16"):

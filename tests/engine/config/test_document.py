@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import time
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_a_dict_is_copied_and_what_json_cannot_say_is_a_mistake_in_it() -> None:
         ("d",): "nested deeper than 100 levels, or inside itself",
         ("e", "f"): "got half of a surrogate pair",
     }
+
+
+class Name(str, enum.Enum):
+    device, cpu = "device", "cpu"
+
+
+class Stage(enum.IntEnum):
+    gradients = 2
+
+
+def test_members_of_string_and_integer_enums_are_their_values() -> None:
+    """Scripts write DeepSpeed's OffloadDeviceEnum.cpu into their configs."""
+    value = copy_document({"stage": Stage.gradients, "offload_optimizer": {Name.device: Name.cpu}}).value
+    assert repr(value) == "{'stage': 2, 'offload_optimizer': {'device': 'cpu'}}"
 
 
 def test_comment_keys_are_no_settings_at_any_level() -> None:

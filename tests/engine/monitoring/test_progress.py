@@ -249,6 +249,19 @@ class Stream(IterableDataset[Any]):
         return iter([(torch.randn(4), torch.randn(1)) for _ in range(8)])
 
 
+def test_an_optimizer_that_finds_its_own_learning_rate_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    engine = engine_with()
+    assert engine.optimizer is not None
+    engine.optimizer.param_groups[0]["lr"] = None
+
+    def step(closure: Any = None) -> None: ...
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    pass_over(engine)
+    assert any(" 8/8 batch " in line and "loss " in line for line in terminal.screen())
+
+
 def test_data_of_unknown_length_has_a_bar_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch)
     pass_over(engine_with(Stream()))
