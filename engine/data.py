@@ -98,7 +98,7 @@ class Loader:
             # torch's loader draws one number from the global generator when it starts. This one draws it once an epoch,
             # resumed or not, so that dropout is DeepSpeed's, and the same with and without an interruption.
             torch.empty((), dtype=torch.int64).random_()
-        for batch in self._read(epoch, samples):
+        for batch in self._start(self._read(epoch, samples)):
             samples += self._micro_batch * self._world.size
             self.position = (epoch, samples, False)
             self.used = True
@@ -107,6 +107,17 @@ class Loader:
             # A script that trains until a step, epoch after epoch, would never end.
             raise EngineError(self._why_empty(epoch))
         self.position = (epoch + 1, 0, False)
+
+    def _start(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Begin to read, and start the workers. SIGTERM waits meanwhile, also in those that do not handle it yet."""
+        init = self._options.get("worker_init_fn")
+        if not isinstance(init, partial) or init.func is not _ignore_sigterm or not hasattr(signal, "pthread_sigmask"):
+            return iter(batches)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return iter(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def first_sample(self) -> Any:
         """A batch of the dataset's first sample alone, on the device."""
@@ -301,6 +312,8 @@ def _ignore_sigterm(worker: int, then: Callable[[int], Any] | None = None) -> No
     """In a worker: leave SIGTERM to the training process, which ends its workers once it has saved."""
     # A function, not SIG_IGN: that would be handed on to programs that the dataset starts.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which the training process has blocked
     if then is not None:
         then(worker)
 

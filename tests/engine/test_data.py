@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
@@ -528,3 +530,19 @@ def test_ranks_that_do_not_divide_the_data_train_without_waiting_forever() -> No
     assert all(equal for _, equal in answers)
     assert len({tuple(map(len, seen)) for seen, _ in answers}) == 1
     assert set(chain(*chain(*(seen for seen, _ in answers)))) == set(range(11))
+
+
+def test_a_worker_that_gets_sigterm_as_it_starts_lives() -> None:
+    strikes = [True]
+
+    def strike() -> None:
+        if strikes:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    os.register_at_fork(after_in_child=strike)  # before the worker can handle it
+    try:
+        (loader,) = loaders(numbers(4), 1, micro_batch=2, shuffle=False, workers=1, survives_sigterm=True)
+        assert epoch(loader) == [0, 1, 2, 3]
+    finally:
+        strikes.clear()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
