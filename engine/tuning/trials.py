@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
 from redline.range_test.suggest import Refusal, Suggestion, cycle_at
-from redline.tuning.search import Outcome, Peak, find_peak, spread_of
+from redline.tuning.search import NOISES, Outcome, Peak, find_peak, spread_of
 
 __all__ = [
     "SCHEDULES",
@@ -44,7 +44,6 @@ COSINE_END = 0.0001  # of the peak: DeepSpeed's default
 TAIL = 0.2  # the last training losses of a trial, as a fraction, whose mean is its result without validation data
 LEAST_TAIL = 5
 LEAST_LATER = 8  # losses from which the noise of a short trial is estimated
-NOISES = 2.0  # trials that differ by less than this many times their noise are tied
 FAIR_SHARE = 0.05  # of the planned steps: in a shorter trial a held learning rate has an advantage that it loses later
 FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
 # ... and from here on trials repeat a part of the data as often as the training repeats all. On tasks of 70 and 80
