@@ -252,8 +252,6 @@ def waits_of_steps(cases: list[tuple[int, str, str, int]]) -> list[int]:
             engine.resolve_pending_step()
             # Numbers of the host's own, on CUDA, too.
             engine._accumulation._agrees_before_backward = engine._accumulation._agrees_on_host = False
-            if stage == 3:
-                engine._strategy._calls = None
             arrivals.waits = 0
             try:
                 with no_reads(engine.optimizer):
