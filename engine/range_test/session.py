@@ -166,7 +166,7 @@ class Session:
         if every:
             assert self._initial is not None
             engine.record_validation(self._initial)
-        outcome = _Outcome(engine)
+        outcome = _Outcome(engine, is_test=run.kind in ("linear", "exponential"))
         for step in range(run.steps):
             lr = float(engine.get_lr()[0])
             before, at_minimum = engine.skipped_steps, False
@@ -212,11 +212,14 @@ class _Outcome:
     Many skipped steps in a row are normal while fp16 looks for its loss scale. But the scale is not the cause of a loss
     that is not finite. Where a run diverged, it leaves the scale of its lowest loss: what halves it from there on are
     the gradients of a broken model, not of the one that all runs start from.
+
+    A loss that rises while the learning rate grows will not fall again. Elsewhere it may: such a run has diverged only
+    where its loss is not finite, and else counts by where it ends.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, is_test: bool) -> None:
         self.diverged = False
-        self._detector = DivergenceDetector()
+        self._detector = DivergenceDetector() if is_test else None
         self._scaler = engine.scaler
         self._skipped = self._bad = 0  # in a row
         self._lowest = math.inf
@@ -235,7 +238,7 @@ class _Outcome:
             self.diverged |= self._bad >= MAX_BAD or self._skipped >= MAX_SKIPPED
             return
         self._skipped = self._bad = 0
-        self.diverged |= self._detector.update(loss)
+        self.diverged |= self._detector.update(loss) if self._detector else not math.isfinite(loss)
         if self._scaler is not None and loss < self._lowest:
             self._lowest, self._best_scale = loss, self._scaler.state_dict()
 

@@ -172,8 +172,9 @@ def _plan_stages(rest: int, request: Request, start_named: bool) -> Plan:
     seeds = request.seeds if rest >= ROOM_FOR_ALL else 1
     tests = trials = 0
     if rest >= ROOM_FOR_ALL:
-        tests = min(2 * MOST_TEST if start_named else MOST_TEST, max(2 * MIN_STEPS, math.floor(SWEEP_SHARE * rest)))
-        trials = math.floor(TRIALS_SHARE * rest)
+        whole = min(rest, request.steps)  # what a larger budget adds is for trainings in full
+        tests = min(2 * MOST_TEST if start_named else MOST_TEST, max(2 * MIN_STEPS, math.floor(SWEEP_SHARE * whole)))
+        trials = math.floor(TRIALS_SHARE * whole)
         while seeds > 1 and seeds * tests > 2 * SWEEP_SHARE * rest:
             seeds -= 1
     search = rest - seeds * tests - trials

@@ -15,11 +15,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Outcome", "Peak", "divide_search", "find_peak", "next_trial", "spread_of"]
+__all__ = ["Outcome", "Peak", "count_in_full", "divide_search", "find_peak", "next_trial", "spread_of"]
 
 LEAST_STEPS = 10  # of the first trials, if longer ones are to follow: the order of shorter ones says too little
 MOST_TRIALS = 8  # of one length
-IN_FULL = 0.75  # trainings that the shorter trials get before any is made in full
+IN_FULL = 0.5  # trainings that the shorter trials get before any is made in full
 WIDE, NARROW = 4.0, 2.0  # the factor between the first, short trials, and between longer ones
 WIDE_TRIALS, NARROW_TRIALS = 5, 3  # how many of each a budget is divided for
 GROWTH = 4  # how many times longer the next trials are
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
     noise: float = 0.0  # standard error of that loss, from the training losses of the later half
     seed: int = 0  # of the order of the data
     training: float = 0.0  # the mean of its last training losses
+    initial: float = math.inf  # the validation loss of the weights that it began with; inf if unknown
 
 
 def divide_search(steps: int, planned: int) -> tuple[int, ...]:
@@ -60,11 +61,16 @@ def divide_search(steps: int, planned: int) -> tuple[int, ...]:
     >>> divide_search(30, 300), divide_search(300, 4000), divide_search(6000, 3000)
     ((6,), (17, 68), (176, 704, 3000))
     """
-    in_full = max(0, math.floor(steps / planned - IN_FULL))
+    in_full = count_in_full(steps, planned)
     steps -= in_full * planned
     short = min(steps // (WIDE_TRIALS + NARROW_TRIALS * GROWTH), planned // GROWTH)
     found = (short, GROWTH * short) if short >= LEAST_STEPS else (min(planned, max(1, steps // WIDE_TRIALS)),)
     return (*found, planned) if in_full else found
+
+
+def count_in_full(steps: int, planned: int) -> int:
+    """How many trainings in full `steps` are enough for, beside the shorter trials."""
+    return max(0, math.floor(steps / planned - IN_FULL))
 
 
 def next_trial(
@@ -73,24 +79,30 @@ def next_trial(
     lengths: Sequence[int],
     momentum: float = 0.0,
     epoch: float | None = None,
+    shortest: int = 0,
 ) -> tuple[float, int, int] | None:
     """Learning rate, steps and seed of the next trial; None where the best ones are known.
 
-    `epoch` are the steps in which a trial sees all data; None if it is unknown.
+    `epoch` are the steps in which a trial sees all data; None if it is unknown. There is no time any more for trials of
+    fewer than `shortest` steps.
 
     >>> next_trial([], 0.1, [10]), next_trial([Outcome(0.1, 10, 0.8), Outcome(0.4, 10, 0.9)], 0.1, [10])
     ((0.1, 10, 0), (0.025, 10, 0))
     """
+    upwards = True
     for steps in lengths:
         made = _means(trials, steps)
         factor = WIDE if steps == lengths[0] else NARROW
+        if not made and steps < shortest:
+            continue
         if not made:
             return _round(first), steps, 0
-        # A longer training likes lower rates more often than higher ones.
-        lr = _outward(made, factor, upwards=steps == lengths[0])
-        if lr is not None and len(made) < MOST_TRIALS:
+        lr = _outward(made, factor, upwards=upwards)
+        if lr is not None and len(made) < MOST_TRIALS and steps >= shortest:
             return lr, steps, 0
         best = min(made, key=lambda one: one.loss).lr
+        # A longer training likes lower rates more often than higher ones, but where nothing higher was tried.
+        upwards = len(made) > 1 and best == made[-1].lr
         longer = next((each for each in lengths if each > steps), steps)
         first = best * _shift(steps, longer, momentum) * _overfitting(trials, longer, epoch)
     # The same again with the data in another order, the best one first.
@@ -102,12 +114,17 @@ def next_trial(
 
 
 def _outward(made: Sequence[Outcome], factor: float, *, upwards: bool) -> float | None:
-    """A rate beyond the best one where that is at an edge, else None; of one alone, upwards or downwards first."""
+    """A rate beyond the best one where that is at an edge, else None; of one alone, upwards or downwards first.
+
+    Below the lowest rate lies none at all, which leaves the initial loss: where that is the best, the search goes down.
+    """
     ordered = sorted(made)
     best = min(ordered, key=lambda one: (one.loss, one.lr))
     lower, higher = _round(ordered[0].lr / factor), _round(best.lr * factor)
     if len(ordered) == 1:
         return higher if upwards and math.isfinite(best.loss) else lower
+    if best.loss >= best.initial:
+        return lower
     if best is ordered[-1] and math.isfinite(best.loss):
         return higher
     return lower if best is ordered[0] else None
@@ -122,7 +139,7 @@ def _means(trials: Sequence[Outcome], steps: int) -> list[Outcome]:
     return [
         Outcome(
             lr, steps, _mean([one.loss for one in same]), max(one.noise for one in same),
-            training=_mean([one.training for one in same]),
+            training=_mean([one.training for one in same]), initial=same[0].initial,
         )
         for lr, same in sorted(found.items())
     ]  # fmt: skip
@@ -207,6 +224,8 @@ def find_peak(
         return None
     noise = spread_of(trials)
     best = min(sound, key=lambda one: one.loss)
+    if steps >= planned:  # these are what is asked for; the best one's weights are kept
+        return Peak(best.lr, best.lr, best.lr, steps, own == best.lr)
     low = _lower_end(sound, best, best.noise if noise is None else noise)
     lr = (
         math.sqrt(low * _vertex(sound, best))

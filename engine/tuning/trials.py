@@ -111,6 +111,7 @@ def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
             each.noise,
             each.curve.seed,
             _last_losses(each.curve.taken().losses),
+            each.curve.validation[0][1] if each.curve.validation else math.inf,
         )
         for each in trials
     ]

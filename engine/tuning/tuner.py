@@ -39,7 +39,7 @@ from redline.tuning.budget import (
     make_plan,
 )
 from redline.tuning.result import Tuning
-from redline.tuning.search import divide_search, next_trial
+from redline.tuning.search import count_in_full, divide_search, next_trial
 from redline.tuning.trials import (
     SCHEDULES,
     WARMUP_SHARE,
@@ -243,18 +243,24 @@ class Tuner:
         session = self._opened(0)
         if session.validation:
             session.validate_initial(self._budget)
-        lengths = divide_search(plan.search - FEWEST_PASSES * self._budget.pass_cost, self.known.steps)
+        room, planned = plan.search - FEWEST_PASSES * self._budget.pass_cost, self.known.steps
+        lengths, kept = divide_search(room, planned), count_in_full(room, planned) * planned  # for trainings in full
+        shortest = 0
         # A trial that repeats a part of the data as often as the training repeats all shows how that overfits.
         epoch = None if any(map(self._repeats, lengths)) else self.known.steps_per_epoch
-        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum, epoch):
+        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum, epoch, shortest):
             lr, steps, seed = found
-            if self._budget.spent + steps + self._budget.pass_cost > most:
+            left = most - self._budget.spent - self._budget.pass_cost
+            if kept and shortest < planned and steps < planned and steps > left - kept:
+                shortest = planned
+                continue
+            if steps > left:
                 break
             curve = self._run(self._peak_trial(lr, steps, seed))
             trial = trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", steps=steps)
-            in_full = [one for one in outcomes_of(self.known.search) if one.steps >= self.known.steps]
+            in_full = [one for one in outcomes_of(self.known.search) if one.steps >= planned]
             self._learn(search=trial)
-            if steps >= self.known.steps and trial.loss < min((one.loss for one in in_full), default=math.inf):
+            if steps >= planned and trial.loss < min((one.loss for one in in_full), default=math.inf):
                 self._keep(self._session(0).engine)
 
     def _compare(self) -> None:
@@ -302,7 +308,8 @@ class Tuner:
         session = self._session(seed)
         if session is not self._limited:
             own = self.known.test.train_batch_size
-            session.validation.limit(max(1.0, VALIDATION_SHARE * self.plan.total / PASSES * FORWARD) * own)
+            most = VALIDATION_SHARE * min(self.plan.total, self.known.steps) / PASSES * FORWARD
+            session.validation.limit(max(1.0, most) * own)
             self._limited = session
         return session
 

@@ -49,6 +49,20 @@ def test_where_the_lowest_rate_is_best_it_goes_on_downwards_and_so_it_does_from_
     assert [one.lr for one in search(bowl(1e-5), 0.01) if not one.seed][:4] == [0.01, 0.0025, 0.000625, 0.000156]
 
 
+def test_where_even_the_best_trial_ends_above_the_initial_loss_it_goes_on_downwards() -> None:
+    trials = [Outcome(0.01, 10, 1.5, initial=1.0), Outcome(0.04, 10, 1.2, initial=1.0)]
+    assert next_trial(trials, 0.01, [10]) == (0.0025, 10, 0)
+    lower = [one._replace(loss=one.loss - 0.3) for one in trials]
+    assert next_trial(lower, 0.01, [10]) == (0.16, 10, 0)
+
+
+def test_longer_trials_begin_upwards_only_where_nothing_higher_was_tried() -> None:
+    inside = search(bowl(0.04), 0.01, (10,))
+    edge = [one for one in inside if one.lr <= 0.04]
+    for trials, following in ((inside, 0.02), (edge, 0.08)):
+        assert next_trial([*trials, Outcome(0.04, 40, 0.9)], 0.01, (10, 40), shortest=40) == (following, 40, 0)
+
+
 TRIALS = [
     Outcome(0.01, 10, 0.8),
     Outcome(0.04, 10, 0.5),
@@ -101,6 +115,11 @@ def test_longer_tries_decide_if_there_are_two_and_tries_that_all_diverged_are_no
     assert found([*TRIALS, Outcome(0.04, 40, 0.3), Outcome(0.08, 40, 0.35)]).best == 0.04
     assert found([*TRIALS, Outcome(0.04, 40, 0.3)]).best == 0.16
     assert find_peak([Outcome(0.1, 10, math.inf), Outcome(0.01, 10, math.inf)], 1000) is None
+
+
+def test_of_trainings_in_full_the_best_one_is_the_answer_as_it_is() -> None:
+    in_full = [Outcome(0.04, 1000, 0.3), Outcome(0.02, 1000, 0.29), Outcome(0.01, 1000, 0.31)]
+    assert found([*TRIALS, *in_full], own=0.018, momentum=0.9)[:4] == (0.02, 0.02, 0.02, 1000)
 
 
 @given(st.integers(12, 50_000), st.integers(100, 20_000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -235,17 +236,37 @@ def test_the_schedules_that_were_asked_for_and_the_own_one_are_tried_in_small(ow
 
 def test_of_several_trainings_the_best_one_is_kept_and_is_the_trained_model(tmp_path: Path) -> None:
     engine = make_engine()
-    tuning = run(engine, steps=60, budget=5, out=tmp_path)
+    tuning = run(engine, steps=60, budget=3, out=tmp_path, validation=make_data(32))
     in_full = [trial for trial in tuning.search if trial.steps == 60]
     best = min(in_full, key=lambda trial: trial.loss)
     assert len(in_full) >= 2 and isinstance(tuning.answer, Suggestion)
     assert any("is kept" in note for note in tuning.notes())
     trained = make_engine()
     trained.load_checkpoint(tmp_path / "trained", load_lr_scheduler_states=False)
-    x, y = make_data(64)
+    x, y = make_data(32)
     loss = nn.functional.mse_loss(trained.module(x), y)
     assert float(loss.detach()) == pytest.approx(best.loss) and trained.global_steps == 60
+    assert tuning.answer.cycle_max_lr == best.lr
     assert engine.global_steps == 0
+
+
+def test_a_rise_on_the_way_ends_no_trial_and_a_loss_that_is_not_finite_does() -> None:
+    def loss_with(spike: float) -> Any:
+        steps = 0
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            nonlocal steps
+            steps += model.training
+            added = spike if model.training and 24 <= steps < 32 else 0.0  # of the second trial
+            return nn.functional.mse_loss(model(batch[0]), batch[1]) + added
+
+        return loss
+
+    first, second, *_ = run(loss=loss_with(1000.0), steps=580, budget=0.5).search
+    assert (first.steps, second.steps) == (16, 16)
+    assert max(second.curve.losses) > 1000 and len(second.curve.losses) == 16 and not second.diverged
+    second = run(loss=loss_with(math.nan), steps=580, budget=0.5).search[1]
+    assert second.diverged and len(second.curve.losses) < 16
 
 
 def test_trials_see_a_part_of_the_data_as_often_as_the_training_sees_all_of_it() -> None:
