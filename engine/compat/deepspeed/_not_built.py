@@ -56,6 +56,7 @@ MODULES = _by_name({
     "use torch.nn.functional.scaled_dot_product_attention": "ops.transformer",
     "use Adam or Lamb": "runtime.fp16.onebit",
     "redline run starts ranks": "launcher",
+    "use torch.nn.Linear, which zero_optimization.stage 3 shards": "runtime.zero.tiling",
     "torch.save, or redline.checkpoint.async_save in the config": "io",
     "it is an inner part of DeepSpeed's": """accelerator checkpoint comm compat constants datastates elasticity
         env_report git_version_info linear ops profiling runtime utils""",

@@ -81,6 +81,7 @@ def test_scripts_import_these_names(module: str, deepspeed: Any) -> None:
         ("deepspeed.ops.sparse_attention", "SparseSelfAttention", "flex_attention"),
         ("deepspeed.profiling.flops_profiler", "get_model_profile", "flops_profiler"),
         ("deepspeed.ops.transformer", "DeepSpeedTransformerLayer", "scaled_dot_product_attention"),
+        ("deepspeed.runtime.zero.tiling", "TiledLinear", "torch.nn.Linear"),
     ],
 )
 def test_what_is_not_built_can_be_imported_and_says_what_to_use(
@@ -94,6 +95,13 @@ def test_what_is_not_built_can_be_imported_and_says_what_to_use(
     for use in (*uses, lambda cls: type("Sub", (cls,), {})()):
         with pytest.raises(NotImplementedError, match=instead):
             use(found)
+
+
+def test_zero_has_the_modules_of_its_path(deepspeed: Any) -> None:
+    assert deepspeed.zero.partition_parameters.ZeroParamStatus is deepspeed.zero.ZeroParamStatus
+    assert deepspeed.zero.config.ZeroStageEnum.weights == 3
+    with pytest.raises(NotImplementedError, match="TiledLinear: Redline does not build it"):
+        deepspeed.zero.TiledLinear(4, 4)
 
 
 def test_exceptions_that_are_not_built_can_be_caught(deepspeed: Any) -> None:
