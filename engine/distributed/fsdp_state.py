@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from redline.device import fields_of
 from redline.distributed.sharding import RunCollective
@@ -172,6 +172,7 @@ def adapt(model: Any, blocks: Sequence[Any]) -> None:
         cls = type(unit)
         cls.__name__ = _original_class(unit).__name__  # which scripts print and save; FSDP2 puts "FSDP" before it
         cls.__deepcopy__ = _copy_unsharded
+        unit.register_forward_hook(_copy_returned_params, prepend=True)  # before FSDP2's own frees them
         unit.register_forward_hook(_hook_outputs)
     for param in _params(units):
         # load_state_dict may fill parameters that are full for a while; FSDP2 expects them to be DTensors after it.
@@ -243,7 +244,23 @@ def _compute(model: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) 
     finally:
         for group, info in zip(groups, after):
             group.post_forward_mesh_info = info
-    return state._post_forward(model, args, output)
+    copied = _copy_returned_params(model, args, output)
+    return state._post_forward(model, args, output if copied is None else copied)
+
+
+def _copy_returned_params(unit: Any, inputs: Any, outputs: Any) -> Any:
+    """Copy the parameters, and views of them, that a unit's forward returns; None where it returns none.
+
+    FSDP2 frees a unit's parameters after its forward. A caller that reads one then, such as a loss that takes the
+    prototypes that the model has returned, would read memory that is gone.
+    """
+    tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor) and each.layout is torch.strided]
+    # What a function has computed is no parameter, unless it is a view of one.
+    if not any(each.is_leaf or each._is_view() for each in tensors):
+        return None
+    params = {each._unsharded_param.untyped_storage()._cdata for each in _params([unit])}
+    found = {id(each) for each in tensors if each.untyped_storage()._cdata in params}
+    return tree_map(lambda each: each.clone() if id(each) in found else each, outputs) if found else None
 
 
 def _hook_outputs(unit: Any, inputs: Any, outputs: Any) -> None:
@@ -306,7 +323,9 @@ def _is_of_sharding(value: Any) -> bool:
     """Whether it is a hook of FSDP2's, or one of the functions above."""
     if isinstance(value, partial):
         return value.func in (_compute, _zero_all)
-    return value is _hook_outputs or isinstance(getattr(value, "__self__", None), FSDPState)
+    if value is _copy_returned_params or value is _hook_outputs:
+        return True
+    return isinstance(getattr(value, "__self__", None), FSDPState)
 
 
 # -- forwards and collectives ------------------------------------------------------------------------------------------

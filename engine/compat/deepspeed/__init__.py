@@ -10,6 +10,7 @@ An import loads little beyond torch: what takes longer (pydantic, DTensors) is i
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 import redline
 from deepspeed import _paths  # first: it makes the other modules importable
 
-from deepspeed import accelerator, checkpointing, comm, ops, utils, zero  # type: ignore[attr-defined]  # isort: skip
+from deepspeed import accelerator, checkpointing, comm, ops, utils  # type: ignore[attr-defined]  # isort: skip
 from deepspeed._config import DeepSpeedConfig, DeepSpeedConfigError, raises_as_deepspeed, round_weights, settings_of
 from deepspeed._engine import DeepSpeedEngine
 from deepspeed._utils import OnDevice, git_branch, git_hash, log_dist, logger, version
@@ -36,6 +37,7 @@ __version__, __git_hash__, __git_branch__ = version, git_hash, git_branch
 __version_major__, __version_minor__, __version_patch__ = map(int, version.split("."))
 __redline__ = True  # tells this package from DeepSpeed's own
 dist = comm
+zero = importlib.import_module("deepspeed.runtime.zero")  # what the file `zero` has, and the modules of that path
 __getattr__ = _paths.getter("deepspeed")
 
 

@@ -1,10 +1,12 @@
 """What DeepSpeed has and Redline does not build: modules, names, and attributes of the engine and of optimizers.
 
-All can be imported, subclassed and given to isinstance; any other use says what to use instead.
+All can be imported, subclassed and given to isinstance, exceptions can be caught; any other use says what to use
+instead.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 __all__ = ["ATTRIBUTES", "MODULES", "NAMES", "module_instead", "not_built"]
@@ -54,6 +56,7 @@ MODULES = _by_name({
     "use torch.nn.functional.scaled_dot_product_attention": "ops.transformer",
     "use Adam or Lamb": "runtime.fp16.onebit",
     "redline run starts ranks": "launcher",
+    "use torch.nn.Linear, which zero_optimization.stage 3 shards": "runtime.zero.tiling",
     "torch.save, or redline.checkpoint.async_save in the config": "io",
     "it is an inner part of DeepSpeed's": """accelerator checkpoint comm compat constants datastates elasticity
         env_report git_version_info linear ops profiling runtime utils""",
@@ -96,8 +99,10 @@ ATTRIBUTES = _by_name({
 
 def module_instead(path: str) -> str | None:
     """What to use instead of a module; None where it is not of DeepSpeed's."""
-    path = path.removeprefix("deepspeed.") + "."
-    return next((instead for prefix, instead in MODULES.items() if path.startswith(prefix + ".")), None)
+    package, _, path = path.partition(".")
+    if package != "deepspeed":  # a script's own module may be named `utils`
+        return None
+    return next((instead for prefix, instead in MODULES.items() if f"{path}.".startswith(f"{prefix}.")), None)
 
 
 class _NotBuilt(type):
@@ -109,6 +114,8 @@ class _NotBuilt(type):
         raise NotImplementedError(f"{cls.__module__}.{cls.__qualname__}: Redline does not build it; {cls.instead}")
 
     __call__ = __iter__ = __len__ = __getitem__ = __setitem__ = __enter__ = _refuse
+    __float__ = __int__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -116,7 +123,10 @@ class _NotBuilt(type):
         return not_built(f"{cls.__module__}.{cls.__qualname__}.{name}", cls.instead)
 
 
+@cache
 def not_built(name: str, instead: str) -> type:
-    """A class that stands for something of DeepSpeed's."""
+    """A class that stands for something of DeepSpeed's; for an exception, one that nothing raises."""
     module, _, own = name.rpartition(".")
+    if own.endswith(("Error", "Exception")):
+        return type(own, (Exception,), {"__doc__": "Not raised.", "__module__": module})
     return _NotBuilt(own, (), {"instead": instead, "__doc__": f"Not built: {instead}", "__module__": module})

@@ -81,6 +81,7 @@ def test_scripts_import_these_names(module: str, deepspeed: Any) -> None:
         ("deepspeed.ops.sparse_attention", "SparseSelfAttention", "flex_attention"),
         ("deepspeed.profiling.flops_profiler", "get_model_profile", "flops_profiler"),
         ("deepspeed.ops.transformer", "DeepSpeedTransformerLayer", "scaled_dot_product_attention"),
+        ("deepspeed.runtime.zero.tiling", "TiledLinear", "torch.nn.Linear"),
     ],
 )
 def test_what_is_not_built_can_be_imported_and_says_what_to_use(
@@ -90,9 +91,34 @@ def test_what_is_not_built_can_be_imported_and_says_what_to_use(
     with pytest.raises(NotImplementedError, match=f"{name}: Redline does not build it; .*{instead}"):
         found(nn.Linear(1, 1))
     assert not isinstance(nn.Linear(1, 1), found), "scripts ask this of a model"
-    for use in (list, len, lambda cls: cls.inner(), lambda cls: type("Sub", (cls,), {})()):
+    uses = (list, len, float, lambda cls: cls > 0, lambda cls: 1 - cls, lambda cls: cls.inner())
+    for use in (*uses, lambda cls: type("Sub", (cls,), {})()):
         with pytest.raises(NotImplementedError, match=instead):
             use(found)
+
+
+def test_zero_has_the_modules_of_its_path(deepspeed: Any) -> None:
+    assert deepspeed.zero.partition_parameters.ZeroParamStatus is deepspeed.zero.ZeroParamStatus
+    assert deepspeed.zero.config.ZeroStageEnum.weights == 3
+    with pytest.raises(NotImplementedError, match="TiledLinear: Redline does not build it"):
+        deepspeed.zero.TiledLinear(4, 4)
+
+
+def test_exceptions_that_are_not_built_can_be_caught(deepspeed: Any) -> None:
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException  # type: ignore[import-not-found]
+
+    assert ZeRORuntimeException is deepspeed.runtime.zero.utils.ZeRORuntimeException
+    with pytest.raises(ValueError, match="another"):
+        try:
+            raise ValueError("another")
+        except ZeRORuntimeException:
+            pass
+
+
+@pytest.mark.parametrize("name", ["accelerator", "compression.zstd", "utils", "moe.layer"])
+def test_a_missing_module_of_the_same_name_is_still_missing(name: str, deepspeed: Any) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
 
 
 def test_small_helpers_do_what_scripts_use_them_for(deepspeed: Any, capsys: pytest.CaptureFixture[str]) -> None:

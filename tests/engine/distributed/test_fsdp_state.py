@@ -86,6 +86,57 @@ def test_outputs_of_any_kind_train_sharded_as_they_do_whole() -> None:
         assert losses == pytest.approx(losses_of(kind, 0), rel=1e-5)
 
 
+# -- parameters that a forward returns ----------------------------------------------------------------------
+
+
+class Bias(nn.Linear):
+    """Leaves it to the caller to add the bias, as Megatron's layers do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return nn.functional.linear(x, self.weight), self.bias
+
+
+class Prototypes(nn.Module):
+    """Returns the vectors with which the loss compares its outputs, or a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Bias(4, 4), Bias(4, 4)
+        self.prototypes = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor, *, transposed: bool = True) -> dict[str, Any]:
+        for layer in (self.first, self.second):
+            y, bias = layer(x)
+            x = torch.tanh(y + bias)
+        return {"outputs": [x], "prototypes": self.prototypes.t() if transposed else self.prototypes}
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.prototypes
+
+
+def losses_with_returned_params(stage: int) -> list[float]:
+    torch.manual_seed(0)
+    config = {"train_batch_size": ROWS, "redline": {"zero": {"blocks": ["Bias"]}} if stage else {}}
+    engine = make_engine(Prototypes(), stage, train_micro_batch_size_per_gpu="auto", **config)
+    share = ROWS // engine.world_size
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(STEPS):
+        x = torch.randn(ROWS, 4, generator=generator)[engine.global_rank * share :][:share]
+        found = engine(x, transposed=step > 0)
+        vectors = found["prototypes"] if step > 0 else found["prototypes"].t()
+        engine.backward((found["outputs"][0] @ vectors - 1).square().mean())
+        engine.step()
+        losses.append(float(engine.world.mean(engine.loss)))
+    with torch.no_grad():
+        losses.append(float(engine.module.vectors(x).sum()))
+    return losses
+
+
+def test_parameters_that_a_forward_returns_can_be_used_outside_of_it() -> None:
+    assert run_ranks(losses_with_returned_params, 2, 3)[0] == pytest.approx(losses_with_returned_params(0), rel=1e-5)
+
+
 # -- hooks and dtypes -------------------------------------------------------------------------------------
 
 
