@@ -154,11 +154,10 @@ class Engines:
         """The open session of a seed; a session of another one is closed first."""
         if self._session is not None and (seed == self._seed or not self._per_seed):
             return self._session
-        self.close()
-        gc.collect()  # engines and DDP are in reference cycles, and only one of them fits into memory
-        if self._seed is None:
+        if self.close() is None:
             engine, task = self._build(seed)
         else:
+            gc.collect()  # engines and DDP are in reference cycles, and only one of them fits into memory
             level = log.level
             log.setLevel(logging.WARNING)  # the first engine has already logged its start-up lines
             try:
