@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import pstdev
 from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
@@ -136,19 +137,22 @@ def answer_of_search(
     outcomes = outcomes_of(search)
     low, high = min(search, key=lambda each: each.lr).lr, max(search, key=lambda each: each.lr).lr
     what = f"{len(outcomes)} trials between learning rates {low:.2g} and {high:.2g}"
+    start_lower = f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}."
     longest = max((one.steps for one in outcomes), default=0)
     part = part_of_data(longest, steps, steps_per_epoch)  # a part that is seen as often shows overfitting as it is
     peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=steps_per_epoch if part is None else None)
     if peak is None:
-        reason = f"All of {what} diverged."
-        return Refusal(reason, f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}.")
+        return Refusal(f"All of {what} diverged.", start_lower)
     longest = peak.steps
     best = min(search, key=lambda each: (each.diverged, each.steps != longest, each.loss))
     fall, noise = _fall_of(best), _least_fall(best, outcomes)
     if fall <= 0:
+        rises = best.lr == low and -fall > pstdev(best.curve.taken().losses)
         return Refusal(
             f"Of {what}, even the best ended {-fall:.2g} above the loss of the initial weights.",
-            "Check that gradients reach the parameters and that the model is not already trained, or allow longer "
+            start_lower
+            if rises
+            else "Check that gradients reach the parameters and that the model is not already trained, or allow longer "
             "trials with a larger budget.",
         )
     notes: tuple[str, ...] = ()

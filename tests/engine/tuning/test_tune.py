@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from redline import Engine, RangeTestError, Tuning, initialize, tune
 from redline.config import validate
@@ -405,6 +406,16 @@ def test_fixed_learning_rates_for_the_scripts_own_groups_are_named() -> None:
     how = replace(tuning, test=groups, trials=(fixed,)).to_config()["_tune"]
     assert how["schedule"] == "own"
     assert f"learning rates {fixed.lr:g}, {0.1 * fixed.lr:.6g}, in this order" in how["to_do"]
+
+
+def test_where_every_rate_that_was_tried_is_too_high_the_remedy_is_a_lower_one() -> None:
+    x = 30 * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    config = {"train_batch_size": 16, "gradient_clipping": 0, "optimizer": {"type": "SGD", "params": {"lr": 10.0}}}
+    engine = initialize(nn.Linear(4, 1), config, device="cpu")
+    tuning = tune(engine, data, nn.MSELoss(), steps=300, validation=data, progress=False)
+    assert tuning.refusal is not None and "above the loss of the initial weights" in tuning.refusal.reason
+    assert tuning.refusal.remedy.startswith("Start lower")
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
