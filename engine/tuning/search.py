@@ -92,12 +92,14 @@ def next_trial(
     upwards = True
     for steps in lengths:
         made = _means(trials, steps)
-        factor = WIDE if steps == lengths[0] else NARROW
         if not made and steps < shortest:
             continue
         if not made:
             return _round(first), steps, 0
-        lr = _outward(made, factor, upwards=upwards)
+        # Where a longer training ends above a shorter one, even the lowest rate is far too high for it.
+        too_high = min(one.loss for one in made) > _lowest_below(trials, steps)
+        factor = WIDE if too_high or steps == lengths[0] else NARROW
+        lr = _outward(made, factor, upwards=upwards and not too_high)
         if lr is not None and len(made) < MOST_TRIALS and steps >= shortest:
             return lr, steps, 0
         best = min(made, key=lambda one: one.loss).lr
@@ -111,6 +113,11 @@ def next_trial(
         if one.lr not in again:
             return one.lr, lengths[-1], 1
     return None
+
+
+def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
+    """The lowest loss of shorter trials, with its noise; inf without any."""
+    return min((one.loss + NOISES * one.noise for one in trials if one.steps < steps), default=math.inf)
 
 
 def _outward(made: Sequence[Outcome], factor: float, *, upwards: bool) -> float | None:

@@ -63,6 +63,14 @@ def test_longer_trials_begin_upwards_only_where_nothing_higher_was_tried() -> No
         assert next_trial([*trials, Outcome(0.04, 40, 0.9)], 0.01, (10, 40), shortest=40) == (following, 40, 0)
 
 
+def test_where_a_longer_trial_ends_above_a_shorter_one_the_next_is_far_lower() -> None:
+    shorter = [Outcome(0.01, 10, 0.9), Outcome(0.04, 10, 0.8, noise=0.02), Outcome(0.16, 10, 1.0)]
+    for loss, following in ((0.82, 0.02), (0.9, 0.01)):
+        assert next_trial([*shorter, Outcome(0.04, 40, loss)], 0.01, (10, 40), shortest=40) == (following, 40, 0)
+    edge = [*shorter[:2], Outcome(0.04, 40, 0.9)]
+    assert next_trial(edge, 0.01, (10, 40), shortest=40) == (0.01, 40, 0)
+
+
 TRIALS = [
     Outcome(0.01, 10, 0.8),
     Outcome(0.04, 10, 0.5),
