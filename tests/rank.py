@@ -75,6 +75,7 @@ def serve(calls: Connection, dump: Connection, once: bool = False) -> None:
     (pickled value, None) or (None, traceback), at once, since other ranks may wait for this one in vain; then whether
     the state is clean again. Where it is not, this process ends.
     """
+    faulthandler.enable()  # says where, if a signal such as SIGSEGV or SIGABRT ends this process
     faulthandler.register(DUMP_SIGNAL, file=dump.fileno())
     torch.set_num_threads(1)  # torch was imported before the environment was set
     if not once:
