@@ -27,7 +27,7 @@ ASKED_FOR = 0.5  # ... as a budget of half a training does
 MOST_BUDGET = 10.0
 COMPARISON_SHARE = 0.5  # of the whole: tests at other batch sizes and settings, if asked for
 VALIDATION_SHARE = 0.25  # of the rest, at most: all passes over the validation data ...
-FEWEST_PASSES, PASSES = 6, 8  # ... of which a search makes about so many; a large validation set is read in part
+PASSES = 9  # ... of which a search makes about so many; a large validation set is read in part
 FORWARD = 3.0  # a training step costs as much as so many forward passes
 ROOM_FOR_ALL = 300  # from here on there is room for every stage; below, all steps go to the search
 SWEEP_SHARE = 0.1  # the exponential sweep, or the slow and the fast linear test together
@@ -227,7 +227,7 @@ class Budget(Progress):
         self._record: list[tuple[float, float]] = []  # (LR, loss) of each step of the run in progress
         self._spent_before = 0  # by the runs before it
         self._samples = 0.0  # of validation data
-        self.pass_cost = 0  # of the last validation
+        self.pass_cost = 0.0  # of the last validation, in steps
         self._start = time.monotonic()
 
     @property
@@ -275,7 +275,7 @@ class Budget(Progress):
     def validated(self, samples: float) -> None:
         before = self.spent
         self._samples += samples
-        self.pass_cost = math.ceil(samples / FORWARD / self._own)
+        self.pass_cost = samples / FORWARD / self._own
         self.advance(self.spent - before, f"{self._stage} validation", lambda: "")
 
     def format_line(self, description: str, values: str) -> str:

@@ -15,11 +15,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Outcome", "Peak", "count_in_full", "divide_search", "find_peak", "next_trial", "spread_of"]
+__all__ = ["Outcome", "Peak", "Room", "divide_search", "find_peak", "next_trial", "spread_of"]
 
 LEAST_STEPS = 10  # of the first trials, if longer ones are to follow: the order of shorter ones says too little
 MOST_TRIALS = 8  # of one length
-IN_FULL = 0.5  # trainings that the shorter trials get before any is made in full
+IN_FULL = 0.25  # trainings that the shorter trials get before any is made in full
 WIDE, NARROW = 4.0, 2.0  # the factor between the first, short trials, and between longer ones
 WIDE_TRIALS, NARROW_TRIALS = 5, 3  # how many of each a budget is divided for
 GROWTH = 4  # how many times longer the next trials are
@@ -39,6 +39,12 @@ UNSEEN = 0.5
 # A training overfits as soon as it sees data again: a trial shows it by then at the earliest. At a budget of 100% this
 # takes the development task that overfits from 57% above the best of the grid to 1%, and changes no other.
 OVERFITS_FROM = 2.0  # epochs
+# A rise above the best of the first trials that is less than this part of the one below it is none to stop at. At a
+# budget of 30% it takes the painting from 45% above the best of the grid to 7%.
+SLIGHT = 0.1
+# Where no trial moves the loss by more than so many times the noise of the quietest one, all rates are too low to say
+# more. At a budget of a tenth it takes the noisy digits from 18% above the best of the grid to 6%.
+FLAT = 4.0
 NOISES = 2.0  # losses that differ by less than so many times their noise are alike
 STEEP = 4.0  # a neighbor of the best counts as no more than so many times as far above it as the other one
 
@@ -50,70 +56,95 @@ class Outcome(NamedTuple):
     steps: int  # planned, so that trials that diverged are among those of their length
     loss: float  # at the end; inf if it diverged
     noise: float = 0.0  # standard error of that loss, from the training losses of the later half
+    paired: float = 0.0  # the same of its difference from the next lower rate, which has seen the same batches
     seed: int = 0  # of the order of the data
     training: float = 0.0  # the mean of its last training losses
     initial: float = math.inf  # the validation loss of the weights that it began with; inf if unknown
 
 
-def divide_search(steps: int, planned: int) -> tuple[int, ...]:
-    """The lengths of the trials that `steps` are enough for, from the shortest to the longest.
+class Room(NamedTuple):
+    """The optimizer steps that are left for trials, and what they are for."""
 
-    >>> divide_search(30, 300), divide_search(300, 4000), divide_search(6000, 3000)
-    ((6,), (17, 68), (176, 704, 3000))
+    left: float
+    kept: float = 0.0  # of these, for trainings in full
+    overhead: float = 0.0  # what a trial costs besides its own: its validation
+
+    def holds(self, steps: int, planned: int) -> bool:
+        """Whether a trial of `steps` is affordable, of `planned` in full."""
+        return steps + self.overhead <= self.left - (self.kept if steps < planned else 0)
+
+
+def divide_search(steps: float, planned: int, overhead: float = 0.0) -> tuple[int, Room]:
+    """The length of the first trials that `steps` are enough for, and the room for all; `overhead` as of a room's.
+
+    >>> divide_search(30, 300)[0], divide_search(300, 4000)[0], divide_search(6000, 3000)
+    (6, 17, (176, Room(left=6000, kept=3000.0, overhead=0.0)))
     """
-    in_full = count_in_full(steps, planned)
-    steps -= in_full * planned
-    short = min(steps // (WIDE_TRIALS + NARROW_TRIALS * GROWTH), planned // GROWTH)
-    found = (short, GROWTH * short) if short >= LEAST_STEPS else (min(planned, max(1, steps // WIDE_TRIALS)),)
-    return (*found, planned) if in_full else found
-
-
-def count_in_full(steps: int, planned: int) -> int:
-    """How many trainings in full `steps` are enough for, beside the shorter trials."""
-    return max(0, math.floor(steps / planned - IN_FULL))
+    in_full = planned + overhead
+    kept = max(0, math.floor(steps / in_full - IN_FULL)) * in_full
+    left = steps - kept
+    wide, narrow = WIDE_TRIALS, NARROW_TRIALS * GROWTH
+    short = min((left - (WIDE_TRIALS + NARROW_TRIALS) * overhead) // (wide + narrow), planned // GROWTH)
+    if short < LEAST_STEPS:  # no longer ones will follow
+        short = min(planned, max(1, left // wide - math.ceil(overhead)))
+    return int(short), Room(steps, kept, overhead)
 
 
 def next_trial(
     trials: Sequence[Outcome],
     first: float,
-    lengths: Sequence[int],
+    short: int,
+    planned: int,
+    room: Room,
     momentum: float = 0.0,
     epoch: float | None = None,
-    shortest: int = 0,
 ) -> tuple[float, int, int] | None:
-    """Learning rate, steps and seed of the next trial; None where the best ones are known.
+    """Learning rate, steps and seed of the next trial; None where the best ones are known or there is no more room.
 
-    `epoch` are the steps in which a trial sees all data; None if it is unknown. There is no time any more for trials of
-    fewer than `shortest` steps.
+    The first trials have `short` steps. `epoch` are the steps in which a trial sees all data; None if it is unknown.
 
-    >>> next_trial([], 0.1, [10]), next_trial([Outcome(0.1, 10, 0.8), Outcome(0.4, 10, 0.9)], 0.1, [10])
-    ((0.1, 10, 0), (0.025, 10, 0))
+    >>> next_trial([], 0.1, 10, 300, Room(30)), next_trial([Outcome(0.1, 10, 0.8)], 0.1, 10, 300, Room(20))
+    ((0.1, 10, 0), (0.4, 10, 0))
     """
-    upwards = True
-    for steps in lengths:
+    steps, factor, upwards = short, WIDE, True
+    while True:
         made = _means(trials, steps)
-        if not made and steps < shortest:
-            continue
-        if not made:
-            return _round(first), steps, 0
-        # Where a longer training ends above a shorter one, even the lowest rate is far too high for it. At a budget of
-        # 300% this takes the noisy digits from 13% above the best of the grid to 1% below.
-        too_high = min(one.loss for one in made) > _lowest_below(trials, steps)
-        factor = WIDE if too_high or steps == lengths[0] else NARROW
-        lr = _outward(made, factor, upwards=upwards and not too_high)
-        if lr is not None and len(made) < MOST_TRIALS and steps >= shortest:
+        lr: float | None = _round(first)
+        if made:
+            # Where a longer training ends above a shorter one, even the lowest rate is far too high for it. At a budget
+            # of 300% this takes the noisy digits from 13% above the best of the grid to 1% below.
+            too_high = min(one.loss for one in made) > _lowest_below(trials, steps)
+            lr = _outward(made, WIDE if too_high else factor, upwards=upwards and not too_high)
+        if lr is not None and len(made) < MOST_TRIALS and room.holds(steps, planned):
             return lr, steps, 0
+        if not made:
+            return None
+        longer = _longer(trials, steps, planned, room)
+        if longer is None:
+            break
         best = min(made, key=lambda one: one.loss).lr
         # A longer training likes lower rates more often than higher ones, but where nothing higher was tried.
-        upwards = len(made) > 1 and best == made[-1].lr
-        longer = next((each for each in lengths if each > steps), steps)
+        upwards, factor = len(made) > 1 and best == made[-1].lr, NARROW
         first = best * _shift(steps, longer, momentum) * _overfitting(trials, longer, epoch)
+        steps = longer
     # The same again with the data in another order, the best one first.
-    again = {one.lr for one in trials if one.steps == lengths[-1] and one.seed}
+    again = {one.lr for one in trials if one.steps == steps and one.seed}
     for one in sorted(made, key=lambda one: one.loss)[:2]:
-        if one.lr not in again:
-            return one.lr, lengths[-1], 1
+        if one.lr not in again and room.holds(steps, planned):
+            return one.lr, steps, 1
     return None
+
+
+def _longer(trials: Sequence[Outcome], steps: int, planned: int, room: Room) -> int | None:
+    """The length of the trials after those of `steps`, for which what is left is enough; None if there are none."""
+    longer = [one.steps for one in trials if one.steps > steps]
+    if longer or steps == planned:
+        return min(longer, default=None)
+    narrow = math.floor((room.left - room.kept) / NARROW_TRIALS - room.overhead)
+    is_first = steps == min(one.steps for one in trials)
+    if is_first and narrow >= NARROW * steps:
+        return narrow
+    return planned if room.kept else None
 
 
 def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
@@ -124,16 +155,21 @@ def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
 def _outward(made: Sequence[Outcome], factor: float, *, upwards: bool) -> float | None:
     """A rate beyond the best one where that is at an edge, else None; of one alone, upwards or downwards first.
 
-    Below the lowest rate lies none at all, which leaves the initial loss: where that is the best, the search goes down.
+    Above the highest rate that is hardly worse nobody knows what comes: only a clear rise ends the search there. Below
+    the lowest one lies none at all, which leaves the initial loss: where that is the best, the search goes down.
     """
     ordered = sorted(made)
     best = min(ordered, key=lambda one: (one.loss, one.lr))
-    lower, higher = _round(ordered[0].lr / factor), _round(best.lr * factor)
+    lower, higher = _round(ordered[0].lr / factor), _round(ordered[-1].lr * factor)
+    if max(abs(one.initial - one.loss) for one in ordered) <= FLAT * min(one.noise for one in ordered):
+        return higher  # nothing is learned at all
     if len(ordered) == 1:
         return higher if upwards and math.isfinite(best.loss) else lower
     if best.loss >= best.initial:
         return lower
-    if best is ordered[-1] and math.isfinite(best.loss):
+    below = ordered[: ordered.index(best)]
+    slight = SLIGHT * (below[-1].loss - best.loss) if below and factor == WIDE else 0.0
+    if math.isfinite(best.loss) and ordered[-1].loss <= best.loss + slight:
         return higher
     return lower if best is ordered[0] else None
 
@@ -145,12 +181,15 @@ def _means(trials: Sequence[Outcome], steps: int) -> list[Outcome]:
         if one.steps == steps:
             found.setdefault(one.lr, []).append(one)
     return [
-        Outcome(
-            lr, steps, _mean([one.loss for one in same]), max(one.noise for one in same),
-            training=_mean([one.training for one in same]), initial=same[0].initial,
+        same[0]._replace(
+            loss=_mean([one.loss for one in same]),
+            noise=max(one.noise for one in same),
+            paired=max(one.paired for one in same),
+            seed=0,
+            training=_mean([one.training for one in same]),
         )
-        for lr, same in sorted(found.items())
-    ]  # fmt: skip
+        for _, same in sorted(found.items())
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -192,7 +231,7 @@ def _overfitting(trials: Sequence[Outcome], planned: int, epoch: float | None) -
         return 1.0
     best = min(sound, key=lambda one: one.loss)
     for one in sound:
-        margin = NOISES * (best.noise + one.noise)
+        margin = NOISES * (best.paired + one.paired)
         if one.lr > best.lr and one.loss > best.loss + margin and one.training < best.training - margin:
             return longest / planned
     return 1.0
@@ -230,11 +269,11 @@ def find_peak(
             break
     else:
         return None
-    noise = spread_of(trials)
     best = min(sound, key=lambda one: one.loss)
     if steps >= planned:  # these are what is asked for; the best one's weights are kept
         return Peak(best.lr, best.lr, best.lr, steps, own == best.lr)
-    low = _lower_end(sound, best, best.noise if noise is None else noise)
+    spread = spread_of(trials)
+    low = _lower_end(sound, best, best.paired if spread is None else spread)
     lr = (
         math.sqrt(low * _vertex(sound, best))
         * _shift(steps, planned, momentum)
@@ -245,7 +284,9 @@ def find_peak(
         return Peak(_round2(best.lr * overfitting), best.lr, low, steps, overfits=True)
     if best is made[-1] and len(sound) > 1 and len(lengths) == 1:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
-    if own is not None and lr <= own <= best.lr:
+    # Above the best one no rate is as good as that, but for the config's own: it needs a reason to be left.
+    as_good = max([best.lr, *(one.lr for one in sound if one.lr == own and one.loss - best.loss <= best.noise)])
+    if own is not None and lr <= own <= as_good:
         return Peak(own, best.lr, low, steps, True)
     return Peak(_round2(lr), best.lr, low, steps)
 

@@ -52,9 +52,10 @@ FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
 # epochs trials on so few samples overfit where the training does not.
 MANY_EPOCHS = 30.0
 LEAST_PART = 4  # steps of such a part: a network knows one or two batches by heart at every rate, and says nothing
-# From so many epochs on, if no trial is this part of the training, the answer is midway to the config's own learning
-# rate. On development tasks at a budget of a tenth it takes the mean excess from 12 to 10%; from 6 epochs on, nothing.
-HIDDEN_EPOCHS, SHOWS = 12.0, 0.25
+# From so many epochs on the answer is nearer to the config's own learning rate, the less of the training the trials
+# are: up to midway, where they are nothing of it. On development tasks at a budget of a tenth it takes the mean excess
+# from 18 to 15%; from 6 epochs on, nothing.
+HIDDEN_EPOCHS = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,21 @@ class Trial:
 def trial_of(curve: Curve, schedule: Schedule, lr: float, why: str, *, steps: int) -> Trial:
     """A run's record as a trial; one that made fewer optimizer steps than `steps` has diverged."""
     losses = curve.taken().losses
-    later = losses[-max(LEAST_LATER, len(losses) // 2) :]
-    noise = _noise_of(later) / math.sqrt(max(1, len(later)))
     loss = curve.validation[-1][1] if curve.validation else _last_losses(losses)
     diverged = len(curve.losses) < steps or not math.isfinite(loss)
-    return Trial(curve, schedule, lr, steps, loss, diverged, 0.0 if diverged else noise, why)
+    return Trial(curve, schedule, lr, steps, loss, diverged, 0.0 if diverged else _standard_error(losses), why)
 
 
 def _last_losses(losses: Sequence[float]) -> float:
     """The mean training loss at the end; nan without any."""
     last = losses[-max(LEAST_TAIL, math.ceil(TAIL * len(losses))) :]
     return sum(last) / len(last) if last else math.nan
+
+
+def _standard_error(losses: Sequence[float]) -> float:
+    """Of the mean of the later half."""
+    later = losses[-max(LEAST_LATER, len(losses) // 2) :]
+    return _noise_of(later) / math.sqrt(max(1, len(later)))
 
 
 def _noise_of(losses: Sequence[float]) -> float:
@@ -110,12 +115,28 @@ def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
             each.steps,
             math.inf if each.diverged else each.loss,
             each.noise,
+            _paired_noise(each, trials),
             each.curve.seed,
             _last_losses(each.curve.taken().losses),
             each.curve.validation[0][1] if each.curve.validation else math.inf,
         )
         for each in trials
     ]
+
+
+def _paired_noise(trial: Trial, trials: Sequence[Trial]) -> float:
+    """Standard error of the difference from the trial at the next lower rate, or from the next higher if it is lowest.
+
+    Both have seen the same batches, so that what differs between batches is in neither. Without such a trial its own.
+    """
+    sound = [one for one in trials if not one.diverged]
+    like = [one for one in sound if (one.steps, one.curve.seed) == (trial.steps, trial.curve.seed)]
+    ordered = sorted(like, key=lambda one: one.lr)
+    if trial not in ordered or len(ordered) < 2:
+        return trial.noise
+    place = ordered.index(trial)
+    other = ordered[place - 1 if place else 1]
+    return _standard_error([a - b for a, b in zip(trial.curve.taken().losses, other.curve.taken().losses)])
 
 
 def part_of_data(steps: int, planned: int, steps_per_epoch: float | None) -> int | None:
@@ -164,11 +185,11 @@ def answer_of_search(
             peak = peak._replace(lr=own_lr, is_own=True)
     why = _why(peak, what, steps, outcomes)
     many = steps_per_epoch is not None and steps >= HIDDEN_EPOCHS * steps_per_epoch
-    hides_overfitting = many and longest < SHOWS * steps and part_of_data(longest, steps, steps_per_epoch) is None
-    if hides_overfitting and not peak.overfits and own_lr is not None and own_lr < peak.lr:
+    hidden = 1 - longest / steps if many and part_of_data(longest, steps, steps_per_epoch) is None else 0.0
+    if hidden > 0 and not peak.overfits and own_lr is not None and own_lr < peak.lr:
         # Short trials like rates that are the higher the less they see of what many epochs do.
-        peak = peak._replace(lr=float(f"{math.sqrt(own_lr * peak.lr):.2g}"))
-        why += f" They are too short to show what many epochs do: {peak.lr:.2g} is midway to the config's {own_lr:.2g}."
+        peak = peak._replace(lr=float(f"{peak.lr * math.pow(own_lr / peak.lr, hidden / 2):.2g}"))
+        why += f" They are too short to show what many epochs do: {peak.lr:.2g} is nearer to the config's {own_lr:.2g}."
     return cycle_at(
         peak.lr,
         why,
@@ -190,9 +211,11 @@ def _fall_of(trial: Trial) -> float:
 
 def _least_fall(trial: Trial, outcomes: Sequence[Outcome]) -> float:
     """The noise that a fall has to exceed: of the same validation data, or of the first batch against the last."""
-    if trial.curve.validation:
-        return spread_of(outcomes) or 0.0
-    return _noise_of(trial.curve.losses)
+    if not trial.curve.validation:
+        return _noise_of(trial.curve.losses)
+    paired = max(one.paired for one in outcomes if (one.lr, one.steps) == (trial.lr, trial.steps))
+    spread = spread_of(outcomes)
+    return paired if spread is None else spread
 
 
 def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome]) -> str:

@@ -29,7 +29,6 @@ from redline.schedulers import LRRangeTest, WarmupDecayLR
 from redline.schedulers.schedule import Rate, Schedule, fill
 from redline.tuning.batch_sizes import batch_keys
 from redline.tuning.budget import (
-    FEWEST_PASSES,
     FORWARD,
     PASSES,
     VALIDATION_SHARE,
@@ -39,7 +38,7 @@ from redline.tuning.budget import (
     make_plan,
 )
 from redline.tuning.result import Tuning
-from redline.tuning.search import count_in_full, divide_search, next_trial
+from redline.tuning.search import Outcome, divide_search, next_trial
 from redline.tuning.trials import (
     SCHEDULES,
     WARMUP_SHARE,
@@ -243,25 +242,25 @@ class Tuner:
         session = self._opened(0)
         if session.validation:
             session.validate_initial(self._budget)
-        room, planned = plan.search - FEWEST_PASSES * self._budget.pass_cost, self.known.steps
-        lengths, kept = divide_search(room, planned), count_in_full(room, planned) * planned  # for trainings in full
-        shortest = 0
-        # A trial that repeats a part of the data as often as the training repeats all shows how that overfits.
-        epoch = None if any(map(self._repeats, lengths)) else self.known.steps_per_epoch
-        while found := next_trial(outcomes_of(self.known.search), first, lengths, self.known.momentum, epoch, shortest):
+        planned, overhead = self.known.steps, self._budget.pass_cost
+        if plan.schedule_trials:  # their own validations
+            most -= math.ceil(overhead * (len(self.known.schedules) + 1))
+        short, room = divide_search(most - self._budget.spent, planned, overhead)
+        trials: list[Outcome] = []
+        while found := next_trial(trials, first, short, planned, room, self.known.momentum, self._epoch_of(trials)):
             lr, steps, seed = found
-            left = most - self._budget.spent - self._budget.pass_cost
-            if kept and shortest < planned and steps < planned and steps > left - kept:
-                shortest = planned
-                continue
-            if steps > left:
-                break
             curve = self._run(self._peak_trial(lr, steps, seed))
             trial = trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", steps=steps)
-            in_full = [one for one in outcomes_of(self.known.search) if one.steps >= planned]
+            in_full = [one for one in trials if one.steps >= planned]
             self._learn(search=trial)
             if steps >= planned and trial.loss < min((one.loss for one in in_full), default=math.inf):
                 self._keep(self._session(0).engine)
+            trials = outcomes_of(self.known.search)
+            room = room._replace(left=most - self._budget.spent)
+
+    def _epoch_of(self, trials: Sequence[Outcome]) -> float | None:
+        """The steps of an epoch; None where trials repeat a part of the data, and show how a training overfits."""
+        return None if any(self._repeats(one.steps) for one in trials) else self.known.steps_per_epoch
 
     def _compare(self) -> None:
         low, high = self._lrs
@@ -284,7 +283,7 @@ class Tuner:
         if 0 in self.known.test.group_ratios:
             candidates = [candidate for candidate in candidates if candidate.schedule != "OneCycle"]
             self._learn(left_out="OneCycle is left out: a parameter group has learning rate 0, as no cycle has.")
-        left = self.plan.total - self._budget.spent - len(candidates) * self._budget.pass_cost
+        left = math.floor(self.plan.total - self._budget.spent - len(candidates) * self._budget.pass_cost)
         count, steps = divide_trials(left, len(candidates), self.known.steps)
         if not count:
             self._learn(left_out=f"Schedule trials are left out: {left} steps are left, too few for two.")

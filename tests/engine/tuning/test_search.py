@@ -9,15 +9,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redline.tuning.search import MOST_TRIALS, Outcome, Peak, divide_search, find_peak, next_trial, spread_of
+from redline.tuning.search import (
+    LEAST_STEPS,
+    MOST_TRIALS,
+    Outcome,
+    Peak,
+    Room,
+    divide_search,
+    find_peak,
+    next_trial,
+    spread_of,
+)
+
+PLANNED = 1000
 
 
-def search(loss: Callable[[float], float], first: float, lengths: tuple[int, ...] = (10,)) -> list[Outcome]:
+def search(loss: Callable[[float], float], first: float) -> list[Outcome]:
+    """The trials that a search makes of 400 steps, the first ones of 10 steps."""
     trials: list[Outcome] = []
-    while found := next_trial(trials, first, lengths):
+    room = Room(400)
+    while found := next_trial(trials, first, 10, PLANNED, room):
         lr, steps, seed = found
-        trials.append(Outcome(lr, steps, loss(lr), 0.0, seed))
+        trials.append(Outcome(lr, steps, loss(lr), seed=seed))
+        room = room._replace(left=room.left - steps - room.overhead)
     return trials
+
+
+def following(trials: list[Outcome], steps: int, **more: float) -> float:
+    """The learning rate after these, with room for a trial of `steps` alone."""
+    found = next_trial(trials, 0.01, trials[0].steps, PLANNED, Room(PLANNED + 15, kept=PLANNED + 15 - steps), **more)
+    assert found is not None and found[1:] == (steps, 0)
+    return found[0]
 
 
 def bowl(best: float) -> Callable[[float], float]:
@@ -38,37 +60,55 @@ def found(trials: list[Outcome], **more: float) -> Peak:
 
 @given(st.floats(-5, 0), st.floats(-2, 2))
 def test_it_finds_a_peak_that_is_two_decades_away_up_or_down(best: float, away: float) -> None:
-    trials = search(bowl(10**best), 10 ** (best + away), (10, 40))
+    trials = search(bowl(10**best), 10 ** (best + away))
     assert trials[0].lr == pytest.approx(10 ** (best + away), rel=0.01), "the own rate is always tried"
     assert abs(math.log10(found(trials).lr) - best) < 0.3
-    assert max(len({one.lr for one in trials if one.steps == steps}) for steps in (10, 40)) <= MOST_TRIALS
+    lengths = {one.steps for one in trials}
+    assert len(lengths) == 2
+    assert max(len({one.lr for one in trials if one.steps == steps}) for steps in lengths) <= MOST_TRIALS
 
 
 def test_where_the_lowest_rate_is_best_it_goes_on_downwards_and_so_it_does_from_one_that_diverges() -> None:
-    assert [one.lr for one in search(bowl(0.006), 0.1) if not one.seed] == [0.1, 0.4, 0.025, 0.00625, 0.00156]
-    assert [one.lr for one in search(bowl(1e-5), 0.01) if not one.seed][:4] == [0.01, 0.0025, 0.000625, 0.000156]
+    first = [one.lr for one in search(bowl(0.006), 0.1) if one.steps == 10]
+    assert first == [0.1, 0.4, 0.025, 0.00625, 0.00156]
+    assert [one.lr for one in search(bowl(1e-5), 0.01)][:4] == [0.01, 0.0025, 0.000625, 0.000156]
 
 
 def test_where_even_the_best_trial_ends_above_the_initial_loss_it_goes_on_downwards() -> None:
     trials = [Outcome(0.01, 10, 1.5, initial=1.0), Outcome(0.04, 10, 1.2, initial=1.0)]
-    assert next_trial(trials, 0.01, [10]) == (0.0025, 10, 0)
-    lower = [one._replace(loss=one.loss - 0.3) for one in trials]
-    assert next_trial(lower, 0.01, [10]) == (0.16, 10, 0)
+    assert following(trials, 10) == 0.0025
+    assert following([one._replace(loss=one.loss - 0.3) for one in trials], 10) == 0.16
+
+
+def test_where_nothing_is_learned_at_all_it_goes_on_upwards() -> None:
+    flat = [Outcome(0.01, 10, 0.99, 0.01, initial=1.0), Outcome(0.04, 10, 1.01, 0.02, initial=1.0)]
+    assert following(flat[:1], 10) == 0.04 and following(flat, 10) == 0.16
+    assert following([flat[0], flat[1]._replace(loss=1.05)], 10) == 0.0025, "more than noise, in which it rises, too"
+    assert following([flat[0]._replace(loss=0.9), flat[1]], 10) == 0.0025
+
+
+def test_the_first_trials_stop_only_at_a_clear_rise() -> None:
+    trials = [Outcome(0.01, 10, 2.0), Outcome(0.04, 10, 1.0), Outcome(0.16, 10, 1.05)]
+    assert following(trials, 10) == 0.64
+    clear = [*trials[:2], Outcome(0.16, 10, 1.2)]
+    assert next_trial(clear, 0.01, 10, PLANNED, Room(15)) == (0.04, 10, 1), "once more"
 
 
 def test_longer_trials_begin_upwards_only_where_nothing_higher_was_tried() -> None:
-    inside = search(bowl(0.04), 0.01, (10,))
+    inside = [one for one in search(bowl(0.04), 0.01) if one.steps == 10]
     edge = [one for one in inside if one.lr <= 0.04]
-    for trials, following in ((inside, 0.02), (edge, 0.08)):
-        assert next_trial([*trials, Outcome(0.04, 40, 0.9)], 0.01, (10, 40), shortest=40) == (following, 40, 0)
+    assert following([*inside, Outcome(0.04, 40, 0.9)], 40) == 0.02
+    for trials, lr in ((inside, 0.02), (edge, 0.08)):
+        trained = Outcome(0.04, PLANNED, 0.9)
+        assert next_trial([*trials, trained], 0.01, 10, PLANNED, Room(PLANNED, PLANNED)) == (lr, PLANNED, 0)
 
 
 def test_where_a_longer_trial_ends_above_a_shorter_one_the_next_is_far_lower() -> None:
     shorter = [Outcome(0.01, 10, 0.9), Outcome(0.04, 10, 0.8, noise=0.02), Outcome(0.16, 10, 1.0)]
-    for loss, following in ((0.82, 0.02), (0.9, 0.01)):
-        assert next_trial([*shorter, Outcome(0.04, 40, loss)], 0.01, (10, 40), shortest=40) == (following, 40, 0)
-    edge = [*shorter[:2], Outcome(0.04, 40, 0.9)]
-    assert next_trial(edge, 0.01, (10, 40), shortest=40) == (0.01, 40, 0)
+    assert following([*shorter, Outcome(0.04, 40, 0.82)], 40) == 0.02
+    assert following([*shorter, Outcome(0.04, 40, 0.9)], 40) == 0.01
+    trained = Outcome(0.04, PLANNED, 0.9)
+    assert next_trial([*shorter[:2], trained], 0.01, 10, PLANNED, Room(PLANNED, PLANNED)) == (0.01, PLANNED, 0)
 
 
 TRIALS = [
@@ -82,16 +122,17 @@ TRIALS = [
 
 @pytest.mark.parametrize(("factor", "constant"), [(1, 1000), (1, -0.5), (1000, 0), (1e-3, 42.5)])
 def test_constants_added_to_losses_and_factors_on_them_change_nothing(factor: float, constant: float) -> None:
-    other = [one._replace(loss=factor * one.loss + constant, noise=factor * 0.05) for one in TRIALS]
-    assert found(other) == pytest.approx(found([one._replace(noise=0.05) for one in TRIALS]))
+    other = [one._replace(loss=factor * one.loss + constant, paired=factor * 0.05) for one in TRIALS]
+    assert found(other) == pytest.approx(found([one._replace(paired=0.05) for one in TRIALS]))
 
 
 def test_a_tie_within_noise_is_no_cliff_and_gets_the_lower_end() -> None:
-    quiet, noisy = (found([one._replace(noise=noise) for one in TRIALS]) for noise in (0.0, 0.1))
+    quiet, noisy = (found([one._replace(paired=noise) for one in TRIALS]) for noise in (0.0, 0.1))
     assert 0.1 < quiet.lr <= 0.16 and 0.05 < noisy.lr < 0.07 and 0.03 < noisy.low < 0.04
     # One that is worse by less than the noise, above the best, lowers nothing.
-    tied = [one._replace(noise=0.01, loss=0.425) if one.lr == 0.64 else one._replace(noise=0.01) for one in TRIALS]
-    assert found(tied).lr >= found([one._replace(noise=0.01) for one in TRIALS]).lr
+    noisy_trials = [one._replace(paired=0.01) for one in TRIALS]
+    tied = [one._replace(loss=0.425) if one.lr == 0.64 else one for one in noisy_trials]
+    assert found(tied).lr >= found(noisy_trials).lr
 
 
 def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tried() -> None:
@@ -103,10 +144,17 @@ def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tri
 
 @pytest.mark.parametrize("own", [0.16, 0.14])
 def test_an_own_rate_that_is_as_good_is_kept(own: float) -> None:
-    assert found([one._replace(noise=0.02) for one in TRIALS], own=own) == Peak(
+    assert found([one._replace(paired=0.02) for one in TRIALS], own=own) == Peak(
         own, 0.16, pytest.approx(0.113, 0.01), 10, True
     )
     assert not found(TRIALS, own=0.01).is_own
+
+
+def test_an_own_rate_above_the_best_one_is_kept_if_its_loss_is_as_low_within_noise() -> None:
+    tied = [one._replace(loss=0.44, noise=0.03) if one.lr == 0.64 else one._replace(noise=0.03) for one in TRIALS]
+    assert found(tied, own=0.64)[:2] == (0.64, 0.16)
+    assert not found(tied, own=0.5).is_own, "it was not tried"
+    assert not found([one._replace(noise=0.01) for one in tied], own=0.64).is_own
 
 
 def test_heavy_ball_momentum_that_was_not_built_up_is_made_up_for() -> None:
@@ -130,12 +178,22 @@ def test_of_trainings_in_full_the_best_one_is_the_answer_as_it_is() -> None:
     assert found([*TRIALS, *in_full], own=0.018, momentum=0.9)[:4] == (0.02, 0.02, 0.02, 1000)
 
 
-@given(st.integers(12, 50_000), st.integers(100, 20_000))
-def test_lengths_grow_up_to_the_training_and_are_affordable(steps: int, planned: int) -> None:
-    lengths = divide_search(steps, planned)
-    assert list(lengths) == sorted(set(lengths)) and lengths[0] >= 1 and lengths[-1] <= planned
-    assert 5 * lengths[0] + sum(3 * length for length in lengths[1:2] if length < planned) <= steps
-    assert steps < 2 * planned or lengths[-1] == planned, "a training in full"
+@given(st.integers(12, 50_000), st.integers(100, 20_000), st.floats(0, 3), st.integers(-2, 2))
+def test_the_room_is_used_for_short_then_long_trials_then_trainings_in_full(
+    steps: int, planned: int, overhead: float, away: int
+) -> None:
+    short, whole = divide_search(steps, planned, overhead)
+    assert 1 <= short <= planned
+    loss, trials, room = bowl(0.01), [], whole
+    while found := next_trial(trials, 0.01 * 4.0**away, short, planned, room):
+        trials.append(Outcome(found[0], found[1], loss(found[0]), seed=found[2]))
+        room = room._replace(left=room.left - found[1] - overhead)
+    lengths = [one.steps for one in trials]
+    assert lengths == sorted(lengths) and len(set(lengths)) <= 3
+    assert sum(lengths) + overhead * len(lengths) <= max(steps, short + overhead)
+    assert steps < 2 * planned + 2 * overhead or lengths[-1] == planned, "a training in full"
+    if steps - whole.kept >= 17 * LEAST_STEPS + 8 * overhead and away == 0:
+        assert len(set(lengths) - {planned}) > 1, "longer ones"
 
 
 OVERFITTING = [
@@ -152,11 +210,11 @@ def test_a_training_that_longer_trials_show_to_overfit_gets_the_sum_of_learning_
     peak = find_peak(OVERFITTING, 800, own=0.001, epoch=10)
     assert peak is not None
     assert (peak.lr, peak.best, peak.overfits) == (0.0001, 0.001, True)
-    assert next_trial(OVERFITTING, 0.001, (20, 80, 800), epoch=10) == (0.0001, 800, 0)
+    assert next_trial(OVERFITTING, 0.001, 20, 800, Room(810, kept=800), epoch=10) == (0.0001, 800, 0)
 
 
 def test_nothing_overfits_before_two_epochs_within_noise_or_without_a_lower_training_loss() -> None:
-    noisy = [one._replace(noise=0.1) for one in OVERFITTING]
+    noisy = [one._replace(paired=0.1) for one in OVERFITTING]
     unstable = [one._replace(training=2 + one.lr) for one in OVERFITTING]
     for trials, epoch in ((OVERFITTING, 50.0), (OVERFITTING, None), (noisy, 10.0), (unstable, 10.0)):
         peak = find_peak(trials, 800, own=0.0003, epoch=epoch)

@@ -15,6 +15,7 @@ from redline.tuning.trials import (
     answer_of_search,
     candidates_of,
     judge,
+    outcomes_of,
     part_of_data,
     trial_of,
 )
@@ -125,21 +126,33 @@ def search_of(steps: int) -> list[Trial]:
     ("steps_per_epoch", "own", "length", "lr"),
     [
         (400.0, 0.001, 40, 0.016),  # 5 epochs: nothing is hidden
-        (50.0, 0.001, 40, 0.004),  # 40 epochs, of which a trial shows one: midway
+        (50.0, 0.001, 40, 0.004),  # 40 epochs, of which a trial shows one: nearly midway
         (50.0, None, 40, 0.016),  # the config has no learning rate of its own
         (50.0, 0.1, 40, 0.016),  # the own is higher, and never a reason to go up
-        (100.0, 0.001, 500, 0.016),  # 20 epochs, of which a trial shows five
+        (100.0, 0.001, 1000, 0.008),  # 20 epochs, of which a trial shows ten: half as near
         (50.0, 0.001, 400, 0.016),  # trials repeat a part of the data as often as the training all
     ],
 )
-def test_where_trials_hide_what_many_epochs_do_the_answer_is_midway_to_the_own_rate(
+def test_where_trials_hide_what_many_epochs_do_the_answer_is_nearer_to_the_own_rate(
     steps_per_epoch: float, own: float | None, length: int, lr: float
 ) -> None:
     settings = {"momentum": 0.0, "steps": 2000, "steps_per_epoch": steps_per_epoch}
     answer = answer_of_search(search_of(length), own_lr=own, **settings)
     assert isinstance(answer, Suggestion)
     assert answer.cycle_max_lr == pytest.approx(lr, rel=0.15)
-    assert ("midway" in answer.reasons["cycle_max_lr"]) == (lr == 0.004)
+    assert ("nearer" in answer.reasons["cycle_max_lr"]) == (lr < 0.016)
+
+
+def test_what_differs_between_batches_is_in_a_trials_noise_and_not_in_that_of_its_difference_from_another() -> None:
+    batches = [0.5 * (-1) ** (step // 2) for step in range(40)]
+    own = [[0.01 * (-1) ** step for step in range(40)], [0.0] * 40, [0.0] * 40]
+    series = [[3 - 0.01 * lr * step + batches[step] + own[lr][step] for step in range(40)] for lr in range(3)]
+    trials = [trial_of(curve(losses), "WarmupDecayLR", 0.1 * 2**lr, "", steps=40) for lr, losses in enumerate(series)]
+    alone = trial_of(curve(series[0] * 2), "WarmupDecayLR", 0.1, "", steps=80)
+    outcomes = outcomes_of([*trials, alone])
+    assert all(one.noise > 0.05 for one in outcomes)
+    assert [round(one.paired, 3) for one in outcomes[:3]] == [0.004, 0.004, 0.0]
+    assert outcomes[3].paired == outcomes[3].noise, "there is no other of its length"
 
 
 def test_a_trial_repeats_no_fewer_than_four_batches() -> None:
