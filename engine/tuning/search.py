@@ -22,7 +22,8 @@ MOST_TRIALS = 8  # of one length
 IN_FULL = 0.25  # trainings that the shorter trials get before any is made in full
 WIDE, NARROW = 4.0, 2.0  # the factor between the first, short trials, and between longer ones
 WIDE_TRIALS, NARROW_TRIALS = 5, 3  # how many of each a budget is divided for
-GROWTH = 4  # how many times longer the next trials are
+GROWTH = 4  # how many times longer the next trials are, as far as is known beforehand ...
+LEAST_GROWTH = 2  # ... and at least, when the first ones are made
 # For the following, what trainings at the answer lose against the best peak was compared on fifteen small tasks, at
 # budgets of 5% to 100%. To lower all answers by a power of the length, as longer trainings often want, loses three
 # times as much in the median (0.2, at 10%): with Adam the best of short trials is as often too low as too high.
@@ -142,7 +143,7 @@ def _longer(trials: Sequence[Outcome], steps: int, planned: int, room: Room) -> 
         return min(longer, default=None)
     narrow = math.floor((room.left - room.kept) / NARROW_TRIALS - room.overhead)
     is_first = steps == min(one.steps for one in trials)
-    if is_first and narrow >= NARROW * steps:
+    if is_first and narrow >= LEAST_GROWTH * steps:
         return narrow
     return planned if room.kept else None
 
