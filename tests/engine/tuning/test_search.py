@@ -190,7 +190,7 @@ def test_the_room_is_used_for_short_then_long_trials_then_trainings_in_full(
         room = room._replace(left=room.left - found[1] - overhead)
     lengths = [one.steps for one in trials]
     assert lengths == sorted(lengths) and len(set(lengths)) <= 3
-    assert sum(lengths) + overhead * len(lengths) <= max(steps, short + overhead)
+    assert sum(lengths) + overhead * len(lengths) <= max(steps, short + overhead) + 1e-6
     assert steps < 2 * planned + 2 * overhead or lengths[-1] == planned, "a training in full"
     if steps - whole.kept >= 17 * LEAST_STEPS + 8 * overhead and away == 0:
         assert len(set(lengths) - {planned}) > 1, "longer ones"
