@@ -170,7 +170,7 @@ def answer_of_search(
     if fall <= 0:
         rises = best.lr == low and -fall > pstdev(best.curve.taken().losses)
         return Refusal(
-            f"Of {what}, even the best ended {-fall:.2g} above the loss of the initial weights.",
+            f"Of {what}, even the best ended {abs(fall):.2g} above the loss of the initial weights.",
             start_lower
             if rises
             else "Check that gradients reach the parameters and that the model is not already trained, or allow longer "
