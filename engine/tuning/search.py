@@ -251,6 +251,7 @@ class Peak(NamedTuple):
     steps: int  # of the longest trials
     is_own: bool = False  # it is the config's own
     overfits: bool = False  # it is lower than the trials', since these show that the training would overfit
+    unseen: bool = False  # it is lower than the best one, above which nothing was tried
 
 
 def find_peak(
@@ -283,13 +284,14 @@ def find_peak(
     overfitting = _overfitting(trials, planned, epoch)
     if steps < planned and overfitting < 1:
         return Peak(_round2(best.lr * overfitting), best.lr, low, steps, overfits=True)
-    if best is made[-1] and len(sound) > 1 and len(lengths) == 1:
+    unseen = best is made[-1] and len(sound) > 1 and len(lengths) == 1
+    if unseen:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
     # Above the best one no rate is as good as that, but for the config's own: it needs a reason to be left.
     as_good = max([best.lr, *(one.lr for one in sound if one.lr == own and one.loss - best.loss <= best.noise)])
     if own is not None and lr <= own <= as_good:
         return Peak(own, best.lr, low, steps, True)
-    return Peak(_round2(lr), best.lr, low, steps)
+    return Peak(_round2(lr), best.lr, low, steps, unseen=unseen)
 
 
 def _vertex(sound: Sequence[Outcome], best: Outcome) -> float:

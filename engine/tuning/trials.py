@@ -183,7 +183,7 @@ def answer_of_search(
         )
         if own_lr is not None:
             peak = peak._replace(lr=own_lr, is_own=True)
-    why = _why(peak, what, steps, outcomes)
+    why = _why(peak, what, steps, outcomes, momentum)
     many = steps_per_epoch is not None and steps >= HIDDEN_EPOCHS * steps_per_epoch
     hidden = 1 - longest / steps if many and part_of_data(longest, steps, steps_per_epoch) is None else 0.0
     if hidden > 0 and not peak.overfits and own_lr is not None and own_lr < peak.lr:
@@ -218,7 +218,7 @@ def _least_fall(trial: Trial, outcomes: Sequence[Outcome]) -> float:
     return paired if spread is None else spread
 
 
-def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome]) -> str:
+def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome], momentum: float) -> str:
     why = f"Of {what}, those of {peak.steps} steps ended lowest at {peak.best:.2g}"
     if peak.low < 0.95 * peak.best:
         why += f", and as low within noise down to {peak.low:.2g}"
@@ -229,8 +229,10 @@ def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome]) -> str:
             "; higher ones ended with a lower training loss and a higher validation loss. So that "
             f"{steps} steps overfit no more than these, the peak falls as the length grows: {peak.lr:.2g}."
         )
+    elif peak.unseen:
+        why += f"; nothing higher was tried, which may be better or diverge, so the answer is lower: {peak.lr:.2g}."
     elif peak.lr < 0.95 * peak.low:
-        why += f"; momentum is built up later, and a longer training takes less: {peak.lr:.2g}."
+        why += f"; {'momentum is built up later, and ' if momentum else ''}a longer training takes less: {peak.lr:.2g}."
     else:
         why += f"; {peak.lr:.2g} is between these." if peak.lr < 0.95 * peak.best else "."
     if (spread := spread_of(outcomes)) is not None:

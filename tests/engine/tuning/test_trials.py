@@ -143,6 +143,26 @@ def test_where_trials_hide_what_many_epochs_do_the_answer_is_nearer_to_the_own_r
     assert ("nearer" in answer.reasons["cycle_max_lr"]) == (lr < 0.016)
 
 
+@pytest.mark.parametrize(
+    ("losses", "momentum", "why"),
+    [
+        ({0.004: 1.9, 0.016: 1.5, 0.064: 1.0}, 0.0, "nothing higher was tried"),
+        ({0.004: 1.9, 0.016: 1.0, 0.064: 1.9}, 0.9, "momentum is built up later"),
+    ],
+)
+def test_the_reason_says_why_an_answer_is_below_the_best_trials(
+    losses: dict[float, float], momentum: float, why: str
+) -> None:
+    trials = [
+        trial_of(curve([2.0] * 40, [2.0, loss]), "WarmupDecayLR", lr, "", steps=40) for lr, loss in losses.items()
+    ]
+    answer = answer_of_search(trials, own_lr=None, momentum=momentum, steps=2000)
+    assert isinstance(answer, Suggestion)
+    reason = answer.reasons["cycle_max_lr"]
+    assert why in reason and ("momentum" in reason) == bool(momentum)
+    assert answer.cycle_max_lr < min(losses, key=lambda lr: losses[lr])
+
+
 def test_what_differs_between_batches_is_in_a_trials_noise_and_not_in_that_of_its_difference_from_another() -> None:
     batches = [0.5 * (-1) ** (step // 2) for step in range(40)]
     own = [[0.01 * (-1) ** step for step in range(40)], [0.0] * 40, [0.0] * 40]
