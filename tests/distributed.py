@@ -25,12 +25,14 @@ import atexit
 import multiprocessing
 import os
 import pickle
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -286,6 +288,12 @@ def _environment(number: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One that no connection of another process is given by chance before rank 0 listens on it."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first, last = map(int, given.read_text().split()) if given.exists() else (0, 0)
+    ports = [port for port in range(10_000, 60_000) if not first <= port <= last] or range(10_000, 60_000)
+    while True:
+        port = secrets.choice(ports)  # tests that run beside this one have the seeds of `random` in common
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
