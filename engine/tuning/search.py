@@ -168,7 +168,7 @@ def _outward(made: Sequence[Outcome], factor: float, *, upwards: bool) -> float 
         return higher if upwards and math.isfinite(best.loss) else lower
     if best.loss >= best.initial:
         return lower
-    below = ordered[: ordered.index(best)]
+    below = [one for one in ordered[: ordered.index(best)] if math.isfinite(one.loss)]
     slight = SLIGHT * (below[-1].loss - best.loss) if below and factor == WIDE else 0.0
     if math.isfinite(best.loss) and ordered[-1].loss <= best.loss + slight:
         return higher
@@ -273,7 +273,7 @@ def find_peak(
         return None
     best = min(sound, key=lambda one: one.loss)
     if steps >= planned:  # these are what is asked for; the best one's weights are kept
-        return Peak(best.lr, best.lr, best.lr, steps, own == best.lr)
+        return Peak(best.lr, best.lr, best.lr, steps, own is not None and best.lr == _round(own))
     spread = spread_of(trials)
     low = _lower_end(sound, best, best.paired if spread is None else spread)
     lr = (
@@ -288,10 +288,14 @@ def find_peak(
     if unseen:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
     # Above the best one no rate is as good as that, but for the config's own: it needs a reason to be left.
-    as_good = max([best.lr, *(one.lr for one in sound if one.lr == own and one.loss - best.loss <= best.noise)])
-    if own is not None and lr <= own <= as_good:
+    if own is not None and (lr <= own <= best.lr or (own > best.lr and _is_tied(own, best, sound))):
         return Peak(own, best.lr, low, steps, True)
     return Peak(_round2(lr), best.lr, low, steps, unseen=unseen)
+
+
+def _is_tied(own: float, best: Outcome, sound: Sequence[Outcome]) -> bool:
+    """Whether the config's own rate was tried and ended as low as the best one within noise."""
+    return any(one.lr == _round(own) and one.loss - best.loss <= best.noise for one in sound)
 
 
 def _vertex(sound: Sequence[Outcome], best: Outcome) -> float:

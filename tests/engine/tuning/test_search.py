@@ -90,6 +90,8 @@ def test_where_nothing_is_learned_at_all_it_goes_on_upwards() -> None:
 def test_the_first_trials_stop_only_at_a_clear_rise() -> None:
     trials = [Outcome(0.01, 10, 2.0), Outcome(0.04, 10, 1.0), Outcome(0.16, 10, 1.05)]
     assert following(trials, 10) == 0.64
+    overflowed = [Outcome(0.01, 10, math.inf), *trials[1:]]
+    assert next_trial(overflowed, 0.01, 10, PLANNED, Room(15)) == (0.04, 10, 1)
     clear = [*trials[:2], Outcome(0.16, 10, 1.2)]
     assert next_trial(clear, 0.01, 10, PLANNED, Room(15)) == (0.04, 10, 1), "once more"
 
@@ -153,6 +155,7 @@ def test_an_own_rate_that_is_as_good_is_kept(own: float) -> None:
 def test_an_own_rate_above_the_best_one_is_kept_if_its_loss_is_as_low_within_noise() -> None:
     tied = [one._replace(loss=0.44, noise=0.03) if one.lr == 0.64 else one._replace(noise=0.03) for one in TRIALS]
     assert found(tied, own=0.64)[:2] == (0.64, 0.16)
+    assert found(tied, own=0.6400123).lr == 0.6400123, "it is tried to three digits"
     assert not found(tied, own=0.5).is_own, "it was not tried"
     assert not found([one._replace(noise=0.01) for one in tied], own=0.64).is_own
 
