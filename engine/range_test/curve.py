@@ -52,6 +52,8 @@ class Curve:
     skipped: tuple[int, ...] = ()  # the entries of `steps` that the loss scaler skipped
     train_batch_size: int | None = None  # None for the record's own
     settings: tuple[tuple[str, float], ...] = ()  # that differ from the config's: (("weight_decay", 1e-4),)
+    fitted: tuple[Number, Number] | None = None  # losses before and after it, measured like validation losses, on the
+    # batches that it started with; None if they were not
 
     def __post_init__(self) -> None:
         lengths = len(self.steps), len(self.lrs), len(self.losses)

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +40,8 @@ SETTINGS = ("weight_decay", "momentum")  # what a run may vary
 MAX_BAD = 5  # skipped steps in a row whose loss is not finite, before a run counts as diverged
 MAX_SKIPPED = 40  # skipped steps in a row; a loss scale of 2 ** 32 has come down to its minimum by then
 RECENT = 8  # last micro-batches of a run, from which batch norm's running statistics are computed for a validation
+FITTED_STEPS = 2  # a run's own batches, on which its loss is measured, are those of so many steps, ...
+MOST_FITTED = 8  # ... and at most so many micro-batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Run:
     validations: int = 20  # how often the validation loss is measured, if there is data for it; 0 for never
     seed: int = 0  # 0 for the engine's own; another for other random numbers and, of a dataset, another order
     train_batch_size: int | None = None  # samples per step, reached by accumulation; None for the engine's
-    repeats: int | None = None  # train on the data of so many steps, again and again; None for all of it
+    fits: bool = False  # whether the loss on its own batches is measured, too: see `Curve.fitted`
     settings: Mapping[str, float] = field(default_factory=dict)  # of `SETTINGS`, for every group that has them
 
 
@@ -99,7 +101,8 @@ class Session:
         self._given_loss, self._loss = loss, loss_of(loss)
         self.validation = Validation(engine, self._loss, validation, mode)
         self._recent: deque[Any] = deque(maxlen=RECENT)
-        self._initial: float | None = None  # validation loss of the weights that each run starts from
+        self._initial: tuple[float, float] | None = None  # losses of the weights that each run starts from
+        self._first: list[Any] = []  # the micro-batches that each run starts with
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -132,7 +135,7 @@ class Session:
         """Make one run from the start; returns its record, the same on every rank."""
         every = max(1, run.steps // run.validations) if run.validations and self.validation else 0
         if every:
-            self.validate_initial(progress)
+            self.validate_initial(progress, fits=run.fits)
         engine = self.engine
         self._snapshot.restore()
         if engine.scaler is not None and self.scale is not None:
@@ -146,26 +149,28 @@ class Session:
         engine.callbacks = [recorder]
         engine.allow_divergence()
         self._recent.clear()
-        self._train(run, recorder, progress, every)
+        fitted = self._train(run, recorder, progress, every)
         settings = tuple(sorted((name, float(value)) for name, value in run.settings.items()))
         curve = recorder.curve(run.name, run.rate, kind=run.kind)
-        return replace(curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings)
+        return replace(curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings, fitted=fitted)
 
-    def validate_initial(self, progress: Progress) -> None:
-        """Measure the weights that each run starts from, once."""
+    def validate_initial(self, progress: Progress, *, fits: bool = False) -> None:
+        """Measure the weights that each run starts from, once; `fits` as of a `Run`."""
         if self._initial is None:
             self._snapshot.restore()
             self._recent.clear()
-            self._initial = self._validate(progress)
+            if fits and self.validation.loader is not None:
+                count = min(MOST_FITTED, FITTED_STEPS * self.engine.gradient_accumulation_steps())
+                self._first = list(islice(batches(self._data, self.engine.device), count))
+            self._initial = self._validate(progress, fits=fits)
 
-    def _train(self, run: Run, recorder: Recorder, progress: Progress, every: int) -> None:
-        """All steps of a run, with a validation after each `every` of them."""
+    def _train(self, run: Run, recorder: Recorder, progress: Progress, every: int) -> tuple[float, float] | None:
+        """All steps of a run, with a validation after each `every` of them; returns its curve's `fitted`."""
         engine, data = self.engine, batches(self._data, self.engine.device)
-        if run.repeats is not None:
-            data = cycle(islice(data, run.repeats * engine.gradient_accumulation_steps()))
+        fits, fitted = run.fits and not run.seed, None  # another seed has other batches
+        initial, own_initial = self._initial or (math.nan, math.nan)
         if every:
-            assert self._initial is not None
-            engine.record_validation(self._initial)
+            engine.record_validation(initial)
         outcome = _Outcome(engine, is_test=run.kind in ("linear", "exponential"))
         for step in range(run.steps):
             lr = float(engine.get_lr()[0])
@@ -179,7 +184,9 @@ class Session:
             if self._interrupts.requested(engine.world):
                 raise KeyboardInterrupt
             if every and (step + 1) % every == 0:
-                engine.record_validation(self._validate(progress))
+                validated, own = self._validate(progress, fits=fits)
+                engine.record_validation(validated)
+                fitted = None if math.isnan(own) else (own_initial, own)
             outcome.update(loss, skipped=at_minimum or engine.skipped_steps > before)
             outcome.diverged |= at_minimum
             if at_minimum or (outcome.diverged and run.stops):
@@ -188,6 +195,7 @@ class Session:
                 progress.skip(run.steps - step - 1)
                 break
         self.scale = outcome.scale or self.scale
+        return fitted
 
     def _step(self, data: Iterator[Any]) -> None:
         """One optimizer step."""
@@ -200,10 +208,11 @@ class Session:
             if engine.config.managed_gradient_accumulation or index == micro_batches:
                 engine.step()
 
-    def _validate(self, progress: Progress) -> float:
-        loss, samples = self.validation.measure(self._recent)
+    def _validate(self, progress: Progress, *, fits: bool) -> tuple[float, float]:
+        """The loss on the validation data, and that on the batches that the run started with; nan without any."""
+        loss, own, samples = self.validation.measure(self._recent, self._first if fits else ())
         progress.validated(samples)
-        return loss
+        return loss, own
 
 
 class _Outcome:

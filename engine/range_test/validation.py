@@ -57,29 +57,29 @@ class Validation:
             size = size if self._most > size else math.ceil(self._most)
             self.loader = loader_of(self._given, self._engine.world, micro_batch=size, for_validation=True)
 
-    def measure(self, recent: Sequence[Any]) -> tuple[float, float]:
-        """The loss or metric, lower is better, and the samples that went through the model, over all ranks.
+    def measure(self, recent: Sequence[Any], own: Sequence[Any] = ()) -> tuple[float, float, float]:
+        """The loss or metric, lower is better, the loss on `own`, and the samples that were read, over all ranks.
 
-        `recent` are the last micro-batches of the run, for batch norm.
+        `recent` are the last micro-batches of the run, for batch norm. `own` are some that it was trained on; the loss
+        on none, and that next to a metric, is nan.
         """
         refreshed = len(recent) * self._engine.train_micro_batch_size_per_gpu() * self._engine.world.size
         with self._evaluating(recent):
             if self._metric is None:
-                loss, samples = self._mean_loss()
-                return loss, samples + refreshed
+                loss, samples = self._mean_loss(self._batches(), getattr(self.loader, "first_sample", None))
+                own_loss, own_samples = self._mean_loss(own) if own else (math.nan, 0.0)
+                return loss, own_loss, samples + own_samples + refreshed
             value = self._metric(self._engine)
         try:
-            return self._sign * float(value), refreshed
+            return self._sign * float(value), math.nan, refreshed
         except (TypeError, ValueError):
             raise RangeTestError(f"validation: the function returned {value!r}; expected a number") from None
 
-    def _mean_loss(self) -> tuple[float, float]:
-        """The mean loss over the data, over samples and ranks, and the number of samples."""
+    def _mean_loss(self, data: Iterable[Any], spare: Callable[[], Any] | None = None) -> tuple[float, float]:
+        """The mean loss over batches, over samples and ranks, and the number of samples."""
         engine = self._engine
-        total = torch.zeros(
-            2, dtype=widest_float(engine.device), device=engine.device
-        )  # sum of losses, number of samples
-        for batch, counts in in_step(engine, self._batches(), getattr(self.loader, "first_sample", None)):
+        total = torch.zeros(2, dtype=widest_float(engine.device), device=engine.device)  # of losses, of samples
+        for batch, counts in in_step(engine, data, spare):
             loss, size = scalar_of(self._loss(engine, batch)).to(total), num_samples(batch)
             if counts:
                 total += torch.stack([loss * size, total.new_tensor(size)])

@@ -47,15 +47,9 @@ LEAST_TAIL = 5
 LEAST_LATER = 8  # losses from which the noise of a short trial is estimated
 FAIR_SHARE = 0.05  # of the planned steps: in a shorter trial a held learning rate has an advantage that it loses later
 FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
-# ... and from here on trials repeat a part of the data as often as the training repeats all. On tasks of 70 and 80
-# epochs the best peak of such trials is that of the training, 20 times below that of other trials; on tasks of up to 24
-# epochs trials on so few samples overfit where the training does not.
-MANY_EPOCHS = 30.0
-LEAST_PART = 4  # steps of such a part: a network knows one or two batches by heart at every rate, and says nothing
-# From so many epochs on the answer is nearer to the config's own learning rate, the less of the training the trials
-# are: up to midway, where they are nothing of it. On development tasks at a budget of a tenth it takes the mean excess
-# from 18 to 15%; from 6 epochs on, nothing.
-HIDDEN_EPOCHS = 12.0
+MANY_EPOCHS = 12.0  # ... and one that sees it so often likes lower learning rates than its trials, or much lower ones
+LEAST_FITTED = 8  # steps of a trial that tells which: in fewer ones every model learns its own batches only ...
+LEAST_FITTING = 44  # ... and of a search that has room for such trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +111,21 @@ def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
             each.noise,
             _paired_noise(each, trials),
             each.curve.seed,
-            _last_losses(each.curve.taken().losses),
+            _carried_over(each),
             each.curve.validation[0][1] if each.curve.validation else math.inf,
         )
         for each in trials
     ]
+
+
+def _carried_over(trial: Trial) -> float | None:
+    """Of how far the loss on a trial's own batches fell, the part by which the validation loss did; None if unknown."""
+    if not trial.curve.validation or trial.curve.fitted is None or trial.steps < LEAST_FITTED:
+        return None
+    initial, (before, after) = trial.curve.validation[0][1], trial.curve.fitted
+    # Of few samples, the initial loss is that of all by chance only.
+    learned = min(initial, before) - after
+    return (initial - trial.loss) / learned if learned > 0 else 1.0
 
 
 def _paired_noise(trial: Trial, trials: Sequence[Trial]) -> float:
@@ -139,16 +143,9 @@ def _paired_noise(trial: Trial, trials: Sequence[Trial]) -> float:
     return _standard_error([a - b for a, b in zip(trial.curve.taken().losses, other.curve.taken().losses)])
 
 
-def part_of_data(steps: int, planned: int, steps_per_epoch: float | None) -> int | None:
-    """The steps whose data a trial of `steps` repeats, to see them as often as the training sees all; None for all.
-
-    >>> part_of_data(200, 2000, 40), part_of_data(40, 2000, 40), part_of_data(200, 2000, 400)
-    (4, None, None)
-    """
-    if steps_per_epoch is None or planned < MANY_EPOCHS * steps_per_epoch or steps >= planned:
-        return None
-    part = round(steps * steps_per_epoch / planned)
-    return part if part >= LEAST_PART else None
+def epoch_of(steps: int, epoch: float | None) -> float | None:
+    """The steps of an epoch, if a training of `steps` sees its data many times; else None."""
+    return epoch if epoch is not None and steps >= MANY_EPOCHS * epoch else None
 
 
 def answer_of_search(
@@ -159,9 +156,7 @@ def answer_of_search(
     low, high = min(search, key=lambda each: each.lr).lr, max(search, key=lambda each: each.lr).lr
     what = f"{len(outcomes)} trials between learning rates {low:.2g} and {high:.2g}"
     start_lower = f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}."
-    longest = max((one.steps for one in outcomes), default=0)
-    part = part_of_data(longest, steps, steps_per_epoch)  # a part that is seen as often shows overfitting as it is
-    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=steps_per_epoch if part is None else None)
+    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=epoch_of(steps, steps_per_epoch))
     if peak is None:
         return Refusal(f"All of {what} diverged.", start_lower)
     longest = peak.steps
@@ -171,10 +166,7 @@ def answer_of_search(
         rises = best.lr == low and -fall > pstdev(best.curve.taken().losses)
         return Refusal(
             f"Of {what}, even the best ended {abs(fall):.2g} above the loss of the initial weights.",
-            start_lower
-            if rises
-            else "Check that gradients reach the parameters and that the model is not already trained, or allow longer "
-            "trials with a larger budget.",
+            start_lower if rises else _remedy(best),
         )
     notes: tuple[str, ...] = ()
     if fall <= noise:
@@ -184,12 +176,6 @@ def answer_of_search(
         if own_lr is not None:
             peak = peak._replace(lr=own_lr, is_own=True)
     why = _why(peak, what, steps, outcomes, momentum)
-    many = steps_per_epoch is not None and steps >= HIDDEN_EPOCHS * steps_per_epoch
-    hidden = 1 - longest / steps if many and part_of_data(longest, steps, steps_per_epoch) is None else 0.0
-    if hidden > 0 and not peak.overfits and own_lr is not None and own_lr < peak.lr:
-        # Short trials like rates that are the higher the less they see of what many epochs do.
-        peak = peak._replace(lr=float(f"{peak.lr * math.pow(own_lr / peak.lr, hidden / 2):.2g}"))
-        why += f" They are too short to show what many epochs do: {peak.lr:.2g} is nearer to the config's {own_lr:.2g}."
     return cycle_at(
         peak.lr,
         why,
@@ -199,6 +185,19 @@ def answer_of_search(
         curve="search",
         diverged_at_lr=min((each.lr for each in search if each.diverged and each.lr > peak.best), default=None),
         notes=notes,
+    )
+
+
+def _remedy(best: Trial) -> str:
+    """What to do where even the best trial ended above the loss of the initial weights."""
+    if best.curve.fitted is not None and best.curve.fitted[1] < best.curve.fitted[0]:
+        return (
+            "The loss on the trials' own batches fell, so what they learned is not true of the validation data: check "
+            "that both are alike, or train on more data, for fewer epochs, or with more weight decay or dropout."
+        )
+    return (
+        "Check that gradients reach the parameters and that the model is not already trained, or allow longer trials "
+        "with a larger budget."
     )
 
 
@@ -224,11 +223,12 @@ def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome], momentu
         why += f", and as low within noise down to {peak.low:.2g}"
     if peak.is_own:
         why += f"; the config's own {peak.lr:.2g} is kept."
-    elif peak.overfits:
-        why += (
-            "; higher ones ended with a lower training loss and a higher validation loss. So that "
-            f"{steps} steps overfit no more than these, the peak falls as the length grows: {peak.lr:.2g}."
-        )
+    elif peak.repeated:
+        carried = next(one.carried for one in outcomes if (one.steps, one.lr) == (peak.steps, peak.best))
+        if carried is not None:
+            part = min(1.0, max(0.0, carried))
+            why += f"; {part:.0%} of what it learned of its own batches was true of the validation data, too"
+        why += f". The training sees its data more often than these, so the peak is lower: {peak.lr:.2g}."
     elif peak.unseen:
         why += f"; nothing higher was tried, which may be better or diverge, so the answer is lower: {peak.lr:.2g}."
     elif peak.lr < 0.95 * peak.low:
@@ -248,12 +248,10 @@ def notes_on_epochs(steps: int, longest: int, steps_per_epoch: float) -> Iterato
     if planned < FEW_EPOCHS or longest >= steps:
         return
     trial = f"{longest / steps_per_epoch:.2g}"
-    seen = f"the longest trial {'once' if trial == '1' else f'{trial} times'}, which does not show overfitting"
-    if part_of_data(longest, steps, steps_per_epoch) is not None:
-        seen = f"trials saw a part of it, at most {longest / steps:.1%}, as often"
+    seen = "once" if trial == "1" else f"{trial} times"
     yield (
-        f"The training sees the data {planned:.0f} times; {seen}. Watch the validation loss, and keep the best "
-        "checkpoint or stop early."
+        f"The training sees the data {planned:.0f} times, the longest trial {seen}. Watch the validation loss, and "
+        "keep the best checkpoint or stop early."
     )
 
 

@@ -40,12 +40,13 @@ from redline.tuning.budget import (
 from redline.tuning.result import Tuning
 from redline.tuning.search import Outcome, divide_search, next_trial
 from redline.tuning.trials import (
+    LEAST_FITTING,
     SCHEDULES,
     WARMUP_SHARE,
     Candidate,
     candidates_of,
+    epoch_of,
     outcomes_of,
-    part_of_data,
     trial_of,
 )
 
@@ -241,13 +242,14 @@ class Tuner:
         most = self._budget.spent + plan.search
         session = self._opened(0)
         if session.validation:
-            session.validate_initial(self._budget)
+            session.validate_initial(self._budget, fits=self._fits)
         planned, overhead = self.known.steps, self._budget.pass_cost
         if plan.schedule_trials:  # their own validations
             most -= math.ceil(overhead * (len(self.known.schedules) + 1))
-        short, room = divide_search(most - self._budget.spent, planned, overhead)
+        short, room = divide_search(most - self._budget.spent, planned, overhead, few=self._fits)
         trials: list[Outcome] = []
-        while found := next_trial(trials, first, short, planned, room, self.known.momentum, self._epoch_of(trials)):
+        momentum, epoch = self.known.momentum, epoch_of(planned, self.known.steps_per_epoch)
+        while found := next_trial(trials, first, short, planned, room, momentum, epoch):
             lr, steps, seed = found
             curve = self._run(self._peak_trial(lr, steps, seed))
             trial = trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", steps=steps)
@@ -258,9 +260,11 @@ class Tuner:
             trials = outcomes_of(self.known.search)
             room = room._replace(left=most - self._budget.spent)
 
-    def _epoch_of(self, trials: Sequence[Outcome]) -> float | None:
-        """The steps of an epoch; None where trials repeat a part of the data, and show how a training overfits."""
-        return None if any(self._repeats(one.steps) for one in trials) else self.known.steps_per_epoch
+    @property
+    def _fits(self) -> bool:
+        """Whether the search measures how much of what a trial learns it learns by heart."""
+        many = epoch_of(self.known.steps, self.known.steps_per_epoch) is not None
+        return many and self.plan.search >= LEAST_FITTING
 
     def _compare(self) -> None:
         low, high = self._lrs
@@ -348,13 +352,10 @@ class Tuner:
             # Corrected: DeepSpeed's first two steps have learning rate 0, which are many of so few.
             return WarmupDecayLR(optimizer, steps, 0.0, self._scaled(lr), warmup, warmup_type="linear", corrected=True)
 
-        return Run(name, "decay", schedule, steps, validations=1, seed=seed, repeats=self._repeats(steps))
-
-    def _repeats(self, steps: int) -> int | None:
-        return part_of_data(steps, self.known.steps, self.known.steps_per_epoch)
+        return Run(name, "decay", schedule, steps, validations=1, seed=seed, fits=self._fits)
 
     def _schedule_trial(self, candidate: Candidate, steps: int) -> Run:
-        engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1, repeats=self._repeats(steps))
+        engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1)
         if candidate.schedule == "own":
             own, ratio = self._own_schedule, self.known.steps / steps
             if own is None or isinstance(own, LRRangeTest):

@@ -199,27 +199,32 @@ def test_the_room_is_used_for_short_then_long_trials_then_trainings_in_full(
         assert len(set(lengths) - {planned}) > 1, "longer ones"
 
 
-OVERFITTING = [
-    Outcome(0.001, 20, 2.03, 0.02, training=2.0),
-    Outcome(0.004, 20, 1.97, 0.02, training=1.9),
-    Outcome(0.016, 20, 2.09, 0.02, training=2.1),
-    Outcome(0.001, 80, 1.96, 0.01, training=1.7),
-    Outcome(0.002, 80, 2.13, 0.01, training=1.3),
-    Outcome(0.0005, 80, 1.99, 0.01, training=1.9),
+BY_HEART = [
+    Outcome(0.001, 20, 2.03, 0.02, carried=0.2),
+    Outcome(0.004, 20, 1.97, 0.02, carried=0.1),
+    Outcome(0.016, 20, 2.09, 0.02, carried=-0.1),
 ]
 
 
-def test_a_training_that_longer_trials_show_to_overfit_gets_the_sum_of_learning_rates_of_the_best_one() -> None:
-    peak = find_peak(OVERFITTING, 800, own=0.001, epoch=10)
+def repeated(carried: float | None, own: float | None = None) -> Peak:
+    trials = [one._replace(carried=carried) for one in BY_HEART]
+    peak = find_peak(trials, 800, own=own, epoch=40)
     assert peak is not None
-    assert (peak.lr, peak.best, peak.overfits) == (0.0001, 0.001, True)
-    assert next_trial(OVERFITTING, 0.001, 20, 800, Room(810, kept=800), epoch=10) == (0.0001, 800, 0)
+    return peak
 
 
-def test_nothing_overfits_before_two_epochs_within_noise_or_without_a_lower_training_loss() -> None:
-    noisy = [one._replace(paired=0.1) for one in OVERFITTING]
-    unstable = [one._replace(training=2 + one.lr) for one in OVERFITTING]
-    for trials, epoch in ((OVERFITTING, 50.0), (OVERFITTING, None), (noisy, 10.0), (unstable, 10.0)):
-        peak = find_peak(trials, 800, own=0.0003, epoch=epoch)
-        assert peak is not None
-        assert not peak.overfits and 0.0005 <= peak.lr <= 0.001
+def test_the_peak_of_a_training_that_learns_by_heart_falls_as_the_number_of_passes_grows() -> None:
+    once = find_peak(BY_HEART, 800)
+    assert once is not None
+    peak = repeated(0.1)
+    assert peak.repeated and not once.repeated
+    assert peak.lr == pytest.approx(once.lr / 20, rel=0.05), "20 passes; half of one is one, too"
+    assert repeated(1.0).lr == repeated(None).lr == repeated(1.3).lr == pytest.approx(once.lr / 20**0.2, rel=0.05)
+    assert peak.lr < repeated(0.9).lr < repeated(1.0).lr
+    assert next_trial(BY_HEART, 0.001, 20, 800, Room(810, kept=800), epoch=40) == (0.0002, 800, 0)
+
+
+def test_the_own_rate_is_kept_if_only_caution_speaks_against_it() -> None:
+    assert repeated(1.0, own=0.0039).is_own and repeated(1.0, own=0.002).is_own
+    assert not repeated(0.1, own=0.0039).is_own and not repeated(0.1, own=0.016).is_own
+    assert repeated(0.1, own=0.0002).is_own

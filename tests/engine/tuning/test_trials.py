@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,6 @@ from redline.tuning.trials import (
     candidates_of,
     judge,
     outcomes_of,
-    part_of_data,
     trial_of,
 )
 
@@ -114,33 +114,36 @@ def test_parameter_groups_keep_their_ratios() -> None:
     assert decay["params"]["warmup_max_lr"][0] == 2 * decay["params"]["warmup_max_lr"][1]
 
 
-def search_of(steps: int) -> list[Trial]:
+def search_of(steps: int, carried: float | None = None) -> list[Trial]:
     """Trials of so many steps, of which the second is the best."""
-    losses = {0.004: 1.9, 0.016: 1.0, 0.064: 1.9}
+    fitted = None if carried is None else (2.0, 2.0 - 1.0 / carried)
     return [
-        trial_of(curve([2.0] * steps, [2.0, loss]), "WarmupDecayLR", lr, "", steps=steps) for lr, loss in losses.items()
+        trial_of(replace(curve([2.0] * steps, [2.0, loss]), fitted=fitted), "WarmupDecayLR", lr, "", steps=steps)
+        for lr, loss in {0.004: 1.9, 0.016: 1.0, 0.064: 1.9}.items()
     ]
 
 
 @pytest.mark.parametrize(
-    ("steps_per_epoch", "own", "length", "lr"),
+    ("epoch", "carried", "own", "lr", "why"),
     [
-        (400.0, 0.001, 40, 0.016),  # 5 epochs: nothing is hidden
-        (50.0, 0.001, 40, 0.004),  # 40 epochs, of which a trial shows one: nearly midway
-        (50.0, None, 40, 0.016),  # the config has no learning rate of its own
-        (50.0, 0.1, 40, 0.016),  # the own is higher, and never a reason to go up
-        (100.0, 0.001, 1000, 0.008),  # 20 epochs, of which a trial shows ten: half as near
-        (50.0, 0.001, 400, 0.016),  # trials repeat a part of the data as often as the training all
+        (400.0, 0.5, None, 0.016, ""),  # 5 epochs
+        (None, 0.5, None, 0.016, ""),
+        (50.0, 0.5, None, 0.0004, "50% of what it learned of its own batches was true of the validation data"),
+        (50.0, 1.0, None, 0.0077, "100% of what it learned"),
+        (50.0, None, None, 0.0077, "The training sees its data more often than these"),
+        (50.0, 0.5, 0.001, 0.0004, "50% of what it learned"),
+        (50.0, 1.0, 0.01, 0.01, "the config's own 0.01 is kept"),
     ],
 )
-def test_where_trials_hide_what_many_epochs_do_the_answer_is_nearer_to_the_own_rate(
-    steps_per_epoch: float, own: float | None, length: int, lr: float
+def test_a_training_that_sees_its_data_often_gets_a_lower_rate_than_its_trials(
+    epoch: float | None, carried: float | None, own: float | None, lr: float, why: str
 ) -> None:
-    settings = {"momentum": 0.0, "steps": 2000, "steps_per_epoch": steps_per_epoch}
-    answer = answer_of_search(search_of(length), own_lr=own, **settings)
+    search = search_of(40, carried)
+    answer = answer_of_search(search, own_lr=own, momentum=0.0, steps=2000, steps_per_epoch=epoch)
     assert isinstance(answer, Suggestion)
-    assert answer.cycle_max_lr == pytest.approx(lr, rel=0.15)
-    assert ("nearer" in answer.reasons["cycle_max_lr"]) == (lr < 0.016)
+    assert answer.cycle_max_lr == pytest.approx(lr, rel=0.1)
+    reason = answer.reasons["cycle_max_lr"]
+    assert why in reason and ("more often" in reason) == ("learned" in why or "more often" in why)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,29 @@ def test_what_differs_between_batches_is_in_a_trials_noise_and_not_in_that_of_it
     assert outcomes[3].paired == outcomes[3].noise, "there is no other of its length"
 
 
-def test_a_trial_repeats_no_fewer_than_four_batches() -> None:
-    parts = [part_of_data(steps, 2000, 45.0) for steps in (10, 40, 200, 1000, 2000)]
-    assert parts == [None, None, 4, 22, None]
+@pytest.mark.parametrize(
+    ("fitted", "steps", "carried"),
+    [
+        ((2.0, 1.0), 10, 0.5),
+        ((2.2, 1.5), 10, 1.0),  # that its own batches were harder at first is chance
+        ((1.8, 1.0), 10, 0.625),
+        ((2.0, 2.1), 10, 1.0),  # it learned nothing by heart
+        ((2.0, 1.0), 7, None),  # too few steps
+        (None, 10, None),
+    ],
+)
+def test_what_a_trial_carries_over_is_the_fall_of_the_validation_loss_by_that_on_its_own_batches(
+    fitted: tuple[float, float] | None, steps: int, carried: float | None
+) -> None:
+    run = replace(curve([2.0] * steps, [2.0, 1.5]), fitted=fitted)
+    found = outcomes_of([trial_of(run, "WarmupDecayLR", 0.1, "", steps=steps)])[0].carried
+    assert found == (None if carried is None else pytest.approx(carried))
+
+
+@pytest.mark.parametrize("add", [0.0, 1000.0])
+@pytest.mark.parametrize("times", [1.0, 1000.0])
+def test_neither_constants_nor_factors_change_what_is_carried_over(add: float, times: float) -> None:
+    run = curve([times * 2.0 + add] * 10, [times * 2.0 + add, times * 1.5 + add])
+    run = replace(run, fitted=(times * 1.9 + add, times * 1.1 + add))
+    found = outcomes_of([trial_of(run, "WarmupDecayLR", 0.1, "", steps=10)])[0].carried
+    assert found == pytest.approx(0.625)

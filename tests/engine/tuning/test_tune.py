@@ -25,7 +25,7 @@ from redline.tuning.api import Engines
 from redline.tuning.budget import Request
 from redline.tuning.report import summarize, write_tuning
 from redline.tuning.result import load_tuning, save_tuning
-from redline.tuning.trials import Trial, part_of_data
+from redline.tuning.trials import Trial
 from redline.tuning.tuner import empty_tuning
 from tests.distributed import run_ranks
 
@@ -270,22 +270,59 @@ def test_a_rise_on_the_way_ends_no_trial_and_a_loss_that_is_not_finite_does() ->
     assert second.diverged and len(second.curve.losses) < second.steps
 
 
-def test_trials_see_a_part_of_the_data_as_often_as_the_training_sees_all_of_it() -> None:
-    seen: list[float] = []
+def noisy_data(size: int, seed: int, signal: float = 4.0) -> tuple[Tensor, Tensor]:
+    """Mostly noise: a wide network learns a few samples of it by heart."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 20, generator=generator)
+    return x, signal * x.sum(1, keepdim=True) / 20 + torch.randn(size, 1, generator=generator)
+
+
+def test_a_training_that_learns_its_data_by_heart_gets_a_far_lower_rate() -> None:
+    def rate(size: int) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 1))
+        engine = make_engine(model, optimizer={"type": "Adam", "params": {"lr": 0.001}})
+        tuning = run(engine, data=noisy_data(size, 0), validation=noisy_data(500, 1), steps=800, budget=0.2)
+        assert isinstance(tuning.answer, Suggestion)
+        assert any("The training sees the data" in note for note in tuning.notes()) == (size == 64)
+        why = tuning.answer.reasons["cycle_max_lr"]
+        assert ("The training sees its data more often" in why) == (size == 64)
+        return tuning.answer.cycle_max_lr
+
+    assert rate(64) < rate(6400) / 20, "100 passes over 8 batches, and one over 800"
+
+
+def test_trials_of_many_epochs_measure_the_loss_on_the_batches_that_they_started_with() -> None:
+    measured: list[tuple[bool, int, float]] = []  # in training, samples, loss
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        if model.training:
-            seen.append(float(batch[0].sum()))
-        return nn.functional.mse_loss(model(batch[0]), batch[1])
+        found = nn.functional.mse_loss(model(batch[0]), batch[1])
+        measured.append((model.training, len(batch[0]), found.item()))
+        return found
 
-    tuning = run(loss=loss, data=make_data(1024), steps=4000, budget=0.5)  # 31 epochs
-    own = max(trial.steps for trial in tuning.search)
-    parts = [len(set(seen[at : at + own])) for at in range(len(seen) - own)]
-    part = part_of_data(own, 4000, 128)
-    assert part is not None and min(parts) <= part < own / 20
-    assert any("The training sees the data 31 times; trials saw a part" in note for note in tuning.notes())
-    few = next(note for note in run(steps=400).notes() if note.startswith("The training sees the data 25 times"))
-    assert "the longest trial 0." in few
+    engine = make_engine()
+    tuning = run(engine, loss=loss, validation=make_data(64), steps=400, budget=0.5)  # 25 epochs of 16 steps
+    fitted = [trial.curve.fitted for trial in tuning.search]
+    assert all((one is None) == (trial.curve.seed != 0 or trial.diverged) for one, trial in zip(fitted, tuning.search))
+    assert all(one is None for one in (curve.fitted for curve in tuning.test.curves))
+    assert len({one[0] for one in fitted if one is not None}) == 1, "all start with the same weights and batches"
+    own = [loss for training, size, loss in measured if not training and size == 8]  # validation batches have 64
+    assert [sum(own[:2]) / 2, sum(own[2:4]) / 2] == pytest.approx(fitted[0]), "of two steps, before and after"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"steps": 180},
+        {"validation": lambda model: float(next(model.parameters()).norm())},
+        {"validation": None},
+        {"budget": 0.1},
+    ],
+    ids=["few epochs", "a metric", "no validation", "little room"],
+)
+def test_else_they_do_not(other: dict[str, Any]) -> None:
+    tuning = run(**{"steps": 400, "budget": 0.5, **other})
+    assert tuning.search and all(trial.curve.fitted is None for trial in tuning.search)
 
 
 @pytest.mark.parametrize("validation", [None, make_data(64)], ids=["training loss", "validation loss"])
