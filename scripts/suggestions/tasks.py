@@ -125,14 +125,19 @@ def _regress(pair: Callable[[], Pair], network: Callable[[], nn.Module], **how: 
 
 
 def _write(
-    text: str, length: int, network: Callable[[], nn.Module], loss: Callable[..., Tensor] = next_byte
+    text: str,
+    length: int,
+    network: Callable[[], nn.Module],
+    loss: Callable[..., Tensor] = next_byte,
+    *,
+    few: int | None = None,
 ) -> Callable[[], Parts]:
-    """A task of text: windows of so many bytes, and the byte after them."""
+    """A task of text: windows of so many bytes, and the byte after them, of which training gets all, or a few."""
 
     def build() -> Parts:
         rows = data.windows(text, length + 1)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        return network(), TensorDataset(rows[order[200:]]), loss, TensorDataset(rows[order[:200]])
+        return network(), TensorDataset(rows[order[200:]][:few]), loss, TensorDataset(rows[order[:200]])
 
     return build
 
@@ -174,6 +179,9 @@ _DEVELOPMENT = (
     Task("noisy digits, residual CNN, Nesterov", "batch norm", NESTEROV, 32, 300,
          _classify(data.noisy_digits, lambda: residual_cnn(1, 10, 16, 2))),
     Task("400 lines, MLP, Adam", "overfits", ADAM, 32, 600, _classify(data.lines, lambda: text_mlp(128), few=400)),
+    Task("300 noisy digits, MLP, Adam", "overfits", ADAM, 32, 500,
+         _classify(data.noisy_digits, lambda: mlp(64, 128, 10), few=300)),
+    Task("800 lines, MLP, SGD", "overfits", SGD, 32, 600, _classify(data.lines, lambda: text_mlp(64), few=800)),
     Task("places, CNN, AdamW, bf16", "bf16", ADAMW, 32, 300,
          _classify(data.places, lambda: cnn(3, 8, 16, norm=False)),
          config={"bf16": {"enabled": True}, "gradient_accumulation_steps": 4}),
@@ -206,6 +214,8 @@ _HELD_OUT = (
          _classify(data.places, lambda: residual_cnn(3, 16, 16, 3))),
     Task("300 functions, MLP, AdamW", "overfits", ADAMW, 25, 864,
          _classify(data.documented, lambda: mlp(30, 256, 256, 2), few=300)),
+    Task("128 windows of network code, pretrained GPT", "overfits", FINE_TUNE, 16, 480,
+         _write("network code", 32, _reader("sources", _WIDE_GPT), few=128)),
     Task("network code, GPT, bf16", "bf16", GPT_ADAMW, 16, 150, _write("network code", 32, _GPT),
          config={"bf16": {"enabled": True}, "gradient_accumulation_steps": 2}),
 )  # fmt: skip
