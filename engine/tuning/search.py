@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Outcome", "Peak", "Room", "divide_search", "find_peak", "next_trial", "spread_of"]
+__all__ = ["Outcome", "Peak", "Room", "divide_search", "find_peak", "next_trial", "repeated", "spread_of"]
 
 LEAST_STEPS = 10  # of the first trials, if longer ones are to follow: the order of shorter ones says too little
 MOST_TRIALS = 8  # of one length
@@ -135,7 +135,7 @@ def next_trial(
         best = min(made, key=lambda one: one.loss)
         # A longer training likes lower rates more often than higher ones, but where nothing higher was tried.
         upwards, factor = len(made) > 1 and best is made[-1], NARROW
-        first = best.lr * _shift(steps, longer, momentum) * _repeated(best, longer, epoch)
+        first = best.lr * _shift(steps, longer, momentum) * repeated(best, longer, epoch)
         steps = longer
     # The same again with the data in another order, the best one first.
     again = {one.lr for one in trials if one.steps == steps and one.seed}
@@ -227,7 +227,7 @@ def _shift(steps: int, longer: int, momentum: float) -> float:
     return built_up(steps) / built_up(longer) / math.pow(max(1.0, longer / steps / REACH), LONGER)
 
 
-def _repeated(best: Outcome, longer: int, epoch: float | None, caution: float = CAUTION) -> float:
+def repeated(best: Outcome, longer: int, epoch: float | None, caution: float = CAUTION) -> float:
     """By which factor the best peak differs in a longer training, which sees its data more often; 1 without `epoch`."""
     if epoch is None:
         return 1.0
@@ -282,13 +282,13 @@ def find_peak(
     unseen = best is made[-1] and len(sound) > 1 and len(lengths) == 1
     if unseen:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
-    repeated = _repeated(best, planned, epoch)
+    factor = repeated(best, planned, epoch)
     if own is not None:
         # Above the best one no rate is as good as that, but for the own: it needs a reason to be left. Caution is none.
-        highest = best.lr * _repeated(best, planned, epoch, caution=0.0)
-        if lr * repeated <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
+        highest = best.lr * repeated(best, planned, epoch, caution=0.0)
+        if lr * factor <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
             return Peak(own, best.lr, low, steps, True)
-    return Peak(_round2(lr * repeated), best.lr, low, steps, repeated=repeated < 1, unseen=unseen)
+    return Peak(_round2(lr * factor), best.lr, low, steps, repeated=factor < 1, unseen=unseen)
 
 
 def _is_tied(own: float, best: Outcome, sound: Sequence[Outcome]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
 from redline.range_test.suggest import Refusal, Suggestion, cycle_at
-from redline.tuning.search import NOISES, Outcome, Peak, find_peak, spread_of
+from redline.tuning.search import NOISES, Outcome, Peak, find_peak, repeated, spread_of
 
 __all__ = [
     "SCHEDULES",
@@ -26,6 +26,7 @@ __all__ = [
     "candidates_of",
     "judge",
     "outcomes_of",
+    "raised",
     "trial_of",
 ]
 
@@ -335,6 +336,13 @@ def candidates_of(suggestion: Suggestion, own_lr: float | None, schedules: Seque
     if own_lr is not None:
         found.append(Candidate("own", own_lr, "The config's own schedule and learning rate.", suggestion))
     return found
+
+
+def raised(search: Sequence[Trial], steps: int, planned: int, steps_per_epoch: float | None) -> float:
+    """By which factor a trial of `steps` has higher learning rates than its candidate, to learn as much by heart."""
+    outcomes = outcomes_of(search)
+    best = min(outcomes, key=lambda one: (not math.isfinite(one.loss), -one.steps, one.loss))
+    return 1 / repeated(best._replace(steps=steps), planned, epoch_of(planned, steps_per_epoch), caution=0.0)
 
 
 class Verdict(NamedTuple):

@@ -47,6 +47,7 @@ from redline.tuning.trials import (
     candidates_of,
     epoch_of,
     outcomes_of,
+    raised,
     trial_of,
 )
 
@@ -111,15 +112,15 @@ def _params(engine: Engine, section: str) -> dict[str, Any]:
 
 
 class Stretched(Schedule):
-    """A schedule in fewer steps: step k has the learning rate of the original's step k times `ratio`."""
+    """A schedule in fewer steps: step k has `higher` times the learning rate of the original's step k times `ratio`."""
 
-    def __init__(self, optimizer: Optimizer, original: Schedule, ratio: float) -> None:
+    def __init__(self, optimizer: Optimizer, original: Schedule, ratio: float, higher: float) -> None:
         super().__init__(optimizer)
-        self._original, self._ratio = original, ratio
+        self._original, self._ratio, self._higher = original, ratio, higher
         self._write(self._lrs(0))
 
     def _lrs(self, k: int) -> list[Rate]:
-        return self._original._lrs(round(k * self._ratio))
+        return [lr * self._higher for lr in self._original._lrs(round(k * self._ratio))]
 
 
 class Tuner:
@@ -294,8 +295,9 @@ class Tuner:
         elif count < len(candidates):
             names = ", ".join(candidate.name for candidate in candidates[count:])
             self._learn(left_out=f"There was no room for trials of {names}.")
+        higher = raised(self.known.search, steps, self.known.steps, self.known.steps_per_epoch) if count else 1.0
         for candidate in candidates[:count]:
-            curve = self._run(self._schedule_trial(candidate, steps))
+            curve = self._run(self._schedule_trial(candidate, steps, higher))
             trial = trial_of(curve, candidate.schedule, candidate.lr, candidate.why, steps=steps)
             self._learn(trials=trial)
 
@@ -354,21 +356,23 @@ class Tuner:
 
         return Run(name, "decay", schedule, steps, validations=1, seed=seed, fits=self._fits)
 
-    def _schedule_trial(self, candidate: Candidate, steps: int) -> Run:
+    def _schedule_trial(self, candidate: Candidate, steps: int, higher: float) -> Run:
+        """A trial of `steps`, with learning rates that are `higher` by that factor."""
         engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1)
         if candidate.schedule == "own":
             own, ratio = self._own_schedule, self.known.steps / steps
             if own is None or isinstance(own, LRRangeTest):
-                held = self._range_test(candidate.lr, 1, 0.0)
+                held = self._range_test(candidate.lr * higher, 1, 0.0)
                 return make(candidate.name, "fixed", held)
-            return make(candidate.name, "decay", lambda optimizer: Stretched(optimizer, own, ratio))
-        section, _ = candidate.section(steps, self.known.test.group_ratios)
+            return make(candidate.name, "decay", lambda optimizer: Stretched(optimizer, own, ratio, higher))
+        lr = candidate.lr * higher
+        section, _ = replace(candidate, lr=lr).section(steps, self.known.test.group_ratios)
         # Read from a config, as training will read it, "redline.schedules" included.
         config = load_config({**engine.config.document(), "scheduler": section}, world_size=engine.world_size)
 
         def schedule(optimizer: Optimizer) -> Schedule:
-            for group, lr in zip(optimizer.param_groups, self._scaled(candidate.lr)):
-                fill(group, lr)  # which a cosine multiplies
+            for group, each in zip(optimizer.param_groups, self._scaled(lr)):
+                fill(group, each)  # which a cosine multiplies
             built = build_schedule(config, optimizer)
             assert isinstance(built, Schedule)
             return built

@@ -292,6 +292,26 @@ def test_a_training_that_learns_its_data_by_heart_gets_a_far_lower_rate() -> Non
     assert rate(64) < rate(6400) / 20, "100 passes over 8 batches, and one over 800"
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [None, {"type": "WarmupLR", "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 80, "warmup_type": "linear"}}],
+    ids=["held", "warm-up"],
+)
+def test_schedule_trials_of_a_training_that_learns_by_heart_learn_as_much_by_heart(scheduler: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 1))
+    config = {} if scheduler is None else {"scheduler": scheduler}
+    engine = make_engine(model, optimizer={"type": "Adam", "params": {"lr": 0.001}}, **config)
+    tuning = run(engine, data=noisy_data(64, 0), validation=noisy_data(500, 1), steps=800, budget=1)
+    higher = [max(trial.curve.lrs) / trial.lr for trial in tuning.trials]
+    steps = tuning.trials[0].steps
+    assert {trial.schedule for trial in tuning.trials} == {"WarmupDecayLR", "OneCycle", "own"}
+    assert higher == pytest.approx([800 / steps] * 3, rel=0.1), "passes of the training by those of a trial"
+    assert any(f"The schedule trials had {800 / steps:.3g} times the learning rates" in note for note in tuning.notes())
+    assert tuning.winner is not None and tuning.winner.schedule != "own"
+    assert max(trial.lr for trial in tuning.trials) == 0.001, "which the record does not say of them"
+
+
 def test_trials_of_many_epochs_measure_the_loss_on_the_batches_that_they_started_with() -> None:
     measured: list[tuple[bool, int, float]] = []  # in training, samples, loss
 
