@@ -112,13 +112,23 @@ def test_it_looks_for_the_browsers_that_the_tests_use() -> None:
     assert f"for name in {' '.join(NAMES)}; do" in (ROOT / "scripts" / "test").read_text()
 
 
-def test_peers_runs_the_frameworks_in_an_environment_of_their_own(checkout: Checkout) -> None:
+@pytest.mark.parametrize("arguments", [("--peers", "-k", "lora"), ("-k", "lora", "--peers")])
+def test_peers_runs_the_frameworks_in_an_environment_of_their_own(
+    checkout: Checkout, arguments: tuple[str, ...]
+) -> None:
     checkout.write(".venv-peers/bin/python", 'printf "%s\\n" "$@" "$PYTHONPATH"')
     checkout.write("scripts/setup", 'echo "$@" > installed')
-    *given, path = checkout.run("--peers", "-k", "lora")[0]
+    *given, path = checkout.run(*arguments)[0]
     assert given[-3:] == ["-k", "lora", "tests/peers"]
     assert path == str(checkout.folder / "engine" / "compat")
     assert (checkout.folder / "installed").read_text() == "peers\n"
+
+
+def test_another_torch_has_an_environment_of_its_own(checkout: Checkout) -> None:
+    checkout.write(".venv-torch-2.9.1/bin/python", 'printf "%s\\n" "$@"')
+    checkout.write("scripts/setup", 'echo "$TORCH $@" > installed')
+    assert checkout.run("-x", "--torch", "2.9.1")[0][-4:] == ["-x", "tests", "--pyargs", "redline"]
+    assert (checkout.folder / "installed").read_text() == "2.9.1 dev\n"
 
 
 def test_the_other_tests_leave_the_frameworks_out(pytestconfig: pytest.Config) -> None:
