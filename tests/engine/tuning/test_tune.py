@@ -553,8 +553,8 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
 # -- several processes ---------------------------------------------------------------------------------------
 
 
-def tune_on_ranks() -> tuple[list[str], bool, list[Trial], list[float], str, int]:
-    tuning = run(seeds=2, steps=4000)
+def tune_on_ranks(stage: int) -> tuple[list[str], bool, list[Trial], list[float], str, int]:
+    tuning = run(make_engine(zero_optimization={"stage": stage}), seeds=2, steps=4000)
     torch.distributed.destroy_process_group()
     assert tuning.winner is not None
     losses = [trial.loss for trial in tuning.trials]
@@ -562,7 +562,9 @@ def tune_on_ranks() -> tuple[list[str], bool, list[Trial], list[float], str, int
     return names(tuning), one == other, list(tuning.search), losses, tuning.winner.schedule, tuning.spent
 
 
-def test_two_ranks_come_to_the_same_answer_and_other_seeds_have_the_data_in_another_order() -> None:
-    first, second = run_ranks(tune_on_ranks, 2)
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.long)])
+def test_two_ranks_come_to_the_same_answer_and_other_seeds_have_the_data_in_another_order(stage: int) -> None:
+    first, second = run_ranks(tune_on_ranks, 2, stage)
     assert first == second
     assert first[:2] == (["sweep", "sweep, seed 1"], False)
+    assert any(trial.curve.fitted is not None for trial in first[2])
