@@ -133,7 +133,8 @@ class Tuning:
         if self.search and self.steps_per_epoch is not None:
             longest = max(trial.steps for trial in (*self.search, *self.trials))
             yield from notes_on_epochs(self.steps, longest, self.steps_per_epoch)
-        higher = max((max(trial.curve.lrs) / trial.lr for trial in self.trials), default=1.0)
+        tried = [trial for trial in self.trials if trial.schedule != "own"]
+        higher = max((max(trial.curve.lrs) / trial.lr for trial in tried), default=1.0)
         if higher > 1.01:
             yield (
                 f"The schedule trials had {higher:.3g} times the learning rates of the training, since they see the "

@@ -284,7 +284,7 @@ def find_peak(
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
     factor = repeated(best, planned, epoch)
     if own is not None:
-        # Above the best one no rate is as good as that, but for the own: it needs a reason to be left. Caution is none.
+        # Above the best one no rate is as good as that, but for the own: it needs a reason to be left, not caution.
         highest = best.lr * repeated(best, planned, epoch, caution=0.0)
         if lr * factor <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
             return Peak(own, best.lr, low, steps, True)

@@ -50,7 +50,7 @@ FAIR_SHARE = 0.05  # of the planned steps: in a shorter trial a held learning ra
 FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
 MANY_EPOCHS = 12.0  # ... and one that sees it so often likes lower learning rates than its trials, or much lower ones
 LEAST_FITTED = 8  # steps of a trial that tells which: in fewer ones every model learns its own batches only ...
-LEAST_FITTING = 44  # ... and of a search that has room for such trials
+LEAST_FITTING = 44  # ... and of a search that has room for four such trials and their validations
 
 
 @dataclass(frozen=True, slots=True)
