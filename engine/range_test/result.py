@@ -237,8 +237,9 @@ class RangeTestResult:
             raise RangeTestError(f"{path}: not a record of a range test ({reason})") from error
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but `beta`, and the suggestion, as plain values."""
-        fields: dict[str, Any] = _RESULT.dump_python(self, mode="json", exclude={"beta"})
+        """All fields but `beta` and what only trials measure, and the suggestion, as plain values."""
+        left_out: dict[str, Any] = {"beta": True, "curves": {"__all__": {"fitted"}}}
+        fields: dict[str, Any] = _RESULT.dump_python(self, mode="json", exclude=left_out)
         return fields | {"suggestion": asdict(self.suggestion)}
 
     @classmethod
