@@ -271,10 +271,11 @@ def address_towards(host: str) -> str | None:
 
 
 def _answers(address: str, port: int) -> bool:
+    """Whether a rank's port is open, as far as is known: a full backlog, a firewall, a lost host tell nothing of it."""
     try:
         socket.create_connection((address, port), timeout=0.5).close()
     except OSError as error:
-        return isinstance(error, TimeoutError)  # a full backlog, or a firewall: not known
+        return not isinstance(error, ConnectionError)
     return True
 
 

@@ -6,9 +6,11 @@ their time is waiting. Those in which the others find out by waiting are long.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from redline import initialize
+from redline.distributed import failure
 from redline.distributed.failure import explains_failures, name_ranks
 from tests.distributed import run_ranks
 
@@ -270,3 +273,22 @@ def test_the_others_name_the_rank_that_is_lost_wherever_it_was(size: int) -> Non
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+        (TimeoutError("timed out"), True),
+        (OSError(errno.EHOSTUNREACH, "no route to host"), True),
+    ],
+)
+def test_only_a_refusal_says_that_one_rank_of_a_host_has_ended(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, answers: bool
+) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert failure._answers("10.0.0.1", 1234) is answers
