@@ -42,8 +42,8 @@ UNSEEN = 0.5
 # training that overfits falls as their number grows: for 46 epochs it is 46 times below that of a trial of one. A trial
 # shows it: of how far the loss on its own batches fell, this part or more is missing in the validation loss. On
 # tasks of 16 to 100 epochs it is 0.3 to 1 where the training overfits, and -0.1 to 0.2 where it does not. For a smaller
-# part the peak falls by a power in proportion, to which caution adds. At a budget of a tenth, two tasks that overfit go from 71 and 54%
-# above the best of the grid to 3 and 0%.
+# part the peak falls by a power in proportion, to which caution adds. At a budget of a tenth, two tasks that overfit go
+# from 71 and 54% above the best of the grid to 3 and 0%.
 BY_HEART = 0.3
 CAUTION = 0.2  # the power without any sign of it: some trainings overfit only after many more epochs than a trial has
 # A rise above the best of the first trials that is less than this part of the one below it is none to stop at. At a
