@@ -140,8 +140,8 @@ def range_test(options: argparse.Namespace) -> int:
 @command(
     *_task_arguments("tune"),
     arg("--steps", type=positive, required=True, metavar="N", help="optimizer steps of the training you plan"),
-    arg("--budget", type=float, default=0.1, metavar="B",
-        help="steps that it may take, in multiples of N (default: 0.1)"),
+    arg("--budget", type=float, metavar="B",
+        help="steps that it may take, in multiples of N (default: 0.1; of a short training 100 steps, or half)"),
     arg("--max-updates", type=positive, metavar="N", help="the same in steps (default: 1000 for a budget below 0.5)"),
     arg("--schedules", type=_names, default=["linear", "onecycle"], metavar="S,S,...",
         help="schedules to try: linear, onecycle, cosine, wsd (default: linear,onecycle)"),

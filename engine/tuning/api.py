@@ -38,7 +38,7 @@ def tune(
     steps: int,
     validation: Any = None,
     mode: Mode = "min",
-    budget: float = 0.1,
+    budget: float | None = None,
     max_updates: int | None = None,
     seeds: int = 1,
     batch_sizes: Sequence[int] | None = None,
@@ -65,7 +65,8 @@ def tune(
         validation: Data whose loss decides between trials, or a function ``metric(model)`` returning a number; None for
             the training loss.
         mode: Whether a lower ("min") or a higher metric is better ("max"): then its negative is recorded.
-        budget: Steps that the tuning may take, as a multiple of the planned ones; validations count, too.
+        budget: Steps that the tuning may take, as a multiple of the planned ones; validations count, too. None for a
+            tenth, and at least for 100 steps, but of a training of fewer than 200 for half.
         max_updates: The same as a number; None for 1,000, or from half a training on for no limit.
         seeds: Repetitions of the tests. On a live engine a seed changes the order of the data and dropout, not the
             initial weights; `redline tune` builds a new model for each.

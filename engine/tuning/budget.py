@@ -22,6 +22,9 @@ from redline.tuning.trials import SCHEDULES
 __all__ = ["Budget", "Plan", "Request", "cost_of", "divide_trials", "make_plan"]
 
 # Every constant by which the budget is divided.
+DEFAULT = 0.1  # of the training ...
+LEAST_DEFAULT = 100  # ... and at least as many steps as the range tests of other tools take, which a search needs ...
+MOST_DEFAULT = 0.5  # ... but of a short training no more than half
 MAX_STEPS = 1000  # of a tuning, unless more is asked for: 2% of a training of 50,000 ...
 ASKED_FOR = 0.5  # ... as a budget of half a training does
 MOST_BUDGET = 10.0
@@ -47,7 +50,7 @@ class Request:
     """
 
     steps: int
-    budget: float = 0.1
+    budget: float | None = None
     max_updates: int | None = None
     seeds: int = 1
     batch_sizes: Sequence[int] | None = None
@@ -61,7 +64,7 @@ class Request:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RangeTestError(f"{name}: got {value!r}; expected an integer >= 1")
-        if not 0 < self.budget <= MOST_BUDGET:
+        if not 0 < self.share <= MOST_BUDGET:
             raise RangeTestError(
                 f"budget: got {self.budget!r}; expected a multiple of the planned steps, such as 0.1 or 2, above 0 and "
                 f"at most {MOST_BUDGET:g}"
@@ -72,20 +75,32 @@ class Request:
         self.total()  # too small a budget is refused before anything is built
 
     @property
+    def allowed(self) -> float:
+        """Steps that the budget allows."""
+        if self.budget is not None:
+            return self.budget * self.steps
+        return max(DEFAULT * self.steps, min(MOST_DEFAULT * self.steps, LEAST_DEFAULT))
+
+    @property
+    def share(self) -> float:
+        """The same as a multiple of the planned steps."""
+        return self.allowed / self.steps if self.budget is None else self.budget
+
+    @property
     def settings(self) -> list[tuple[str, float]]:
         """The optimizer settings to compare, one by one."""
         return [(name, float(value)) for name, values in (self.sweep or {}).items() for value in values]
 
     def total(self) -> int:
         """Steps that the tuning may take; refused if they are too few."""
-        most = self.max_updates or (MAX_STEPS if self.budget < ASKED_FOR else math.inf)
-        total = min(math.floor(self.budget * self.steps), most)
+        most = self.max_updates or (MAX_STEPS if self.share < ASKED_FOR else math.inf)
+        total = min(math.floor(self.allowed), most)
         if total < LEAST_TOTAL:
-            given = f"budget: {self.budget:g} of {self.steps} steps is {total}"
+            given = f"budget: {self.share:g} of {self.steps} steps is {total}"
             given = f"max_updates: got {most}" if most < LEAST_TOTAL else given
             raise RangeTestError(
                 f"{given}, and a search takes {LEAST_TOTAL} at least; plan at least "
-                f"{math.ceil(LEAST_TOTAL / self.budget)} steps, allow more of them, or train at two or three learning "
+                f"{math.ceil(LEAST_TOTAL / self.share)} steps, allow more of them, or train at two or three learning "
                 "rates in full, which costs little for so short a training"
             )
         return int(total)

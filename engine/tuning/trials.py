@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import pstdev
 from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
@@ -50,7 +49,7 @@ FAIR_SHARE = 0.05  # of the planned steps: in a shorter trial a held learning ra
 FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
 MANY_EPOCHS = 12.0  # ... and one that sees it so often likes lower learning rates than its trials, or much lower ones
 LEAST_FITTED = 8  # steps of a trial that tells which: in fewer ones every model learns its own batches only ...
-LEAST_FITTING = 44  # ... and of a search that has room for four such trials and their validations
+LEAST_FITTING = 36  # ... and of a search that has room for four such trials, or nearly so, and their validations
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,8 @@ def answer_of_search(
     best = min(search, key=lambda each: (each.diverged, each.steps != longest, each.loss))
     fall, noise = _fall_of(best), _least_fall(best, outcomes)
     if fall <= 0:
-        rises = best.lr == low and -fall > pstdev(best.curve.taken().losses)
+        losses = best.curve.taken().losses
+        rises = best.lr == low and min(losses[len(losses) // 2 :]) > losses[0]
         return Refusal(
             f"Of {what}, even the best ended {abs(fall):.2g} above the loss of the initial weights.",
             start_lower if rises else _remedy(best),

@@ -75,7 +75,7 @@ def empty_tuning(engine: Engine, request: Request) -> Tuning:
     return Tuning(
         test=RangeTestResult.of(engine, [], train_steps=request.steps, group_ratios=lr_ratios(lrs)),
         steps=request.steps,
-        budget=request.budget,
+        budget=request.share,
         micro_batch=engine.train_micro_batch_size_per_gpu(),
         own_lr=_own_lr(engine, lrs[0]),
         # Only the heavy ball's: Adam corrects for its start.

@@ -14,17 +14,17 @@ from suggestions.grid import HOPELESS, train, untrained, worth_repeating
 from suggestions.tasks import Task
 from suggestions.work import Cache, Job, Workers
 
-__all__ = ["BUDGETS", "METHODS", "OWN", "collect", "measure", "redline"]
+__all__ = ["BUDGETS", "DEFAULT", "METHODS", "OWN", "collect", "measure", "redline"]
 
 BUDGETS = (0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
-OWN = "config's own"
+OWN, DEFAULT = "config's own", "Redline (its default)"
 
 
 def redline(budget: float) -> str:
     return f"Redline, {budget:.0%}"
 
 
-_OURS = {redline(budget): budget for budget in BUDGETS}
+_OURS = {DEFAULT: None, **{redline(budget): budget for budget in BUDGETS}}
 _PEER_OF = {method: peer for peer, methods in peers.METHODS.items() for method in methods}
 METHODS = (OWN, *_OURS, *_PEER_OF, *rivals.RIVALS)
 

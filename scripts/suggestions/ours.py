@@ -43,14 +43,17 @@ def engine_config(task: Task, seed: int, max_lr: float | None = None) -> dict[st
     return config
 
 
-def suggest(name: str, seed: int, budget: float) -> dict[str, Any]:
-    """The learning rate (None for a refusal), and what it cost: steps, and seconds of the processor."""
+def suggest(name: str, seed: int, budget: float | None) -> dict[str, Any]:
+    """The learning rate (None for a refusal), and what it cost: steps, and seconds of the processor.
+
+    `budget` is None for the default.
+    """
     logging.getLogger("redline").setLevel(logging.ERROR)
     task = task_of(name)
     torch.manual_seed(seed)
     model, data, loss, validation = task.build()
     engine = initialize(model, engine_config(task, seed), device="cpu")
-    most = max(1000, round(budget * task.steps))  # the default cap is below the larger budgets
+    most = None if budget is None else max(1000, round(budget * task.steps))  # the cap is below the larger budgets
     began = time.process_time()
     try:
         tuning = tune(

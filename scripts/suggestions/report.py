@@ -13,7 +13,6 @@ from suggestions.judge import BUDGETS, OWN, redline
 __all__ = ["BEGIN", "END", "block", "draw", "draw_budgets", "excess", "renew", "tables", "worse_than_own"]
 
 BEGIN, END = "<!-- scripts/quality: begin -->", "<!-- scripts/quality: end -->"
-OURS = redline(0.1)
 FLOOR = 1e-3  # the pictures' edge: better than that is drawn there
 BLUE, RED, GRAY = "#0072B2", "#C8102E", "#999999"
 

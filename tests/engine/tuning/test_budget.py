@@ -81,6 +81,13 @@ def test_from_half_a_training_on_there_is_no_limit() -> None:
     assert plan_of(4000, budget=5.0, max_updates=500).total == 500
 
 
+def test_by_default_a_short_training_is_tuned_with_100_steps_or_half_of_its_own() -> None:
+    totals = {steps: plan_of(steps, budget=None).total for steps in (24, 199, 200, 357, 999, 1010, 4000, 50_000)}
+    assert totals == {24: 12, 199: 99, 200: 100, 357: 100, 999: 100, 1010: 101, 4000: 400, 50_000: 1000}
+    with pytest.raises(RangeTestError, match=r"0\.5 of 23 steps is 11, and a search takes 12 .* at least 24 steps"):
+        plan_of(23, budget=None)
+
+
 def test_a_long_training_is_tuned_with_two_percent_of_its_steps() -> None:
     plan = plan_of(50_000)
     assert (plan.total, plan.left_out) == (1000, ())

@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "100"], "a search takes 12 at least"),
+        (["--steps", "20"], "a search takes 12 at least"),
         (["--steps", "4000", "--budget", "11"], "budget: got 11.0; expected a multiple"),
         (["--steps", "4000", "--config", "nowhere.json"], "nowhere.json"),
         (["--steps", "4000", "--out", "task.py"], "task.py: File exists"),

@@ -170,7 +170,7 @@ def test_a_parameter_group_with_learning_rate_0_keeps_it_and_gets_no_cycle(tmp_p
 
 @pytest.mark.parametrize("steps", [120, 1000, 2990])
 def test_the_budget_is_never_exceeded_and_every_step_is_counted(steps: int) -> None:
-    tuning = run(steps=steps)
+    tuning = run(steps=steps, budget=0.1)
     curves = [*tuning.test.curves, *(trial.curve for trial in (*tuning.search, *tuning.trials))]
     assert sum(len(curve.losses) for curve in curves) == tuning.updates == tuning.spent - tuning.validation_cost
     assert 0 < tuning.validation_cost <= 0.3 * tuning.spent and tuning.spent <= steps / 10
@@ -336,7 +336,7 @@ def test_trials_of_many_epochs_measure_the_loss_on_the_batches_that_they_started
         {"steps": 180},
         {"validation": lambda model: float(next(model.parameters()).norm())},
         {"validation": None},
-        {"budget": 0.1},
+        {"budget": 0.08},
     ],
     ids=["few epochs", "a metric", "no validation", "little room"],
 )
@@ -465,12 +465,13 @@ def test_fixed_learning_rates_for_the_scripts_own_groups_are_named() -> None:
     assert f"learning rates {fixed.lr:g}, {0.1 * fixed.lr:.6g}, in this order" in how["to_do"]
 
 
-def test_where_every_rate_that_was_tried_is_too_high_the_remedy_is_a_lower_one() -> None:
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_where_every_rate_that_was_tried_is_too_high_the_remedy_is_a_lower_one(budget: float) -> None:
     x = 30 * torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
     data = TensorDataset(x, x.sum(1, keepdim=True))
     config = {"train_batch_size": 16, "gradient_clipping": 0, "optimizer": {"type": "SGD", "params": {"lr": 10.0}}}
     engine = initialize(nn.Linear(4, 1), config, device="cpu")
-    tuning = tune(engine, data, nn.MSELoss(), steps=300, validation=data, progress=False)
+    tuning = tune(engine, data, nn.MSELoss(), steps=300, budget=budget, validation=data, progress=False)
     assert tuning.refusal is not None and "above the loss of the initial weights" in tuning.refusal.reason
     assert tuning.refusal.remedy.startswith("Start lower")
 
@@ -483,7 +484,7 @@ def test_where_every_rate_that_was_tried_is_too_high_the_remedy_is_a_lower_one()
     [
         (make_engine, {"steps": 0}, "steps: got 0; expected an integer >= 1"),
         (make_engine, {"seeds": 1.5}, "seeds: got 1.5"),
-        (make_engine, {"steps": 100}, "a search takes 12 at least"),
+        (make_engine, {"steps": 20}, "a search takes 12 at least"),
         (make_engine, {"budget": 0}, "budget: got 0; expected a multiple of the planned steps"),
         (make_engine, {"budget": float("nan")}, "budget: got nan"),
         (make_engine, {"batch_sizes": [12]}, "got 12; expected a multiple of 8, the micro-batch of 8 on 1 rank"),
