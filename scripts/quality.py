@@ -2,7 +2,8 @@
 
 For each task and seed, the engine trains with a method's suggestion as the peak of a linear decay, and the final
 validation loss is compared with that of the best of the grid. Methods: the config's own learning rate, Redline by
-default and with budgets from 2% to 300% of the training, torch-lr-finder, Lightning, fastai, and two optimizers that need none.
+default and with budgets from 2% to 300% of the training, torch-lr-finder, Lightning, fastai, and two optimizers that
+need none.
 
     scripts/quality --out out                        all tasks, methods and seeds: some hours on two cores
     scripts/quality --out out --tasks digits         some tasks
