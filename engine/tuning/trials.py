@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
 from redline.range_test.suggest import Refusal, Suggestion, cycle_at
-from redline.tuning.search import NOISES, Outcome, Peak, find_peak, repeated, spread_of
+from redline.tuning.search import NOISES, Outcome, Peak, find_peak, lengthened, spread_of
 
 __all__ = [
     "SCHEDULES",
@@ -342,7 +342,7 @@ def raised(search: Sequence[Trial], steps: int, planned: int, steps_per_epoch: f
     """By which factor a trial of `steps` has higher learning rates than its candidate, to learn as much by heart."""
     outcomes = outcomes_of(search)
     best = min(outcomes, key=lambda one: (not math.isfinite(one.loss), -one.steps, one.loss))
-    return 1 / repeated(best._replace(steps=steps), planned, epoch_of(planned, steps_per_epoch), caution=0.0)
+    return 1 / lengthened(best._replace(steps=steps), planned, epoch_of(planned, steps_per_epoch), power=0.0)
 
 
 class Verdict(NamedTuple):
