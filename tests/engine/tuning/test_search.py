@@ -22,6 +22,7 @@ from redline.tuning.search import (
 )
 
 PLANNED = 1000
+FALL = 20**-0.2  # of the peak in a training of 20 times the steps of a trial, or more
 
 
 def search(loss: Callable[[float], float], first: float) -> list[Outcome]:
@@ -62,7 +63,7 @@ def found(trials: list[Outcome], **more: float) -> Peak:
 def test_it_finds_a_peak_that_is_two_decades_away_up_or_down(best: float, away: float) -> None:
     trials = search(bowl(10**best), 10 ** (best + away))
     assert trials[0].lr == pytest.approx(10 ** (best + away), rel=0.01), "the own rate is always tried"
-    assert abs(math.log10(found(trials).lr) - best) < 0.3
+    assert abs(math.log10(found(trials).best) - best) < 0.3
     lengths = {one.steps for one in trials}
     assert len(lengths) == 2
     assert max(len({one.lr for one in trials if one.steps == steps}) for steps in lengths) <= MOST_TRIALS
@@ -130,7 +131,7 @@ def test_constants_added_to_losses_and_factors_on_them_change_nothing(factor: fl
 
 def test_a_tie_within_noise_is_no_cliff_and_gets_the_lower_end() -> None:
     quiet, noisy = (found([one._replace(paired=noise) for one in TRIALS]) for noise in (0.0, 0.1))
-    assert 0.1 < quiet.lr <= 0.16 and 0.05 < noisy.lr < 0.07 and 0.03 < noisy.low < 0.04
+    assert 0.1 < quiet.lr / FALL <= 0.16 and 0.05 < noisy.lr / FALL < 0.07 and 0.03 < noisy.low < 0.04
     # One that is worse by less than the noise, above the best, lowers nothing.
     noisy_trials = [one._replace(paired=0.01) for one in TRIALS]
     tied = [one._replace(loss=0.425) if one.lr == 0.64 else one for one in noisy_trials]
@@ -139,9 +140,10 @@ def test_a_tie_within_noise_is_no_cliff_and_gets_the_lower_end() -> None:
 
 def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tried() -> None:
     edge = [one._replace(loss=loss) for one, loss in zip(TRIALS, (0.8, 0.7, 0.6, 0.5))]  # as far as a budget went
-    assert found(edge).lr == pytest.approx(0.64 / 2, rel=0.1) and found(edge).best == 0.64
-    assert found([*edge, TRIALS[-1]]).lr == pytest.approx(0.64, rel=0.1), "the next one has diverged: it is between"
-    assert found(edge[:1]).lr == 0.01, "of one alone"
+    assert found(edge).lr == pytest.approx(0.64 / 2 * FALL, rel=0.1) and found(edge).best == 0.64
+    assert found([*edge, TRIALS[-1]]).lr == pytest.approx(0.64 * FALL, rel=0.1), "the next one has diverged: it is between"
+    assert found(edge[:1]).lr == pytest.approx(0.01 * FALL, rel=0.01), "of one alone"
+    assert found(edge[:1], own=0.01).is_own, "only the length of the training speaks against it"
 
 
 @pytest.mark.parametrize("own", [0.16, 0.14])
@@ -158,6 +160,17 @@ def test_an_own_rate_above_the_best_one_is_kept_if_its_loss_is_as_low_within_noi
     assert found(tied, own=0.6400123).lr == 0.6400123, "it is tried to three digits"
     assert not found(tied, own=0.5).is_own, "it was not tried"
     assert not found([one._replace(noise=0.01) for one in tied], own=0.64).is_own
+
+
+def test_the_longer_the_training_the_lower_the_peak() -> None:
+    def of(steps: int, planned: int) -> float:
+        peak = find_peak([one._replace(steps=steps) for one in TRIALS], planned)
+        assert peak is not None
+        return peak.lr
+
+    assert of(10, 20) == pytest.approx(of(9, 90) / 2**0.2, rel=0.05)
+    assert of(10, 200) == of(10, 20_000) == pytest.approx(of(9, 90) * FALL, rel=0.05), "nothing longer was measured"
+    assert of(9, 90) == of(9, 900), "of fewer steps than ten it may be higher as well"
 
 
 def test_heavy_ball_momentum_that_was_not_built_up_is_made_up_for() -> None:
@@ -218,8 +231,8 @@ def test_the_peak_of_a_training_that_learns_by_heart_falls_as_the_number_of_pass
     assert once is not None
     peak = repeated(0.1)
     assert peak.repeated and not once.repeated
-    assert peak.lr == pytest.approx(once.lr / 20, rel=0.05), "20 passes; half of one is one, too"
-    assert repeated(1.0).lr == repeated(None).lr == repeated(1.3).lr == pytest.approx(once.lr / 20**0.2, rel=0.05)
+    assert peak.lr == pytest.approx(once.lr / FALL / 20, rel=0.05), "20 passes; half of one is one, too"
+    assert repeated(1.0).lr == repeated(None).lr == repeated(1.3).lr == pytest.approx(once.lr, rel=0.05)
     assert peak.lr < repeated(0.9).lr < repeated(1.0).lr
     assert next_trial(BY_HEART, 0.001, 20, 800, Room(810, kept=800), epoch=40) == (0.0002, 800, 0)
 
