@@ -141,7 +141,8 @@ def test_a_tie_within_noise_is_no_cliff_and_gets_the_lower_end() -> None:
 def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tried() -> None:
     edge = [one._replace(loss=loss) for one, loss in zip(TRIALS, (0.8, 0.7, 0.6, 0.5))]  # as far as a budget went
     assert found(edge).lr == pytest.approx(0.64 / 2 * FALL, rel=0.1) and found(edge).best == 0.64
-    assert found([*edge, TRIALS[-1]]).lr == pytest.approx(0.64 * FALL, rel=0.1), "the next one has diverged: it is between"
+    diverged = found([*edge, TRIALS[-1]])
+    assert diverged.lr == pytest.approx(0.64 * FALL, rel=0.1), "the next one has diverged: it is between"
     assert found(edge[:1]).lr == pytest.approx(0.01 * FALL, rel=0.01), "of one alone"
     assert found(edge[:1], own=0.01).is_own, "only the length of the training speaks against it"
 
