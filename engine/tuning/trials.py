@@ -163,8 +163,8 @@ def answer_of_search(
     best = min(search, key=lambda each: (each.diverged, each.steps != longest, each.loss))
     fall, noise = _fall_of(best), _least_fall(best, outcomes)
     if fall <= 0:
-        losses = best.curve.taken().losses
-        rises = best.lr == low and min(losses[len(losses) // 2 :]) > losses[0]
+        losses = best.curve.taken().losses  # none where the loss scaler skipped all steps
+        rises = best.lr == low and bool(losses) and min(losses[len(losses) // 2 :]) > losses[0]
         return Refusal(
             f"Of {what}, even the best ended {abs(fall):.2g} above the loss of the initial weights.",
             start_lower if rises else _remedy(best),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from redline.range_test.curve import Curve
-from redline.range_test.suggest import Suggestion
+from redline.range_test.suggest import Refusal, Suggestion
 from redline.tuning.trials import (
     PREFERENCE,
     Schedule,
@@ -144,6 +144,13 @@ def test_a_training_that_sees_its_data_often_gets_a_lower_rate_than_its_trials(
     assert answer.cycle_max_lr == pytest.approx(lr, rel=0.1)
     reason = answer.reasons["cycle_max_lr"]
     assert why in reason and ("more often" in reason) == ("learned" in why or "more often" in why)
+
+
+def test_trials_whose_steps_the_loss_scaler_skipped_are_no_answer() -> None:
+    skipped = replace(curve([2.0] * 4, [2.0, 2.0]), skipped=(0, 1, 2, 3))
+    trials = [trial_of(skipped, "WarmupDecayLR", lr, "", steps=4) for lr in (0.004, 0.016)]
+    answer = answer_of_search(trials, own_lr=None, momentum=0.0, steps=2000)
+    assert isinstance(answer, Refusal) and "larger budget" in answer.remedy
 
 
 @pytest.mark.parametrize(
