@@ -57,7 +57,8 @@ class Run:
     validations: int = 20  # how often the validation loss is measured, if there is data for it; 0 for never
     seed: int = 0  # 0 for the engine's own; another for other random numbers and, of a dataset, another order
     train_batch_size: int | None = None  # samples per step, reached by accumulation; None for the engine's
-    fits: bool = False  # whether the loss on its own batches is measured, too: see `Curve.fitted`
+    part: int | None = None  # optimizer steps after which it sees the same data again; None for all data
+    fits: bool = False  # whether `Curve.fitted` and `Curve.passes` are measured
     settings: Mapping[str, float] = field(default_factory=dict)  # of `SETTINGS`, for every group that has them
 
 
@@ -152,7 +153,15 @@ class Session:
         fitted = self._train(run, recorder, progress, every)
         settings = tuple(sorted((name, float(value)) for name, value in run.settings.items()))
         curve = recorder.curve(run.name, run.rate, kind=run.kind)
-        return replace(curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings, fitted=fitted)
+        return replace(
+            curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings, fitted=fitted,
+            passes=self._passes(run) if run.fits else None,
+        )  # fmt: skip
+
+    def _passes(self, run: Run) -> float | None:
+        """How often a run sees its data; None if unknown, or less than once."""
+        part = run.part or self.steps_per_epoch
+        return None if part is None or run.steps < part else run.steps / part
 
     def validate_initial(self, progress: Progress, *, fits: bool = False) -> None:
         """Measure the weights that each run starts from, once; `fits` as of a `Run`."""
@@ -166,7 +175,11 @@ class Session:
 
     def _train(self, run: Run, recorder: Recorder, progress: Progress, every: int) -> tuple[float, float] | None:
         """All steps of a run, with a validation after each `every` of them; returns its curve's `fitted`."""
-        engine, data = self.engine, batches(self._data, self.engine.device)
+        engine, source = self.engine, self._data
+        if run.part is not None:
+            count = run.part * engine.gradient_accumulation_steps()
+            source = list(islice(batches(source, None), count))
+        data = batches(source, engine.device)
         fits, fitted = run.fits and not run.seed, None  # another seed has other batches
         initial, own_initial = self._initial or (math.nan, math.nan)
         if every:

@@ -231,14 +231,17 @@ def loader_of(
     return data
 
 
-def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The source's batches on the device, from the beginning again when they end; it must have at least one."""
+def batches(source: Iterable[Any], device: torch.device | None) -> Iterator[Any]:
+    """The source's batches on the device, from the beginning again when they end; it must have at least one.
+
+    Without a device they are as the source has them.
+    """
     empty_passes = 0
     while empty_passes < 2:  # one may be empty: the rest of an epoch that was resumed at its end
         empty_passes += 1
         for batch in source:
             empty_passes = 0
-            yield to_device(batch, device)
+            yield batch if device is None else to_device(batch, device)
     raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
 
 

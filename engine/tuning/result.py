@@ -133,13 +133,6 @@ class Tuning:
         if self.search and self.steps_per_epoch is not None:
             longest = max(trial.steps for trial in (*self.search, *self.trials))
             yield from notes_on_epochs(self.steps, longest, self.steps_per_epoch)
-        tried = [trial for trial in self.trials if trial.schedule != "own"]
-        higher = max((max(trial.curve.lrs) / trial.lr for trial in tried), default=1.0)
-        if higher > 1.01:
-            yield (
-                f"The schedule trials had {higher:.3g} times the learning rates of the training, since they see the "
-                "data less often."
-            )
         if any(trial.steps >= self.steps for trial in self.search):
             yield f"The best training in full is kept: load_checkpoint reads it from the folder {TRAINED}."
         if (scaled := self.scaled) is not None and scaled.how != "measured":

@@ -1,9 +1,10 @@
 """The search for the peak learning rate: which short training to make next, and what they all say. Pure numbers.
 
-Each trial is a training in small: the schedule of the long one, a linear decay after 2% of warm-up, in a few steps,
-from the same weights. The first one has the config's own learning rate. The next ones move by a factor until the best
-one lies between two that are worse, upwards and downwards alike. Where the budget allows, longer trials then do the
-same with a smaller factor around the best one; with a budget of several trainings the longest are trainings in full.
+Each trial is the training in miniature: the schedule of the long one, a linear decay after 2% of warm-up, in a few
+steps, from the same weights, on so small a part of the data that it sees that about as often as the training sees all
+of it. So it shows what a model learns by heart. The first trial has the config's own learning rate. The next ones move
+by a factor until the best one lies between two that are worse, upwards and downwards alike. With a budget of several
+trainings the longest trials are trainings in full.
 
 The peak is chosen by comparing losses of trials of one length. So a constant added to the loss changes nothing, and
 with an optimizer that scales its own steps a factor does not either.
@@ -15,43 +16,41 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Outcome", "Peak", "Room", "divide_search", "find_peak", "lengthened", "next_trial", "spread_of"]
+__all__ = ["Outcome", "Peak", "Room", "divide_search", "find_peak", "next_trial", "part_of", "spread_of"]
 
-LEAST_STEPS = 10  # of the first trials, if longer ones are to follow: the order of shorter ones says too little
 MOST_TRIALS = 8  # of one length
 IN_FULL = 0.25  # trainings that the shorter trials get before any is made in full
-WIDE, NARROW = 4.0, 2.0  # the factor between the first, short trials, and between longer ones
-WIDE_TRIALS, NARROW_TRIALS = 5, 3  # how many of each a budget is divided for
-FEW_TRIALS = 4  # ... where no longer ones follow the first, and these are to show what is learned by heart
-GROWTH = 4  # how many times longer the next trials are, as far as is known beforehand ...
-LEAST_GROWTH = 2  # ... and at least, when the first ones are made
+WIDE, NARROW = 4.0, 2.0  # the factor between the trials, and between those next to the best one and trainings in full
+TRIALS = 7  # that a budget is divided for: five that are wide apart and the two next to the best ...
+FEW_TRIALS, LEAST_OF_MANY = 5, 24  # ... or the five alone, where seven would have fewer steps than this
 # For the following, what trainings at the answer lose against the best peak was compared on small tasks, on 15 at first
-# and on 33 later, at budgets of 5% to 100%. To smooth losses over neighbors and to follow how the optimum moves from
-# one length to the next won on tables of trials, and lost in real searches.
+# and on 49 in the end, at the default budget and at 100%. To smooth losses over neighbors, and trials of two lengths,
+# of which the longer ones follow around the best of the shorter, won on tables of trials and lost in real searches.
+#
+# A trial sees no fewer steps of data than this before it sees them again: fewer batches say too little of all data.
+# With the parts of a true miniature, of one or two batches, or with all data, the answers are further off.
+LEAST_PART = 4
 LONGER = 0.2  # in a longer training the best peak falls by this power; 0.32 in https://arxiv.org/abs/2409.19913 ...
-MOST_LONGER = 20.0  # ... of its length, up to so many times that of the trial, of LEAST_STEPS or more
-# At budgets of 100 steps, 30, 50 and 100% this takes the answers from 10, 11, 10 and 8% above the best of the grid, in
-# the mean over the tasks, to 7, 6, 7 and 5%. What shorter trials say is as often too low as too high.
-HEAVY = 0.75  # heavy-ball momentum becomes unstable late: what short trials say is too high by this factor (0.6 to 1)
+MOST_LONGER = 20.0  # ... of its length, up to so many times that of the trial, ...
+LEAST_STEPS = 10  # ... of so many steps or more: what shorter ones say is as often too low as too high
+# What a model learns by heart grows with the learning rates of all passes over its data. Where the training makes more
+# of them than the trial, the peak falls in proportion if this part or more of what the trial learned of its own batches
+# is missing in the validation loss, and for a smaller part by a power in proportion. That part is 0 to 0.25 on clean
+# data, 0.4 to 0.8 on noisy data, and 1 where next to nothing can be learned.
+BY_HEART = 0.7
 LIKE_BEST = 0.05  # of the rise to the next lower trial: what is above the best by less is as good (up to 0.1 is alike)
-# Where the best of the first trials is the highest one tried as the budget ends, the next may be better or diverge, and
+# Where the best of the trials is the highest one tried as the budget ends, the next may be better or diverge, and
 # nobody knows which: the answer is half a step lower. At a budget of 30% it takes the digits from 72% above the best of
-# the grid to 5%, at 10 and 100% it changes nothing; for longer trials it loses 1%, since shorter ones went further.
+# the grid to 5%, at 10 and 100% it changes nothing.
 UNSEEN = 0.5
-# What a model learns by heart grows with the learning rates of all passes over its data, so that the best peak of a
-# training that overfits falls as their number grows: for 46 epochs it is 46 times below that of a trial of one. A trial
-# shows it: of how far the loss on its own batches fell, this part or more is missing in the validation loss. On
-# tasks of 16 to 100 epochs it is 0.3 to 1 where the training overfits, and -0.1 to 0.2 where it does not. For a smaller
-# part the peak falls by a power in proportion, to which that of the length adds. At a budget of a tenth, two tasks that
-# overfit go from 71 and 54% above the best of the grid to 3 and 0%.
-BY_HEART = 0.3
-# A rise above the best of the first trials that is less than this part of the one below it is none to stop at. At a
+# A rise above the best trial that is less than this part of the one below it, or than noise, is none to stop at. At a
 # budget of 30% it takes the painting from 45% above the best of the grid to 7%.
 SLIGHT = 0.1
 # Where no trial moves the loss by more than so many times the noise of the quietest one, all rates are too low to say
 # more. At a budget of a tenth it takes the noisy digits from 18% above the best of the grid to 6%.
 FLAT = 4.0
 NOISES = 2.0  # losses that differ by less than so many times their noise are alike
+THROWN_OFF = -1.0  # a loss that rose by as much as that on the trial's own batches fell
 STEEP = 4.0  # a neighbor of the best counts as no more than so many times as far above it as the other one
 
 
@@ -66,6 +65,7 @@ class Outcome(NamedTuple):
     seed: int = 0  # of the order of the data
     carried: float | None = None  # of how far its loss on its own batches fell, how far the validation loss did
     initial: float = math.inf  # the validation loss of the weights that it began with; inf if unknown
+    passes: float = 1.0  # how often it saw its data, at least once
 
 
 class Room(NamedTuple):
@@ -80,22 +80,34 @@ class Room(NamedTuple):
         return steps + self.overhead <= self.left - (self.kept if steps < planned else 0)
 
 
-def divide_search(steps: float, planned: int, overhead: float = 0.0, *, few: bool = False) -> tuple[int, Room]:
-    """The length of the first trials that `steps` are enough for, and the room for all; `overhead` as of a room's.
+def divide_search(steps: float, planned: int, overhead: float = 0.0) -> tuple[int, Room]:
+    """The length of the trials that `steps` are enough for, and the room for all; `overhead` as of a room's.
 
-    `few` and longer ones are made of little room, rather than more.
-
-    >>> divide_search(30, 300)[0], divide_search(300, 4000)[0], divide_search(6000, 3000)
-    (6, 17, (176, Room(left=6000, kept=3000.0, overhead=0.0)))
+    >>> divide_search(60, 300)[0], divide_search(300, 4000)[0], divide_search(6000, 3000)
+    (12, 42, (428, Room(left=6000, kept=3000.0, overhead=0.0)))
     """
     in_full = planned + overhead
     kept = max(0, math.floor(steps / in_full - IN_FULL)) * in_full
-    left = steps - kept
-    wide, narrow = WIDE_TRIALS, NARROW_TRIALS * GROWTH
-    short = min((left - (WIDE_TRIALS + NARROW_TRIALS) * overhead) // (wide + narrow), planned // GROWTH)
-    if short < LEAST_STEPS:  # no longer ones will follow
-        short = min(planned, max(1, left // (FEW_TRIALS if few else wide) - math.ceil(overhead)))
-    return int(short), Room(steps, kept, overhead)
+
+    def length(trials: int) -> int:
+        return min(planned, max(1, math.floor((steps - kept) / trials - overhead)))
+
+    short = length(TRIALS)
+    return short if short >= LEAST_OF_MANY else length(FEW_TRIALS), Room(steps, kept, overhead)
+
+
+def part_of(steps: int, planned: int, epoch: float | None) -> int | None:
+    """The steps after which a trial sees its data again, as often as a training of `planned` steps; None for all data.
+
+    `epoch` are the steps in which all data is seen once; None if unknown.
+
+    >>> part_of(40, 400, 100.0), part_of(40, 400, 20.0), part_of(40, 400, None), part_of(40, 90, 100.0)
+    (10, 4, None, None)
+    """
+    if epoch is None or planned <= epoch:
+        return None
+    part = max(LEAST_PART, math.ceil(epoch * steps / planned))
+    return part if part < min(steps, epoch) else None
 
 
 def next_trial(
@@ -109,33 +121,20 @@ def next_trial(
 ) -> tuple[float, int, int] | None:
     """Learning rate, steps and seed of the next trial; None where the best ones are known or there is no more room.
 
-    The first trials have `short` steps. `epoch` are the steps in which a training that sees its data many times sees
-    all of it once; None for another.
+    Trials have `short` steps; those of `planned` are trainings in full. `epoch` as of :func:`part_of`.
 
     >>> next_trial([], 0.1, 10, 300, Room(30)), next_trial([Outcome(0.1, 10, 0.8)], 0.1, 10, 300, Room(20))
     ((0.1, 10, 0), (0.4, 10, 0))
     """
-    steps, factor, upwards = short, WIDE, True
-    while True:
-        made = _means(trials, steps)
-        lr: float | None = _round(first)
-        if made:
-            # Where a longer training ends above a shorter one, even the lowest rate is far too high for it. At a budget
-            # of 300% this takes the noisy digits from 13% above the best of the grid to 1% below.
-            too_high = min(one.loss for one in made) > _lowest_below(trials, steps)
-            lr = _outward(made, WIDE if too_high else factor, upwards=upwards and not too_high)
-        if lr is not None and len(made) < MOST_TRIALS and room.holds(steps, planned):
-            return lr, steps, 0
-        if not made:
-            return None
-        longer = _longer(trials, steps, planned, room)
-        if longer is None:
-            break
-        best = min(made, key=lambda one: one.loss)
-        # A longer training likes lower rates more often than higher ones, but where nothing higher was tried.
-        upwards, factor = len(made) > 1 and best is made[-1], NARROW
-        first = best.lr * _shift(steps, longer, momentum) * lengthened(best, longer, epoch, power=0.0)
-        steps = longer
+    steps, made = short, _means(trials, short)
+    lr = _outward(made, WIDE, first) or _between(made) if made else _round(first)
+    if lr is None or len(made) >= MOST_TRIALS or not room.holds(short, planned):
+        lr = None
+        if short < planned and room.holds(planned, planned):
+            steps, lr = planned, _next_in_full(trials, short, planned, momentum, epoch)
+            made = _means(trials, planned)
+    if lr is not None and room.holds(steps, planned):
+        return lr, steps, 0
     # The same again with the data in another order, the best one first.
     again = {one.lr for one in trials if one.steps == steps and one.seed}
     for one in sorted(made, key=lambda one: one.loss)[:2]:
@@ -144,16 +143,20 @@ def next_trial(
     return None
 
 
-def _longer(trials: Sequence[Outcome], steps: int, planned: int, room: Room) -> int | None:
-    """The length of the trials after those of `steps`, for which what is left is enough; None if there are none."""
-    longer = [one.steps for one in trials if one.steps > steps]
-    if longer or steps == planned:
-        return min(longer, default=None)
-    narrow = math.floor((room.left - room.kept) / NARROW_TRIALS - room.overhead)
-    is_first = steps == min(one.steps for one in trials)
-    if is_first and narrow >= LEAST_GROWTH * steps:
-        return narrow
-    return planned if room.kept else None
+def _next_in_full(
+    trials: Sequence[Outcome], short: int, planned: int, momentum: float, epoch: float | None
+) -> float | None:
+    """The learning rate of the next training in full: first the answer of the trials, then next to the best one."""
+    peak = find_peak([one for one in trials if one.steps == short], planned, momentum=momentum, epoch=epoch)
+    made = _means(trials, planned)
+    if peak is None or len(made) >= MOST_TRIALS:
+        return None
+    if not made:
+        return _round(peak.lr)
+    # Where a training ends above a trial, even the lowest rate is far too high for it. At a budget of 300% this takes
+    # the noisy digits from 13% above the best of the grid to 1% below.
+    too_high = min(one.loss for one in made) > _lowest_below(trials, planned)
+    return _outward(made, WIDE if too_high else NARROW, peak.lr, upwards=peak.unseen and not too_high)
 
 
 def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
@@ -161,26 +164,39 @@ def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
     return min((one.loss + NOISES * one.noise for one in trials if one.steps < steps), default=math.inf)
 
 
-def _outward(made: Sequence[Outcome], factor: float, *, upwards: bool) -> float | None:
+def _outward(made: Sequence[Outcome], factor: float, first: float, *, upwards: bool = True) -> float | None:
     """A rate beyond the best one where that is at an edge, else None; of one alone, upwards or downwards first.
 
     Above the highest rate that is hardly worse nobody knows what comes: only a clear rise ends the search there. Below
-    the lowest one lies none at all, which leaves the initial loss: where that is the best, the search goes down.
+    the lowest one lies none at all, which leaves the initial loss.
     """
-    ordered = sorted(made)
-    best = min(ordered, key=lambda one: (one.loss, one.lr))
-    lower, higher = _round(ordered[0].lr / factor), _round(ordered[-1].lr * factor)
-    if max(abs(one.initial - one.loss) for one in ordered) <= FLAT * min(one.noise for one in ordered):
+    best = min(made, key=lambda one: (one.loss, one.lr))
+    lowest, highest = made[0], made[-1]
+    lower, higher = _round(lowest.lr / factor), _round(highest.lr * factor)
+    if max(abs(one.initial - one.loss) for one in made) <= FLAT * min(one.noise for one in made):
         return higher  # nothing is learned at all
-    if len(ordered) == 1:
+    if len(made) == 1:
         return higher if upwards and math.isfinite(best.loss) else lower
-    if best.loss >= best.initial:
-        return lower
-    below = [one for one in ordered[: ordered.index(best)] if math.isfinite(one.loss)]
-    slight = SLIGHT * (below[-1].loss - best.loss) if below and factor == WIDE else 0.0
-    if math.isfinite(best.loss) and ordered[-1].loss <= best.loss + slight:
+    if best.loss >= best.initial and math.isfinite(best.loss):
+        # Too high rates, or too low ones that have only learned a few batches by heart so far: once lower, and where
+        # that does not help, upwards until the weights are thrown off.
+        if lowest.lr >= _round(first):
+            return lower
+        return higher if math.isfinite(highest.loss) and (highest.carried or 0.0) > THROWN_OFF else None
+    below = [one for one in made[: made.index(best)] if math.isfinite(one.loss)]
+    slight = max(SLIGHT * (below[-1].loss - best.loss) if below else 0.0, NOISES * highest.paired)
+    if math.isfinite(best.loss) and highest.loss <= best.loss + (slight if factor == WIDE else 0.0):
         return higher
-    return lower if best is ordered[0] else None
+    return lower if best is lowest else None
+
+
+def _between(made: Sequence[Outcome]) -> float | None:
+    """A rate between the best one and its neighbors, the lower one first, that was not tried; else None."""
+    best = min(made, key=lambda one: one.loss)
+    if not math.isfinite(best.loss):
+        return None
+    near = (_round(best.lr / NARROW), _round(best.lr * NARROW))
+    return next((lr for lr in near if all(abs(math.log(lr / one.lr)) > math.log(NARROW) / 2 for one in made)), None)
 
 
 def _means(trials: Sequence[Outcome], steps: int) -> list[Outcome]:
@@ -226,17 +242,11 @@ def _shift(steps: int, longer: int, momentum: float) -> float:
     return built_up(steps) / built_up(longer)
 
 
-def lengthened(best: Outcome, longer: int, epoch: float | None, power: float = LONGER) -> float:
-    """By which factor the best peak falls in a longer training, at least by a power of its length.
-
-    With `epoch`, of a training that sees its data many times, it is the number of passes that counts, and by how much
-    it learns its data by heart.
-    """
-    if epoch is None:
-        return math.pow(min(MOST_LONGER, longer / best.steps), -power) if best.steps >= LEAST_STEPS else 1.0
-    passes = max(longer, epoch) / max(best.steps, epoch)  # what a trial of less than an epoch sees, it sees once
+def _memorizing(best: Outcome, planned: int, epoch: float | None) -> float:
+    """By which factor the best peak falls in a training that sees its data more often than the trial."""
+    passes = max(1.0, planned / epoch if epoch else 1.0) / best.passes
     by_heart = 0.0 if best.carried is None else max(0.0, 1 - best.carried)
-    return math.pow(passes, -min(1.0, power + by_heart / BY_HEART))
+    return math.pow(max(1.0, passes), -min(1.0, by_heart / BY_HEART))
 
 
 def _round(lr: float) -> float:
@@ -251,7 +261,7 @@ class Peak(NamedTuple):
     low: float  # the lower end of what is as good as that, within noise
     steps: int  # of the longest trials
     is_own: bool = False  # it is the config's own
-    repeated: bool = False  # it is lower than the trials', since the training sees its data more often
+    by_heart: bool = False  # it is lower than the trials', since the training sees its data more often
     unseen: bool = False  # it is lower than the best one, above which nothing was tried
 
 
@@ -263,12 +273,11 @@ def find_peak(
     momentum: float = 0.0,
     epoch: float | None = None,
 ) -> Peak | None:
-    """The peak for a training of `planned` steps; None if all trials diverged. `epoch` as of :func:`next_trial`."""
-    lengths = sorted({one.steps for one in trials}, reverse=True)
-    for steps in lengths:
+    """The peak for a training of `planned` steps; None if all trials diverged. `epoch` as of :func:`part_of`."""
+    for steps in sorted({one.steps for one in trials}, reverse=True):
         made = _means(trials, steps)
         sound = [one for one in made if math.isfinite(one.loss)]
-        if sound and (len(made) > 1 or steps == lengths[-1] or steps == planned):
+        if sound:
             break
     else:
         return None
@@ -277,22 +286,20 @@ def find_peak(
         return Peak(best.lr, best.lr, best.lr, steps, own is not None and best.lr == _round(own))
     spread = spread_of(trials)
     low = _lower_end(sound, best, best.paired if spread is None else spread)
-    lr = (
-        math.sqrt(low * _vertex(sound, best))
-        * _shift(steps, planned, momentum)
-        * (HEAVY if momentum and steps < planned else 1.0)
-    )
-    unseen = best is made[-1] and len(sound) > 1 and len(lengths) == 1
+    lr = math.sqrt(low * _vertex(sound, best)) * _shift(steps, planned, momentum)
+    unseen = best is made[-1] and len(sound) > 1
     if unseen:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
-    factor = lengthened(best, planned, epoch)
+    memorizing = _memorizing(best, planned, epoch)
+    longer = min(MOST_LONGER, planned / steps) if steps >= LEAST_STEPS else 1.0
+    lr *= memorizing * math.pow(longer, -LONGER)
     if own is not None:
         # Above the best one no rate is as good as that, but for the own: it needs a reason to be left, and not only
         # that the training is longer.
-        highest = best.lr * lengthened(best, planned, epoch, power=0.0)
-        if lr * factor <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
+        highest = best.lr * memorizing
+        if lr <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
             return Peak(own, best.lr, low, steps, True)
-    return Peak(_round2(lr * factor), best.lr, low, steps, repeated=epoch is not None and factor < 1, unseen=unseen)
+    return Peak(_round2(lr), best.lr, low, steps, by_heart=memorizing < 1, unseen=unseen)
 
 
 def _is_tied(own: float, best: Outcome, sound: Sequence[Outcome]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from redline.range_test.curve import Curve
 from redline.range_test.suggest import Refusal, Suggestion, cycle_at
-from redline.tuning.search import NOISES, Outcome, Peak, find_peak, lengthened, spread_of
+from redline.tuning.search import NOISES, Outcome, Peak, find_peak, spread_of
 
 __all__ = [
     "SCHEDULES",
@@ -25,7 +25,6 @@ __all__ = [
     "candidates_of",
     "judge",
     "outcomes_of",
-    "raised",
     "trial_of",
 ]
 
@@ -46,10 +45,8 @@ TAIL = 0.2  # the last training losses of a trial, as a fraction, whose mean is 
 LEAST_TAIL = 5
 LEAST_LATER = 8  # losses from which the noise of a short trial is estimated
 FAIR_SHARE = 0.05  # of the planned steps: in a shorter trial a held learning rate has an advantage that it loses later
-FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit ...
-MANY_EPOCHS = 12.0  # ... and one that sees it so often likes lower learning rates than its trials, or much lower ones
-LEAST_FITTED = 8  # steps of a trial that tells which: in fewer ones every model learns its own batches only ...
-LEAST_FITTING = 36  # ... and of a search that has room for four such trials, or nearly so, and their validations
+FEW_EPOCHS = 2.0  # a training that sees its data so often may overfit
+LEAST_FITTED = 8  # steps of a trial that tells what it learned by heart: in fewer ones it learns its own batches only
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +110,7 @@ def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
             each.curve.seed,
             _carried_over(each),
             each.curve.validation[0][1] if each.curve.validation else math.inf,
+            each.curve.passes or 1.0,
         )
         for each in trials
     ]
@@ -143,11 +141,6 @@ def _paired_noise(trial: Trial, trials: Sequence[Trial]) -> float:
     return _standard_error([a - b for a, b in zip(trial.curve.taken().losses, other.curve.taken().losses)])
 
 
-def epoch_of(steps: int, epoch: float | None) -> float | None:
-    """The steps of an epoch, if a training of `steps` sees its data many times; else None."""
-    return epoch if epoch is not None and steps >= MANY_EPOCHS * epoch else None
-
-
 def answer_of_search(
     search: Sequence[Trial], *, own_lr: float | None, momentum: float, steps: int, steps_per_epoch: float | None = None
 ) -> Suggestion | Refusal:
@@ -156,7 +149,7 @@ def answer_of_search(
     low, high = min(search, key=lambda each: each.lr).lr, max(search, key=lambda each: each.lr).lr
     what = f"{len(outcomes)} trials between learning rates {low:.2g} and {high:.2g}"
     start_lower = f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}."
-    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=epoch_of(steps, steps_per_epoch))
+    peak = find_peak(outcomes, steps, own=own_lr, momentum=momentum, epoch=steps_per_epoch)
     if peak is None:
         return Refusal(f"All of {what} diverged.", start_lower)
     longest = peak.steps
@@ -224,12 +217,13 @@ def _why(peak: Peak, what: str, steps: int, outcomes: Sequence[Outcome], momentu
         why += f", and as low within noise down to {peak.low:.2g}"
     if peak.is_own:
         why += f"; the config's own {peak.lr:.2g} is kept."
-    elif peak.repeated:
-        carried = next(one.carried for one in outcomes if (one.steps, one.lr) == (peak.steps, peak.best))
-        if carried is not None:
-            part = min(1.0, max(0.0, carried))
-            why += f"; {part:.0%} of what it learned of its own batches was true of the validation data, too"
-        why += f". The training sees its data more often than these, so the peak is lower: {peak.lr:.2g}."
+    elif peak.by_heart:
+        best = next(one for one in outcomes if (one.steps, one.lr) == (peak.steps, peak.best))
+        part = min(1.0, max(0.0, best.carried or 0.0))
+        why += (
+            f"; {part:.0%} of what it learned of its own batches was true of the validation data, too. The training "
+            f"sees its data more often, so the peak is lower: {peak.lr:.2g}."
+        )
     elif peak.unseen:
         why += f"; nothing higher was tried, which may be better or diverge, so the answer is lower: {peak.lr:.2g}."
     elif peak.lr < 0.95 * peak.low:
@@ -336,13 +330,6 @@ def candidates_of(suggestion: Suggestion, own_lr: float | None, schedules: Seque
     if own_lr is not None:
         found.append(Candidate("own", own_lr, "The config's own schedule and learning rate.", suggestion))
     return found
-
-
-def raised(search: Sequence[Trial], steps: int, planned: int, steps_per_epoch: float | None) -> float:
-    """By which factor a trial of `steps` has higher learning rates than its candidate, to learn as much by heart."""
-    outcomes = outcomes_of(search)
-    best = min(outcomes, key=lambda one: (not math.isfinite(one.loss), -one.steps, one.loss))
-    return 1 / lengthened(best._replace(steps=steps), planned, epoch_of(planned, steps_per_epoch), power=0.0)
 
 
 class Verdict(NamedTuple):

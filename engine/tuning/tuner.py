@@ -38,16 +38,14 @@ from redline.tuning.budget import (
     make_plan,
 )
 from redline.tuning.result import Tuning
-from redline.tuning.search import Outcome, divide_search, next_trial
+from redline.tuning.search import FEW_TRIALS, Outcome, divide_search, next_trial, part_of
 from redline.tuning.trials import (
-    LEAST_FITTING,
+    LEAST_FITTED,
     SCHEDULES,
     WARMUP_SHARE,
     Candidate,
     candidates_of,
-    epoch_of,
     outcomes_of,
-    raised,
     trial_of,
 )
 
@@ -112,15 +110,15 @@ def _params(engine: Engine, section: str) -> dict[str, Any]:
 
 
 class Stretched(Schedule):
-    """A schedule in fewer steps: step k has `higher` times the learning rate of the original's step k times `ratio`."""
+    """A schedule in fewer steps: step k has the learning rate of the original's step k times `ratio`."""
 
-    def __init__(self, optimizer: Optimizer, original: Schedule, ratio: float, higher: float) -> None:
+    def __init__(self, optimizer: Optimizer, original: Schedule, ratio: float) -> None:
         super().__init__(optimizer)
-        self._original, self._ratio, self._higher = original, ratio, higher
+        self._original, self._ratio = original, ratio
         self._write(self._lrs(0))
 
     def _lrs(self, k: int) -> list[Rate]:
-        return [lr * self._higher for lr in self._original._lrs(round(k * self._ratio))]
+        return self._original._lrs(round(k * self._ratio))
 
 
 class Tuner:
@@ -247,10 +245,10 @@ class Tuner:
         planned, overhead = self.known.steps, self._budget.pass_cost
         if plan.schedule_trials:  # their own validations
             most -= math.ceil(overhead * (len(self.known.schedules) + 1))
-        short, room = divide_search(most - self._budget.spent, planned, overhead, few=self._fits)
+        short, room = divide_search(most - self._budget.spent, planned, overhead)
         trials: list[Outcome] = []
-        momentum, epoch = self.known.momentum, epoch_of(planned, self.known.steps_per_epoch)
-        while found := next_trial(trials, first, short, planned, room, momentum, epoch):
+        known = self.known
+        while found := next_trial(trials, first, short, planned, room, known.momentum, known.steps_per_epoch):
             lr, steps, seed = found
             curve = self._run(self._peak_trial(lr, steps, seed))
             trial = trial_of(curve, "WarmupDecayLR", lr, "Tried by the search.", steps=steps)
@@ -263,9 +261,17 @@ class Tuner:
 
     @property
     def _fits(self) -> bool:
-        """Whether the search measures how much of what a trial learns it learns by heart."""
-        many = epoch_of(self.known.steps, self.known.steps_per_epoch) is not None
-        return many and self.plan.search >= LEAST_FITTING
+        """Whether trials measure how much of what they learn they learn by heart: of data that is seen again."""
+        epoch = self.known.steps_per_epoch
+        return epoch is not None and self.known.steps > epoch and self.plan.search >= FEW_TRIALS * LEAST_FITTED
+
+    def _part(self, steps: int) -> int | None:
+        """The steps after which a trial sees its data again; None for all data.
+
+        Without validation data it sees all: the loss on batches that are new to it then takes its place.
+        """
+        validates = bool(self._session(0).validation)
+        return part_of(steps, self.known.steps, self.known.steps_per_epoch) if validates else None
 
     def _compare(self) -> None:
         low, high = self._lrs
@@ -295,9 +301,8 @@ class Tuner:
         elif count < len(candidates):
             names = ", ".join(candidate.name for candidate in candidates[count:])
             self._learn(left_out=f"There was no room for trials of {names}.")
-        higher = raised(self.known.search, steps, self.known.steps, self.known.steps_per_epoch) if count else 1.0
         for candidate in candidates[:count]:
-            curve = self._run(self._schedule_trial(candidate, steps, higher))
+            curve = self._run(self._schedule_trial(candidate, steps))
             trial = trial_of(curve, candidate.schedule, candidate.lr, candidate.why, steps=steps)
             self._learn(trials=trial)
 
@@ -354,24 +359,21 @@ class Tuner:
             # Corrected: DeepSpeed's first two steps have learning rate 0, which are many of so few.
             return WarmupDecayLR(optimizer, steps, 0.0, self._scaled(lr), warmup, warmup_type="linear", corrected=True)
 
-        return Run(name, "decay", schedule, steps, validations=1, seed=seed, fits=self._fits)
+        return Run(name, "decay", schedule, steps, validations=1, seed=seed, part=self._part(steps), fits=self._fits)
 
-    def _schedule_trial(self, candidate: Candidate, steps: int, higher: float) -> Run:
-        """A trial of `steps`, with learning rates that are `higher` by that factor."""
-        engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1)
+    def _schedule_trial(self, candidate: Candidate, steps: int) -> Run:
+        engine, make = self._session(0).engine, partial(Run, steps=steps, validations=1, part=self._part(steps))
         if candidate.schedule == "own":
             own, ratio = self._own_schedule, self.known.steps / steps
             if own is None or isinstance(own, LRRangeTest):
-                held = self._range_test(candidate.lr * higher, 1, 0.0)
-                return make(candidate.name, "fixed", held)
-            return make(candidate.name, "decay", lambda optimizer: Stretched(optimizer, own, ratio, higher))
-        lr = candidate.lr * higher
-        section, _ = replace(candidate, lr=lr).section(steps, self.known.test.group_ratios)
+                return make(candidate.name, "fixed", self._range_test(candidate.lr, 1, 0.0))
+            return make(candidate.name, "decay", lambda optimizer: Stretched(optimizer, own, ratio))
+        section, _ = candidate.section(steps, self.known.test.group_ratios)
         # Read from a config, as training will read it, "redline.schedules" included.
         config = load_config({**engine.config.document(), "scheduler": section}, world_size=engine.world_size)
 
         def schedule(optimizer: Optimizer) -> Schedule:
-            for group, each in zip(optimizer.param_groups, self._scaled(lr)):
+            for group, each in zip(optimizer.param_groups, self._scaled(candidate.lr)):
                 fill(group, each)  # which a cosine multiplies
             built = build_schedule(config, optimizer)
             assert isinstance(built, Schedule)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "Pair", "corpus", "diabetes", "digits", "documented", "gaps", "length", "lines", "noisy_digits", "painting",
-    "pixels", "places", "raw_length", "standardized", "tumors", "windows",
+    "pixels", "places", "raw_length", "standardized_diabetes", "standardized_tumors", "tumors", "windows",
 ]  # fmt: skip
 
 Pair = tuple[Tensor, Tensor]
@@ -203,3 +203,13 @@ def diabetes() -> Pair:
     """Ten measures of patients as they are, and the progress of the disease, 25 to 346."""
     x, y = load_diabetes(return_X_y=True, scaled=False)
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32).unsqueeze(1)
+
+
+def standardized_tumors() -> Pair:
+    x, y = tumors()
+    return standardized(x), y
+
+
+def standardized_diabetes() -> Pair:
+    x, y = diabetes()
+    return standardized(x), standardized(y)

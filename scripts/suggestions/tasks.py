@@ -185,6 +185,29 @@ _DEVELOPMENT = (
     Task("places, CNN, AdamW, bf16", "bf16", ADAMW, 32, 300,
          _classify(data.places, lambda: cnn(3, 8, 16, norm=False)),
          config={"bf16": {"enabled": True}, "gradient_accumulation_steps": 4}),
+    # Rules that were made on the tasks above failed on these.
+    Task("digits, MLP, Adam", "basic", ADAM, 32, 400, _classify(data.digits, lambda: mlp(64, 64, 64, 10))),
+    Task("digits, CNN, SGD", "basic", SGD, 32, 400, _classify(data.digits, lambda: cnn(1, 8, 10, norm=False))),
+    Task("digits, CNN, AdamW", "basic", ADAMW, 32, 400, _classify(data.digits, lambda: cnn(1, 8, 10, norm=False))),
+    Task("noisy digits, MLP, SGD", "basic", SGD, 64, 400, _classify(data.noisy_digits, lambda: mlp(64, 128, 10))),
+    Task("noisy digits, MLP, Adam", "basic", ADAM, 32, 600,
+         _classify(data.noisy_digits, lambda: mlp(64, 64, 64, 10))),
+    Task("functions, MLP, AdamW", "basic", ADAMW, 25, 300, _classify(data.documented, lambda: mlp(30, 128, 128, 2))),
+    Task("functions' length, MLP, Adam", "basic", ADAM, 32, 800,
+         _regress(data.length, lambda: mlp(30, 64, 64, 1))),
+    Task("tumors, MLP, SGD", "basic", SGD, 16, 300, _classify(data.standardized_tumors, lambda: mlp(30, 64, 2))),
+    Task("diabetes, MLP, AdamW", "basic", ADAMW, 16, 300,
+         _regress(data.standardized_diabetes, lambda: mlp(10, 64, 1))),
+    Task("descriptions, GPT", "GPT", ADAMW, 16, 300, _write("descriptions", 32, partial(GPT, 48, 3, 32))),
+    Task("sources, GPT", "GPT", GPT_ADAMW, 16, 600, _write("sources", 32, _GPT)),
+    Task("pixels, CNN with batch norm, SGD", "batch norm", SGD, 32, 400,
+         _classify(data.pixels, lambda: cnn(3, 8, 16, norm=True))),
+    Task("digits row by row, GRU, Adam", "GRU", ADAM, 32, 360,
+         _classify(data.digits, lambda: Recurrent(nn.Unflatten(1, (8, 8)), 8, 48, 10, last=True))),
+    Task("places in strips, GRU, AdamW", "GRU", ADAMW, 32, 500, _classify(data.places, lambda: nn.Sequential(
+         nn.Flatten(), Recurrent(nn.Unflatten(1, (8, 24)), 24, 64, 16, last=True)))),
+    Task("manual, GRU, AdamW", "GRU", ADAMW, 16, 400,
+         _write("manual", 24, lambda: Recurrent(nn.Embedding(128, 32), 32, 64, 128, last=False))),
 )  # fmt: skip
 
 _HELD_OUT = (
