@@ -242,11 +242,9 @@ def notes_on_epochs(steps: int, longest: int, steps_per_epoch: float) -> Iterato
     planned = steps / steps_per_epoch
     if planned < FEW_EPOCHS or longest >= steps:
         return
-    trial = f"{longest / steps_per_epoch:.2g}"
-    seen = "once" if trial == "1" else f"{trial} times"
     yield (
-        f"The training sees the data {planned:.0f} times, the longest trial {seen}. Watch the validation loss, and "
-        "keep the best checkpoint or stop early."
+        f"The training sees the data {planned:.0f} times. What it learns by heart shows in trials of {longest} steps "
+        "in part only: watch the validation loss, and keep the best checkpoint or stop early."
     )
 
 

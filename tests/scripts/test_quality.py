@@ -69,9 +69,14 @@ def parts() -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.long
-def test_a_run_trains_the_grid_and_the_suggestion_and_says_where_it_comes_from(results: dict[str, Any]) -> None:
+def test_a_run_trains_the_grid_and_the_suggestion_and_says_where_it_comes_from(
+    results: dict[str, Any], parts: SimpleNamespace
+) -> None:
     assert results["command"].startswith(f"scripts/quality --out out --tasks '{DIGITS}' --seeds 1 --methods own ")
-    assert len(results["tasks_left_out"]) == 33 and {"Python", "torch"} <= results["versions"].keys()
+    assert (
+        len(results["tasks_left_out"]) == len(parts.tasks.TASKS) - 1
+        and {"Python", "torch"} <= results["versions"].keys()
+    )
     (task,) = results["tasks"]
     points = {round(point["lr"], 4): point["runs"] for point in task["grid"]["points"]}
     assert 0.3 < points[0.0225][0]["loss"] < 0.6 < points[0.0001][0]["loss"]  # as a loop by hand has it
@@ -219,7 +224,7 @@ def test_ctrl_c_keeps_finished_jobs(parts: SimpleNamespace, tmp_path: Path) -> N
 def test_the_answer_is_near_the_best_of_the_grid_in_every_form_of_a_task(parts: SimpleNamespace, index: int) -> None:
     """Within a factor of two of it, or within a quarter of its loss, once what was done to the loss is undone.
 
-    The search has 39 steps; seeds of this task differ by a fifth of the loss.
+    By default the search has 100 steps; seeds of this task differ by a fifth of the loss.
     """
     torch.set_num_threads(1)
     task, add, times = parts.tasks.FORMS[index]
@@ -230,7 +235,7 @@ def test_the_answer_is_near_the_best_of_the_grid_in_every_form_of_a_task(parts: 
 
     losses = {lr: trained(lr) for lr in task.grid[5:17]}
     best = min(losses, key=losses.__getitem__)
-    answer = parts.ours.suggest(task.name, 0, 0.1)
+    answer = parts.ours.suggest(task.name, 0, None)
     assert answer["lr"] is not None, answer
     assert best / 2 <= answer["lr"] <= best * 2 or trained(answer["lr"]) <= 1.25 * losses[best], (answer, losses)
 
