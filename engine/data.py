@@ -44,6 +44,7 @@ class Loader:
     """
 
     sampler: Iterable[int] | None = None  # the script's own; None where the seed gives the order
+    rereads = False  # whether a pass that is made again from the same position has the same samples
     separates_ranks = False  # whether no two ranks get the same batch, whatever the dataset does
     split_by_rank = False  # whether each rank's dataset has its own samples, so that this rank takes all of them
     _may_be_empty = False  # whether an epoch may have no micro-batch on this rank
@@ -166,7 +167,7 @@ class _MapStyleLoader(Loader):
     def __init__(self, *args: Any, sampler: Iterable[int] | None, shuffle: bool, even: bool) -> None:
         super().__init__(*args)
         self.sampler, self._shuffle, self._even = sampler, shuffle, even
-        self.separates_ranks = sampler is None
+        self.separates_ranks = self.rereads = sampler is None
         self._may_be_empty = not even
         if not isinstance(self.dataset, Sized):
             name = type(self.dataset).__name__

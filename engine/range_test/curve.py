@@ -54,7 +54,7 @@ class Curve:
     settings: tuple[tuple[str, float], ...] = ()  # that differ from the config's: (("weight_decay", 1e-4),)
     fitted: tuple[Number, Number] | None = None  # losses before and after it, measured like validation losses, on the
     # batches that it started with; None if they were not
-    passes: Number | None = None  # how often it saw its data, which may be a part; None if unknown, or less than once
+    part: int | None = None  # optimizer steps after which it saw the same samples again; None for all of the data
 
     def __post_init__(self) -> None:
         lengths = len(self.steps), len(self.lrs), len(self.losses)

@@ -238,7 +238,7 @@ class RangeTestResult:
 
     def to_json(self) -> dict[str, Any]:
         """All fields but `beta` and what only trials measure, and the suggestion, as plain values."""
-        left_out: dict[str, Any] = {"beta": True, "curves": {"__all__": {"fitted", "passes"}}}
+        left_out: dict[str, Any] = {"beta": True, "curves": {"__all__": {"fitted", "part"}}}
         fields: dict[str, Any] = _RESULT.dump_python(self, mode="json", exclude=left_out)
         return fields | {"suggestion": asdict(self.suggestion)}
 

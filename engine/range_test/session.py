@@ -28,7 +28,7 @@ from redline.errors import EngineError, LossScaleError, RangeTestError
 from redline.random_state import random_state, reseed
 from redline.range_test.curve import Curve, DivergenceDetector, Kind
 from redline.range_test.recorder import Recorder
-from redline.range_test.task import LossFn, Mode, batches, loader_of, loss_of, parts_of
+from redline.range_test.task import LossFn, Mode, batches, loader_of, loss_of, parts_of, repeated
 from redline.range_test.validation import Validation
 from redline.run_state import RunState
 from redline.schedulers.schedule import Schedule
@@ -57,8 +57,8 @@ class Run:
     validations: int = 20  # how often the validation loss is measured, if there is data for it; 0 for never
     seed: int = 0  # 0 for the engine's own; another for other random numbers and, of a dataset, another order
     train_batch_size: int | None = None  # samples per step, reached by accumulation; None for the engine's
-    part: int | None = None  # optimizer steps after which it sees the same data again; None for all data
-    fits: bool = False  # whether `Curve.fitted` and `Curve.passes` are measured
+    part: int | None = None  # optimizer steps after which it sees the same samples again; None for all of the data
+    fits: bool = False  # whether the loss on its own batches is measured, too: see `Curve.fitted`
     settings: Mapping[str, float] = field(default_factory=dict)  # of `SETTINGS`, for every group that has them
 
 
@@ -107,11 +107,13 @@ class Session:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Optimizer steps in which the training data is seen once; None for data without a length."""
+        """Optimizer steps in which all ranks have seen their training data once; None for data without a length."""
         try:
-            return len(self._data) / self.engine.gradient_accumulation_steps()  # type: ignore[arg-type]
+            own = len(self._data) / self.engine.gradient_accumulation_steps()  # type: ignore[arg-type]
         except TypeError:
-            return None
+            own = math.inf
+        epoch = max(self.engine.world.gather(own))
+        return epoch if math.isfinite(epoch) else None
 
     def __enter__(self) -> Session:
         data = (self._data, self.validation.loader)
@@ -155,13 +157,8 @@ class Session:
         curve = recorder.curve(run.name, run.rate, kind=run.kind)
         return replace(
             curve, seed=run.seed, train_batch_size=run.train_batch_size, settings=settings, fitted=fitted,
-            passes=self._passes(run) if run.fits else None,
+            part=run.part,
         )  # fmt: skip
-
-    def _passes(self, run: Run) -> float | None:
-        """How often a run sees its data; None if unknown, or less than once."""
-        part = run.part or self.steps_per_epoch
-        return None if part is None or run.steps < part else run.steps / part
 
     def validate_initial(self, progress: Progress, *, fits: bool = False) -> None:
         """Measure the weights that each run starts from, once; `fits` as of a `Run`."""
@@ -175,11 +172,9 @@ class Session:
 
     def _train(self, run: Run, recorder: Recorder, progress: Progress, every: int) -> tuple[float, float] | None:
         """All steps of a run, with a validation after each `every` of them; returns its curve's `fitted`."""
-        engine, source = self.engine, self._data
+        engine, data = self.engine, batches(self._data, self.engine.device)
         if run.part is not None:
-            count = run.part * engine.gradient_accumulation_steps()
-            source = list(islice(batches(source, None), count))
-        data = batches(source, engine.device)
+            data = repeated(self._data, run.part * engine.gradient_accumulation_steps(), engine.device)
         fits, fitted = run.fits and not run.seed, None  # another seed has other batches
         initial, own_initial = self._initial or (math.nan, math.nan)
         if every:

@@ -12,11 +12,13 @@ is data, or a function ``metric(model)``.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, StackDataset, TensorDataset
 
-from redline.data import build_loader
+from redline.data import Loader, build_loader
 from redline.device import to_device
 from redline.distributed.process_group import World
 from redline.errors import RangeTestError
 
 __all__ = [
-    "LossFn", "Mode", "Task", "batches", "is_metric", "load_task", "loader_of", "loss_of", "parts_of", "scalar_of",
+    "LossFn", "Mode", "Task", "batches", "is_metric", "load_task", "loader_of", "loss_of", "parts_of", "repeated",
+    "scalar_of",
 ]  # fmt: skip
 
 LossFn = Callable[..., Tensor]
@@ -231,18 +234,37 @@ def loader_of(
     return data
 
 
-def batches(source: Iterable[Any], device: torch.device | None) -> Iterator[Any]:
-    """The source's batches on the device, from the beginning again when they end; it must have at least one.
+def batches(source: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The source's batches on the device, from the beginning again when they end; it must have at least one."""
+    for batch in _without_end(source):
+        yield to_device(batch, device)
 
-    Without a device they are as the source has them.
-    """
+
+def _without_end(source: Iterable[Any]) -> Iterator[Any]:
     empty_passes = 0
     while empty_passes < 2:  # one may be empty: the rest of an epoch that was resumed at its end
         empty_passes += 1
         for batch in source:
             empty_passes = 0
-            yield batch if device is None else to_device(batch, device)
+            yield batch
     raise RangeTestError("data: it yields no batch; is it empty, or smaller than a batch with drop_last?")
+
+
+def repeated(source: Iterable[Any], count: int, device: torch.device) -> Iterator[Any]:
+    """The source's next `count` batches on the device, again and again.
+
+    Samples of a dataset are read anew each time, so that their augmentation differs. Another loader might give others:
+    what it gave is kept, in host memory, and each time a copy of it is given, which a loss may change.
+    """
+    if isinstance(source, Loader) and source.rereads:
+        position = source.position
+        while True:
+            source.position = position
+            yield from islice(batches(source, device), count)
+    kept = [copy.deepcopy(batch) for batch in islice(_without_end(source), count)]
+    while True:
+        for batch in kept:
+            yield to_device(copy.deepcopy(batch), device)
 
 
 def parts_of(*data: Any) -> list[Any]:

@@ -38,6 +38,7 @@ LEAST_STEPS = 10  # ... of so many steps or more: what shorter ones say is as of
 # is missing in the validation loss, and for a smaller part by a power in proportion. That part is 0 to 0.25 on clean
 # data, 0.4 to 0.8 on noisy data, and 1 where next to nothing can be learned.
 BY_HEART = 0.7
+AS_OFTEN = 1.25  # times as many passes count as the same number, since a part has whole steps
 LIKE_BEST = 0.05  # of the rise to the next lower trial: what is above the best by less is as good (up to 0.1 is alike)
 # Where the best of the trials is the highest one tried as the budget ends, the next may be better or diverge, and
 # nobody knows which: the answer is half a step lower. At a budget of 30% it takes the digits from 72% above the best of
@@ -129,10 +130,9 @@ def next_trial(
     steps, made = short, _means(trials, short)
     lr = _outward(made, WIDE, first) or _between(made) if made else _round(first)
     if lr is None or len(made) >= MOST_TRIALS or not room.holds(short, planned):
-        lr = None
-        if short < planned and room.holds(planned, planned):
-            steps, lr = planned, _next_in_full(trials, short, planned, momentum, epoch)
-            made = _means(trials, planned)
+        lr, in_full = None, _means(trials, planned)
+        if in_full or room.holds(planned, planned):
+            steps, made, lr = planned, in_full, _next_in_full(trials, short, planned, momentum, epoch)
     if lr is not None and room.holds(steps, planned):
         return lr, steps, 0
     # The same again with the data in another order, the best one first.
@@ -155,8 +155,10 @@ def _next_in_full(
         return _round(peak.lr)
     # Where a training ends above a trial, even the lowest rate is far too high for it. At a budget of 300% this takes
     # the noisy digits from 13% above the best of the grid to 1% below.
-    too_high = min(one.loss for one in made) > _lowest_below(trials, planned)
-    return _outward(made, WIDE if too_high else NARROW, peak.lr, upwards=peak.unseen and not too_high)
+    best = min(made, key=lambda one: one.loss)
+    if best.loss > _lowest_below(trials, planned):
+        return _round(best.lr / WIDE) if best is made[0] else None
+    return _outward(made, NARROW, peak.lr, upwards=peak.unseen)
 
 
 def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
@@ -167,8 +169,8 @@ def _lowest_below(trials: Sequence[Outcome], steps: int) -> float:
 def _outward(made: Sequence[Outcome], factor: float, first: float, *, upwards: bool = True) -> float | None:
     """A rate beyond the best one where that is at an edge, else None; of one alone, upwards or downwards first.
 
-    Above the highest rate that is hardly worse nobody knows what comes: only a clear rise ends the search there. Below
-    the lowest one lies none at all, which leaves the initial loss.
+    Above the highest rate that is hardly worse nobody knows what comes: only a clear rise ends the search there. Where
+    no trial ends below the initial loss, it goes below `first`, which it began with, before it goes up.
     """
     best = min(made, key=lambda one: (one.loss, one.lr))
     lowest, highest = made[0], made[-1]
@@ -178,11 +180,13 @@ def _outward(made: Sequence[Outcome], factor: float, first: float, *, upwards: b
     if len(made) == 1:
         return higher if upwards and math.isfinite(best.loss) else lower
     if best.loss >= best.initial and math.isfinite(best.loss):
-        # Too high rates, or too low ones that have only learned a few batches by heart so far: once lower, and where
-        # that does not help, upwards until the weights are thrown off.
-        if lowest.lr >= _round(first):
+        # The rates are too high, or so low that a few batches are all that was learned so far: that loss has hardly
+        # risen, and higher ones follow, until they throw the weights off.
+        if lowest.lr >= _round(first) or best.carried is None or best.carried <= THROWN_OFF:
             return lower
-        return higher if math.isfinite(highest.loss) and (highest.carried or 0.0) > THROWN_OFF else None
+        if highest.carried is not None and highest.carried > THROWN_OFF:
+            return higher
+        return lower if best is lowest else None
     below = [one for one in made[: made.index(best)] if math.isfinite(one.loss)]
     slight = max(SLIGHT * (below[-1].loss - best.loss) if below else 0.0, NOISES * highest.paired)
     if math.isfinite(best.loss) and highest.loss <= best.loss + (slight if factor == WIDE else 0.0):
@@ -245,8 +249,9 @@ def _shift(steps: int, longer: int, momentum: float) -> float:
 def _memorizing(best: Outcome, planned: int, epoch: float | None) -> float:
     """By which factor the best peak falls in a training that sees its data more often than the trial."""
     passes = max(1.0, planned / epoch if epoch else 1.0) / best.passes
-    by_heart = 0.0 if best.carried is None else max(0.0, 1 - best.carried)
-    return math.pow(max(1.0, passes), -min(1.0, by_heart / BY_HEART))
+    if best.carried is None or passes < AS_OFTEN:
+        return 1.0
+    return math.pow(passes, -min(1.0, max(0.0, 1 - best.carried) / BY_HEART))
 
 
 def _round(lr: float) -> float:
@@ -287,7 +292,7 @@ def find_peak(
     spread = spread_of(trials)
     low = _lower_end(sound, best, best.paired if spread is None else spread)
     lr = math.sqrt(low * _vertex(sound, best)) * _shift(steps, planned, momentum)
-    unseen = best is made[-1] and len(sound) > 1
+    unseen = len(sound) > 1 and best.lr == max(one.lr for one in trials)
     if unseen:
         lr *= math.pow(sound[-2].lr / best.lr, UNSEEN)
     memorizing = _memorizing(best, planned, epoch)
@@ -299,7 +304,7 @@ def find_peak(
         highest = best.lr * memorizing
         if lr <= own <= highest or (own > highest == best.lr and _is_tied(own, best, sound)):
             return Peak(own, best.lr, low, steps, True)
-    return Peak(_round2(lr), best.lr, low, steps, by_heart=memorizing < 1, unseen=unseen)
+    return Peak(_round2(lr), best.lr, low, steps, by_heart=memorizing < 0.95, unseen=unseen)
 
 
 def _is_tied(own: float, best: Outcome, sound: Sequence[Outcome]) -> bool:

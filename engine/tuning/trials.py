@@ -98,7 +98,7 @@ def _noise_of(losses: Sequence[float]) -> float:
 # -- the peak --------------------------------------------------------------------------------------------
 
 
-def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
+def outcomes_of(trials: Sequence[Trial], steps_per_epoch: float | None = None) -> list[Outcome]:
     """The search's trials as numbers."""
     return [
         Outcome(
@@ -110,7 +110,7 @@ def outcomes_of(trials: Sequence[Trial]) -> list[Outcome]:
             each.curve.seed,
             _carried_over(each),
             each.curve.validation[0][1] if each.curve.validation else math.inf,
-            each.curve.passes or 1.0,
+            max(1.0, each.steps / (each.curve.part or steps_per_epoch or math.inf)),
         )
         for each in trials
     ]
@@ -123,7 +123,9 @@ def _carried_over(trial: Trial) -> float | None:
     initial, (before, after) = trial.curve.validation[0][1], trial.curve.fitted
     # Of few samples, the initial loss is that of all by chance only.
     learned = min(initial, before) - after
-    return (initial - trial.loss) / learned if learned > 0 else 1.0
+    if learned <= 0:  # nothing by heart, if nothing else happened
+        return 1.0 if trial.loss <= initial else -math.inf
+    return (initial - trial.loss) / learned
 
 
 def _paired_noise(trial: Trial, trials: Sequence[Trial]) -> float:
@@ -145,7 +147,7 @@ def answer_of_search(
     search: Sequence[Trial], *, own_lr: float | None, momentum: float, steps: int, steps_per_epoch: float | None = None
 ) -> Suggestion | Refusal:
     """What the search answers for a training of `steps`."""
-    outcomes = outcomes_of(search)
+    outcomes = outcomes_of(search, steps_per_epoch)
     low, high = min(search, key=lambda each: each.lr).lr, max(search, key=lambda each: each.lr).lr
     what = f"{len(outcomes)} trials between learning rates {low:.2g} and {high:.2g}"
     start_lower = f"Start lower: give the config's optimizer an lr of {low / 1000:.1g}."
@@ -243,8 +245,8 @@ def notes_on_epochs(steps: int, longest: int, steps_per_epoch: float) -> Iterato
     if planned < FEW_EPOCHS or longest >= steps:
         return
     yield (
-        f"The training sees the data {planned:.0f} times. What it learns by heart shows in trials of {longest} steps "
-        "in part only: watch the validation loss, and keep the best checkpoint or stop early."
+        f"The training sees the data {planned:.0f} times; what it learns by heart, trials of {longest} steps show in "
+        "small only. Watch the validation loss, and keep the best checkpoint or stop early."
     )
 
 

@@ -256,19 +256,20 @@ class Tuner:
             self._learn(search=trial)
             if steps >= planned and trial.loss < min((one.loss for one in in_full), default=math.inf):
                 self._keep(self._session(0).engine)
-            trials = outcomes_of(self.known.search)
+            trials = outcomes_of(self.known.search, known.steps_per_epoch)
             room = room._replace(left=most - self._budget.spent)
 
     @property
     def _fits(self) -> bool:
         """Whether trials measure how much of what they learn they learn by heart: of data that is seen again."""
         epoch = self.known.steps_per_epoch
-        return epoch is not None and self.known.steps > epoch and self.plan.search >= FEW_TRIALS * LEAST_FITTED
+        room = self.plan.search >= FEW_TRIALS * (LEAST_FITTED + 2)  # with the validations, roughly
+        return room and epoch is not None and self.known.steps > epoch
 
     def _part(self, steps: int) -> int | None:
         """The steps after which a trial sees its data again; None for all data.
 
-        Without validation data it sees all: the loss on batches that are new to it then takes its place.
+        Without validation data it sees all, as then the loss on batches that are new to it is the best sign there is.
         """
         validates = bool(self._session(0).validation)
         return part_of(steps, self.known.steps, self.known.steps_per_epoch) if validates else None

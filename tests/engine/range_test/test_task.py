@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,11 +14,12 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from redline.data import Loader
 from redline.distributed.process_group import World
 from redline.errors import RangeTestError
-from redline.range_test.task import Task, batches, load_task, loader_of, loss_of
+from redline.range_test.task import Task, batches, load_task, loader_of, loss_of, repeated
 from tests.tasks import task_folder
 
 CPU = torch.device("cpu")
@@ -247,6 +249,46 @@ def test_validation_data_is_dealt_out_in_order_each_sample_once() -> None:
     shares = [loader_of(data, World(rank, rank, 2, CPU), micro_batch=2, for_validation=True) for rank in (0, 1)]
     assert [numbers(share) for share in shares] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
     assert numbers(loader_of(Counting(), ALONE, micro_batch=2, for_validation=True)) == list(range(9))
+
+
+class Augmented(Dataset[Tensor]):
+    """Sample number and a random number."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([float(index), float(torch.rand(()))])
+
+
+def take(source: Any, count: int, number: int) -> list[Tensor]:
+    """Copies of that many batches of a part."""
+    return [batch.clone() for batch in islice(repeated(source, count, CPU), number)]
+
+
+@pytest.mark.parametrize("start", [0, 36], ids=["from the beginning", "from near the end of an epoch"])
+def test_a_part_of_a_dataset_is_read_again_with_other_augmentation(start: int) -> None:
+    loader = loader_of(Augmented(), ALONE, micro_batch=4, seed=3)
+    assert isinstance(loader, Loader)
+    loader.load_state_dict({**loader.state_dict(), "samples": start})
+    found = torch.stack(take(loader, 3, 9))
+    numbers, augmented = found[:, :, 0], found[:, :, 1]
+    assert torch.equal(numbers[:3], numbers[3:6]) and torch.equal(numbers[:3], numbers[6:])
+    assert len(numbers[:3].unique()) == 12 or start
+    assert not (augmented[:3] == augmented[3:6]).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_of_another_loader_is_kept_as_it_was_given(workers: int) -> None:
+    data = torch.arange(40.0)
+    loader = DataLoader(data, 4, shuffle=True, num_workers=workers)
+    found = []
+    for batch in islice(repeated(loader, 3, CPU), 9):
+        found.append(batch.clone())
+        batch.mul_(2)  # as a loss may do
+    assert all(torch.equal(one, other) for one, other in zip(found, found[3:]))
+    assert len(torch.cat(found[:3]).unique()) == 12 and torch.equal(data, torch.arange(40.0))
+    assert [len(each) for each in take([torch.ones(2), torch.ones(3)], 3, 4)] == [2, 3, 2, 2], "and from the beginning"
 
 
 def test_batches_begin_again_when_they_end_and_there_must_be_one() -> None:

@@ -75,14 +75,26 @@ def test_where_the_lowest_rate_is_best_it_goes_on_downwards_and_so_it_does_from_
 
 
 def test_where_even_the_best_trial_ends_above_the_initial_loss_it_goes_once_downwards_and_then_up() -> None:
-    trials = [Outcome(0.01, 10, 1.5, initial=1.0), Outcome(0.04, 10, 1.6, initial=1.0)]
+    trials = [Outcome(lr, 10, loss, initial=1.0, carried=-0.2) for lr, loss in ((0.01, 1.5), (0.04, 1.6))]
     assert following(trials, 10) == 0.0025
     assert following([one._replace(loss=one.loss - 0.55) for one in trials], 10) == 0.0025, "the lowest is the best"
-    lower = Outcome(0.0025, 10, 1.2, initial=1.0)
+    lower = Outcome(0.0025, 10, 1.2, initial=1.0, carried=-0.1)
     assert following([*trials, lower], 10) == 0.16, "lower ones would come nearer to the initial loss only"
     assert following([*trials, lower._replace(loss=0.9)], 10) == 0.000625
     thrown_off = trials[1]._replace(loss=5.0, carried=-2.0)  # its own batches' loss fell by 2
-    assert following([trials[0], thrown_off, lower], 10) == 0.00125, "and where that throws it off, between"
+    assert following([trials[0], thrown_off, lower], 10) == 0.000625, "and where that throws it off, lower"
+
+
+@pytest.mark.parametrize("carried", [None, -3.0, -math.inf], ids=["of new data", "thrown off", "its own batches, too"])
+def test_from_far_too_high_a_rate_it_goes_down_until_the_loss_falls(carried: float | None) -> None:
+    def loss(lr: float) -> float:
+        return 1 + math.log10(lr / 0.005) ** 2 / 4 if lr < 0.02 else 100 * lr
+
+    trials: list[Outcome] = []
+    while (found := next_trial(trials, 3.0, 10, PLANNED, Room(400 - 10 * len(trials)))) and not found[2]:
+        high = found[0] >= 0.02
+        trials.append(Outcome(found[0], 10, loss(found[0]), initial=1.5, carried=carried if high else 0.9))
+    assert [one.lr for one in trials] == [3.0, 12.0, 0.75, 0.188, 0.047, 0.0118, 0.00295, 0.000737]
 
 
 def test_where_nothing_is_learned_at_all_it_goes_on_upwards() -> None:
@@ -119,9 +131,12 @@ def test_the_first_training_in_full_has_the_rate_that_its_trials_answer_and_the_
 
 def test_where_a_training_in_full_ends_above_a_trial_the_next_is_far_lower() -> None:
     trials = [Outcome(0.01, 10, 0.9), Outcome(0.04, 10, 0.8, noise=0.02), Outcome(0.16, 10, 1.0)]
+    room = Room(PLANNED, PLANNED)
     for loss, lr in ((0.82, 0.01), (0.9, 0.005)):
-        trained = Outcome(0.02, PLANNED, loss)
-        assert next_trial([*trials, trained], 0.01, 10, PLANNED, Room(PLANNED, PLANNED)) == (lr, PLANNED, 0)
+        trained = Outcome(0.02, PLANNED, loss, initial=0.85, carried=-0.1)
+        assert next_trial([*trials, trained], 0.01, 10, PLANNED, room) == (lr, PLANNED, 0)
+    again = Outcome(0.005, PLANNED, 0.88, initial=0.85, carried=-0.1)
+    assert next_trial([*trials, trained, again], 0.01, 10, PLANNED, room) == (0.00125, PLANNED, 0)
 
 
 TRIALS = [
@@ -155,6 +170,8 @@ def test_the_best_one_counts_half_a_step_lower_if_it_is_the_highest_that_was_tri
     assert diverged.lr == pytest.approx(0.64 * FALL, rel=0.1), "the next one has diverged: it is between"
     assert found(edge[:1]).lr == pytest.approx(0.01 * FALL, rel=0.01), "of one alone"
     assert found(edge[:1], own=0.01).is_own, "only the length of the training speaks against it"
+    trained = [Outcome(0.02, 500, 0.4), Outcome(0.01, 500, 0.45)]  # in full, read for a training twice as long
+    assert not found([*edge, *trained]).unseen, "of their own length none is higher, but others are"
 
 
 @pytest.mark.parametrize("own", [0.16, 0.14])
@@ -256,6 +273,7 @@ def test_the_peak_of_a_training_that_learns_by_heart_falls_as_the_number_of_pass
     assert peak.lr == pytest.approx(once.lr / 5, rel=0.05), "20 passes, five times as many as the trials"
     assert by_heart(1.0).lr == by_heart(None).lr == by_heart(1.3).lr == by_heart(0.1, epoch=200).lr == once.lr
     assert peak.lr < by_heart(0.8).lr < by_heart(0.9).lr < once.lr
+    assert by_heart(0.1, epoch=170).lr == once.lr and not by_heart(0.1, epoch=170).by_heart, "4.7 passes, nearly four"
     room = Room(810, kept=800)
     assert next_trial(BY_HEART, 0.001, 20, 800, room._replace(left=800), epoch=40) == (peak.lr, 800, 0)
 

@@ -205,6 +205,19 @@ def test_what_a_trial_carries_over_is_the_fall_of_the_validation_loss_by_that_on
     assert found == (None if carried is None else pytest.approx(carried))
 
 
+def test_where_the_loss_on_all_batches_rose_nothing_is_carried_over() -> None:
+    run = replace(curve([2.0] * 10, [2.0, 50.0]), fitted=(2.0, 50.0))
+    assert outcomes_of([trial_of(run, "WarmupDecayLR", 0.1, "", steps=10)])[0].carried == -math.inf
+
+
+def test_a_trial_has_seen_its_part_of_the_data_as_often_as_that_goes_into_its_steps() -> None:
+    def passes(part: int | None, epoch: float | None) -> float:
+        trial = trial_of(replace(curve([2.0] * 40), part=part), "WarmupDecayLR", 0.1, "", steps=40)
+        return outcomes_of([trial], epoch)[0].passes
+
+    assert passes(8, 100.0) == 5 and passes(None, 10.0) == 4 and passes(None, 100.0) == passes(None, None) == 1
+
+
 @pytest.mark.parametrize("add", [0.0, 1000.0])
 @pytest.mark.parametrize("times", [1.0, 1000.0])
 def test_neither_constants_nor_factors_change_what_is_carried_over(add: float, times: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -317,7 +318,7 @@ def test_trials_of_search_and_schedules_see_a_part_of_the_data_as_often_as_the_t
         assert len(distinct) == (part_of(steps, 400, size / 8) or steps)
         if part is not None:
             assert all(torch.equal(x, y) for x, y in zip(own, own[len(distinct) :])), "in the same order"
-    assert tuning.search[0].curve.passes == (None if part is None else tuning.search[0].steps / part)
+    assert tuning.search[0].curve.part == part
 
 
 def test_without_validation_data_a_trial_sees_all_data_whose_loss_is_a_validation_of_its_own() -> None:
@@ -588,3 +589,18 @@ def test_two_ranks_come_to_the_same_answer_and_other_seeds_have_the_data_in_anot
     assert first == second
     assert first[:2] == (["sweep", "sweep, seed 1"], False)
     assert any(trial.curve.fitted is not None for trial in first[2])
+
+
+def tune_on_unequal_loaders() -> tuple[float | None, list[float], float]:
+    rank = int(os.environ["RANK"])
+    x, y = make_data(80)
+    data = [(x[start : start + 4], y[start : start + 4]) for start in range(0, 40 - 4 * rank, 4)]  # 10 batches, or 9
+    tuning = run(data=data, steps=60, budget=1)
+    torch.distributed.destroy_process_group()
+    assert isinstance(tuning.answer, Suggestion)
+    return tuning.steps_per_epoch, [trial.lr for trial in tuning.search], tuning.answer.cycle_max_lr
+
+
+def test_ranks_whose_loaders_have_unequal_lengths_make_the_same_trials() -> None:
+    first, second = run_ranks(tune_on_unequal_loaders, 2)
+    assert first == second and first[0] == 10
