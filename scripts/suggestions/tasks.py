@@ -2,7 +2,8 @@
 
 Images (handwritten digits, tiles of two photographs), text (code, prose, the names of characters), tables and
 regressions; MLPs, CNNs, GRUs and small GPTs, which start from scratch or from pretrained weights, or train a LoRA.
-Of each kind there are at least two: one that rules are made on, one held out.
+Of each kind there are at least two: one that rules are made on and, but of small data that is seen many times, one that
+is held out.
 """
 
 from __future__ import annotations
