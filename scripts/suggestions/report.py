@@ -225,7 +225,7 @@ def draw_budgets(results: Results, path: Path) -> None:
     budgets = _budgets(results)
     if len(budgets) < 2:
         return
-    figure, axes = _figure((8, 4.5))
+    figure, axes = _figure((7, 4))
     tasks = [task for task in results["tasks"] if all(redline(budget) in task["methods"] for budget in budgets)]
     curves = [[max(excess(task, redline(budget)), FLOOR) for budget in budgets] for task in tasks]
     for curve, task in zip(curves, tasks):

@@ -2,8 +2,7 @@
 
 Images (handwritten digits, tiles of two photographs), text (code, prose, the names of characters), tables and
 regressions; MLPs, CNNs, GRUs and small GPTs, which start from scratch or from pretrained weights, or train a LoRA.
-Of each kind there are at least two: one that rules are made on and, but of small data that is seen many times, one that
-is held out.
+Of each kind there are at least two: one that rules are made on, one held out.
 """
 
 from __future__ import annotations
@@ -209,17 +208,17 @@ _DEVELOPMENT = (
          nn.Flatten(), Recurrent(nn.Unflatten(1, (8, 24)), 24, 64, 16, last=True)))),
     Task("manual, GRU, AdamW", "GRU", ADAMW, 16, 400,
          _write("manual", 24, lambda: Recurrent(nn.Embedding(128, 32), 32, 64, 128, last=False))),
-    Task("digits, MLP, Adam, 30 epochs", "many epochs", ADAM, 32, 1350,
+    Task("digits, MLP, Adam, 30 epochs", "basic", ADAM, 32, 1350,
          _classify(data.digits, lambda: mlp(64, 64, 64, 10))),
-    Task("800 digits, CNN, SGD, 25 epochs", "many epochs", SGD, 32, 625,
+    Task("800 digits, CNN, SGD, 25 epochs", "basic", SGD, 32, 625,
          _classify(data.digits, lambda: cnn(1, 8, 10, norm=False), few=800)),
-    Task("1000 functions, MLP, Adam, 25 epochs", "many epochs", ADAM, 32, 780,
+    Task("1000 functions, MLP, Adam, 25 epochs", "overfits", ADAM, 32, 780,
          _classify(data.documented, lambda: mlp(30, 64, 2), few=1000)),
-    Task("1200 places, CNN, AdamW, 20 epochs", "many epochs", ADAMW, 32, 750,
+    Task("1200 places, CNN, AdamW, 20 epochs", "basic", ADAMW, 32, 750,
          _classify(data.places, lambda: cnn(3, 8, 16, norm=False), few=1200)),
-    Task("2000 lines, MLP, AdamW, 12 epochs", "many epochs", ADAMW, 32, 750,
+    Task("2000 lines, MLP, AdamW, 12 epochs", "overfits", ADAMW, 32, 750,
          _classify(data.lines, lambda: text_mlp(64), few=2000)),
-    Task("1500 gaps, MLP, SGD, 20 epochs", "many epochs", SGD, 32, 940,
+    Task("1500 gaps, MLP, SGD, 20 epochs", "basic", SGD, 32, 940,
          _regress(data.gaps, lambda: mlp(192, 64, 12), few=1500)),
 )  # fmt: skip
 
